@@ -1,0 +1,181 @@
+"""What a run costs besides time: multiply-adds, network calls and rows, memory, and seconds per stage.
+
+Everything is counted on the run itself, so whatever an accelerator really leaves out is really not counted.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from .latency import Clock, synchronize
+
+try:
+    import resource
+except ImportError:  # Windows has no such module
+    resource = None  # type: ignore[assignment]
+
+
+def _attention_flops(query: Sequence[int], key: Sequence[int], value: Sequence[int], *_: Any, **__: Any) -> int:
+    """2 flops per multiply-add of Q K^T and P V; shapes (B, H, Lq, D), (B, H or fewer, Lk, D), (B, .., Lk, Dv).
+
+    Masked and causal pairs count as if they were computed, as torch's own formulas do for the GPU kernels.
+    """
+    batch, heads, queries, width = query
+    return 2 * batch * heads * queries * key[-2] * (width + value[-1])
+
+
+def count_macs(fn: Callable[[], object]) -> int:
+    """Run `fn` once and return its multiply-adds in matrix products, convolutions and attention.
+
+    torch counts 2 flops per multiply-add; papers disagree on the factor 2, so the unit here is the multiply-add.
+    torch has no formula for attention on the CPU and would count it as 0; ours is passed to this one counter and not
+    registered, so other users of the counter see no change. Elementwise work counts as 0, and so do kernels that
+    torch's dispatcher does not see (custom operators, graphs already compiled): count the eager model.
+
+    Source: torch.utils.flop_counter; the missing formula is pytorch#195460.
+    """
+    cpu_attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    counter = FlopCounterMode(display=False, custom_mapping={cpu_attention: _attention_flops})
+    with counter:
+        fn()
+    return counter.get_total_flops() // 2
+
+
+class CallCounter:
+    """Counts calls and rows of named modules: `with CallCounter({"network": transformer}) as counter: ...`.
+
+    A row is one entry of the leading dimension of the first tensor argument, positional ones first, then keywords in
+    the order of the call; a list of tensors counts its length. Entering starts from zero; the counts stay readable
+    after the block. The hooks are removed on exit, also after an exception.
+
+    It counts calls *of the module*: a call that a hook answers from a cache inside `module.forward` is one as well.
+    """
+
+    def __init__(self, modules: Mapping[str, nn.Module]) -> None:
+        self._modules = dict(modules)
+        self._hooks = ExitStack()
+        self.calls: dict[str, int] = {}
+        """Number of calls by name."""
+        self.rows: dict[str, int] = {}
+        """Sum of the leading dimensions by name."""
+
+    def __enter__(self) -> CallCounter:
+        self.calls = dict.fromkeys(self._modules, 0)
+        self.rows = dict.fromkeys(self._modules, 0)
+        for name, module in self._modules.items():
+            handle = module.register_forward_pre_hook(functools.partial(self._count, name), with_kwargs=True)
+            self._hooks.callback(handle.remove)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._hooks.close()
+
+    def _count(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.calls[name] += 1
+        self.rows[name] += _leading_rows(name, (*args, *kwargs.values()))
+
+
+def _leading_rows(name: str, arguments: Sequence[Any]) -> int:
+    for argument in arguments:
+        if isinstance(argument, Tensor) and argument.dim() > 0:
+            return argument.shape[0]
+        if isinstance(argument, (list, tuple)) and argument and all(isinstance(item, Tensor) for item in argument):
+            return len(argument)
+    raise ValueError(
+        f"module {name!r} was called without a tensor (or list of tensors) that has a leading dimension, "
+        "so its rows cannot be counted: count a module that takes the batch as an argument"
+    )
+
+
+def reset_peak_memory(device: torch.device | str) -> None:
+    """Start a new peak on a CUDA device; on the others the maximum cannot be reset and nothing happens."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def peak_memory_mb(device: torch.device | str) -> float | None:
+    """Peak memory in MB (10^6 bytes), None where the platform cannot tell.
+
+    CUDA: the most that torch had allocated since `reset_peak_memory`. Others: the largest resident size of the whole
+    process *since it started*, so only the first thing a process runs has a number of its own; compare rows by running
+    each in a fresh process.
+    """
+    device = torch.device(device)
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e6
+    if resource is None:
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS and in KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
+
+
+@contextmanager
+def timed_stages(
+    stages: Mapping[str, tuple[object, str]],
+    *,
+    device: torch.device | str = "cpu",
+    clock: Clock = time.perf_counter,
+) -> Iterator[dict[str, float]]:
+    """Seconds spent in named methods inside the block: `{"decode": (pipe.vae, "decode")}`; "total" is the block.
+
+    The methods are replaced on the *instances* and put back on exit, also after an exception. For a module the method
+    is "forward". The dictionary is filled as the calls happen, and "total" when the block ends. Every call waits for
+    the device at both ends, which slows a GPU down: measure stages in a run of their own, not in the timed rounds.
+
+    Raises:
+        ValueError: a stage is called "total", or its object has no such method.
+    """
+    device = torch.device(device)
+    if "total" in stages:
+        raise ValueError('stages has a stage "total", which is the time of the whole block: choose another name')
+    for stage, (owner, method) in stages.items():
+        if not callable(getattr(owner, method, None)):
+            raise ValueError(f"stage {stage!r}: {type(owner).__name__} has no method {method!r}; name one it has")
+    seconds = dict.fromkeys(stages, 0.0)
+    with ExitStack() as stack:
+        for stage, (owner, method) in stages.items():
+            stack.enter_context(_timed_method(owner, method, stage, seconds, device, clock))
+        synchronize(device)
+        start = clock()
+        try:
+            yield seconds
+        finally:
+            synchronize(device)
+            seconds["total"] = clock() - start
+
+
+@contextmanager
+def _timed_method(
+    owner: object, method: str, stage: str, seconds: dict[str, float], device: torch.device, clock: Clock
+) -> Iterator[None]:
+    original = getattr(owner, method)
+    had_own = method in vars(owner)  # an instance that was already wrapped by someone else gets that wrapper back
+
+    @functools.wraps(original)  # diffusers reads the signatures of the methods it calls
+    def timed(*args: Any, **kwargs: Any) -> Any:
+        synchronize(device)
+        start = clock()
+        try:
+            return original(*args, **kwargs)
+        finally:
+            synchronize(device)
+            seconds[stage] += clock() - start
+
+    setattr(owner, method, timed)
+    try:
+        yield
+    finally:
+        if had_own:
+            setattr(owner, method, original)
+        else:
+            delattr(owner, method)

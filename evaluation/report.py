@@ -1,0 +1,566 @@
+"""Tables, plots and one self-contained HTML page from a results dict.
+
+Every table is made once, as `Cell`s, and then rendered for the console, for Markdown or for HTML, so that all three
+say the same. Bold means one thing only: the 95 % interval of a difference to the untouched pipeline excludes "equal".
+"""
+
+from __future__ import annotations
+
+import base64
+import itertools
+import math
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from rich import box
+from rich.table import Table
+from rich.text import Text
+from torch import Tensor
+
+from .schema import Metric, Results, Row
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.transforms import Bbox
+
+PARETO_METRICS = ("fid", "fid_inf", "kid", "rel_l2")
+"""The quality axis is the first of these that the results have, unless one is named."""
+
+GLOSSARY = {
+    "evals": "Evaluations of the base network per image, the count papers quote; guidance does not double it. Below, "
+    "rows of a small network that stands in for the base network.",
+    "MACs": "Multiply-adds per image in matrix products, convolutions and attention, counted on the run itself; below, "
+    "how many times fewer than the untouched pipeline.",
+    "ms/image": "Milliseconds per image of one whole pipeline call, median over interleaved rounds; below, the 10th to "
+    "90th percentile.",
+    "speed-up": "Wall-clock time of the untouched pipeline divided by that of the row, median of the ratios in each "
+    "round; below, its 95 % interval.",
+    "±": "1.96 standard errors of the value. It says how far the value would move with other samples; to compare two "
+    "rows read the difference, which uses the same samples on both sides and is far sharper.",
+    "difference": "Second line of a quality cell: this row minus the untouched pipeline, and its 95 % interval. Bold, "
+    "with better or worse, only where the interval excludes zero.",
+    "Pareto": "No other row is both at least as fast and at least as good, and better in one of the two.",
+}
+
+_METRIC_GLOSSARY = {
+    "fid": "Distance between the feature statistics of samples and reference; depends on n, so compare only equal n.",
+    "fid_inf": "The same distance extrapolated to infinitely many samples.",
+    "kid": "Squared kernel distance between features of samples and reference; unbiased at any n, can be below zero.",
+    "clip_score": "Cosine similarity of image and prompt under the named text-image network.",
+    "class_accuracy": "Share of samples in which a classifier sees the class that was asked for.",
+    "attribute_accuracy": "Share of the asked-for attributes that a classifier sees in the sample.",
+    "precision": "Share of samples that lie within the manifold of the reference: fidelity.",
+    "recall": "Share of the reference that lies within the manifold of the samples: variety.",
+    "psnr": "Peak signal-to-noise ratio to the untouched image of the same seed, in dB, over images that differ.",
+    "ssim": "Structural similarity to the untouched image of the same seed; 1 is identical.",
+    "rel_l2": "Relative L2 distance to the untouched result of the same seed; 0 is identical.",
+}
+
+_NARROW = ("MACs", "ms/image")
+
+_BASELINE_COLOUR = "#444444"
+# Okabe and Ito's palette, distinguishable with every common colour vision; the marker repeats the information.
+_STYLES = tuple(zip(("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"), "sD^vPX", strict=True))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One table cell: a main line and a smaller second line."""
+
+    text: str
+    note: str = ""
+    verdict: str = ""
+    """Ends the second line where a difference is certain: better, worse, slower."""
+    bold: bool = False
+    """The interval in the note excludes the untouched pipeline."""
+
+
+# --- tables ----------------------------------------------------------------------------------------------------------
+
+
+def console_table(results: Results) -> Table:
+    """The results as a table for a terminal; 90 columns show one metric without folding, 120 show two.
+
+    To save width the second lines of MACs and ms/image are left out, and better or worse is green or red.
+    """
+    header, body = _cells(results)
+    table = Table(
+        box=box.SIMPLE_HEAD,
+        collapse_padding=True,
+        pad_edge=False,
+        caption="±: 1.96 standard errors. Second lines: 95 % interval; difference to the first row with its interval, "
+        "bold where it excludes equality.",
+        caption_justify="left",
+    )
+    for index, name in enumerate(header):  # Text, not str: a name is not markup
+        table.add_column(Text(name), justify="left" if index == 0 else "right", overflow="fold", vertical="top")
+    for cells in body:
+        table.add_row(*(_rich_cell(cell, header[index] not in _NARROW) for index, cell in enumerate(cells)))
+    return table
+
+
+def markdown_table(results: Results) -> str:
+    """The results as a GitHub-flavoured Markdown table, ending with a newline."""
+    header, body = _cells(results)
+    lines = [[_markdown(name) for name in header], ["---", *["---:"] * (len(header) - 1)]]
+    for cells in body:
+        lines.append([_markdown_cell(cell) for cell in cells])
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _cells(results: Results) -> tuple[list[str], list[list[Cell]]]:
+    """Column names, and one list of cells per row."""
+    rows = results["rows"]
+    metrics = _metric_displays(rows)
+    arrows = {name: "higher" if rows_metric["higher_is_better"] else "lower" for name, rows_metric in metrics.items()}
+    header = ["row", "evals", "MACs", "ms/image", "speed-up"]
+    header += [f"{metric['display']} ({arrows[name]} is better)" for name, metric in metrics.items()]
+    untouched = rows[0]["recipe"]
+    return header, [
+        [*_cost_cells(entry, untouched), *(_metric_cell(entry, name, untouched) for name in metrics)] for entry in rows
+    ]
+
+
+def _metric_displays(rows: Iterable[Row]) -> dict[str, Metric]:
+    """Every metric name in the order it first appears, with one metric that has it."""
+    found: dict[str, Metric] = {}
+    for entry in rows:
+        for name, metric in entry["metrics"].items():
+            found.setdefault(name, metric)
+    return found
+
+
+def _cost_cells(entry: Row, untouched: str) -> list[Cell]:
+    latency, speedup = entry["latency_ms_per_image"], entry["speedup"]
+    refiner, macs = entry.get("refiner_rows", 0), entry.get("macs_per_image")
+    fewer = f"{speedup['macs']:.2f}x fewer" if "macs" in speedup and entry["recipe"] != untouched else ""
+    spread = f"{_figures(latency['p10'])} to {_figures(latency['p90'])}"
+    if entry.get("throttled", False):
+        spread += ", machine slowed down"
+    low, high = speedup["wall_clock"]["ci95"]
+    speed = Cell(text="1x", note="untouched")
+    if entry["recipe"] != untouched:
+        speed = Cell(
+            text=f"{speedup['wall_clock']['value']:.2f}x",
+            note=f"{low:.2f} to {high:.2f}",
+            verdict="slower" if high < 1 else "",
+            bold=low > 1 or high < 1,
+        )
+    return [
+        Cell(text=entry["recipe"], note="Pareto" if entry.get("pareto", False) else ""),
+        Cell(text=f"{entry['nfe']:g}", note=f"+ {refiner:g} small" if refiner else ""),
+        Cell(text=_si(macs) if macs is not None else "-", note=fewer),
+        Cell(text=_figures(latency["median"]), note=spread),
+        speed,
+    ]
+
+
+def _metric_cell(entry: Row, name: str, untouched: str) -> Cell:
+    metric = entry["metrics"].get(name)
+    if metric is None:
+        return Cell(text="-")
+    if metric["value"] is None:
+        return Cell(text="undefined", note="all identical" if metric.get("identical_fraction") == 1 else "")
+    text = _plus_minus(metric["value"], metric["stderr"])
+    versus = metric.get("versus", {}).get(untouched)
+    if entry["recipe"] == untouched or versus is None:
+        return Cell(text=text)
+    low, high = versus["ci95"]
+    digits = _decimals((high - low) / 2 or abs(versus["difference"]))
+    note = f"{versus['difference']:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
+    if not (low > 0 or high < 0):
+        return Cell(text=text, note=note)
+    verdict = "better" if (low > 0) == metric["higher_is_better"] else "worse"
+    return Cell(text=text, note=note, verdict=verdict, bold=True)
+
+
+def _decimals(uncertainty: float) -> int:
+    """Decimals that show two figures of an uncertainty."""
+    return min(6, max(0, 1 - math.floor(math.log10(uncertainty)))) if uncertainty > 0 else 3
+
+
+def _plus_minus(value: float, stderr: float | None) -> str:
+    if not stderr:
+        return _figures(value)
+    digits = _decimals(1.96 * stderr)
+    return f"{value:.{digits}f} ± {1.96 * stderr:.{digits}f}"
+
+
+def _figures(value: float) -> str:
+    """Three significant figures without an exponent for everyday sizes, all figures of the integer part."""
+    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def _si(value: float) -> str:
+    for limit, unit in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= limit:
+            return f"{value / limit:.3g} {unit}"
+    return f"{value:g}"
+
+
+def _rich_cell(cell: Cell, with_note: bool) -> Text:
+    text = Text(cell.text)
+    if cell.note and with_note:
+        colour = {"": "", "better": " green"}.get(cell.verdict, " red")
+        text.append(f"\n{cell.note}", style=f"bold{colour}" if cell.bold else "dim")
+    return text
+
+
+def _markdown_cell(cell: Cell) -> str:
+    note = _markdown(f"{cell.note} {cell.verdict}".strip())
+    return _markdown(cell.text) + (f"<br>{f'**{note}**' if cell.bold else note}" if note else "")
+
+
+def _markdown(text: str) -> str:
+    """Text that Markdown shows as it is, on one line of a table."""
+    escaped = re.sub(r"([\\`*_\[\]|~])", r"\\\1", " ".join(text.split()))
+    return escaped.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+
+
+# --- Pareto ----------------------------------------------------------------------------------------------------------
+
+
+def pareto(rows: Sequence[Row], metric: str) -> set[str]:
+    """Names of the rows that no other row dominates in latency (median) and in `metric`.
+
+    A row dominates another when it is at least as fast and at least as good, and better in one of the two; so exact
+    ties stay together. Rows without the metric, or with an undefined value, are not in the set.
+    """
+    points = {
+        entry["recipe"]: (entry["latency_ms_per_image"]["median"], _loss(entry["metrics"][metric]))
+        for entry in rows
+        if _has_value(entry, metric)
+    }
+    return {
+        name
+        for name, point in points.items()
+        if not any(other != point and other[0] <= point[0] and other[1] <= point[1] for other in points.values())
+    }
+
+
+def primary_metric(results: Results) -> str:
+    """The metric of the quality axis; a ValueError says which metrics there are when none of the usual ones is."""
+    names = _metric_displays(results["rows"])
+    for name in PARETO_METRICS:
+        if name in names:
+            return name
+    raise ValueError(
+        f"the results have none of {', '.join(PARETO_METRICS)} for the quality axis: "
+        f"pass metric= one of {', '.join(names) or '(there are no metrics)'}"
+    )
+
+
+def _has_value(entry: Row, metric: str) -> bool:
+    return metric in entry["metrics"] and entry["metrics"][metric]["value"] is not None
+
+
+def _loss(metric: Metric) -> float:
+    """The value with the sign that makes less better."""
+    assert metric["value"] is not None
+    return -metric["value"] if metric["higher_is_better"] else metric["value"]
+
+
+def pareto_png(results: Results, path: str | os.PathLike[str], metric: str | None = None) -> None:
+    """Plot quality against milliseconds per image, 1600 x 1040 pixels, readable at half that size.
+
+    The grey line is the untouched pipeline with fewer steps: an accelerator is worth its name only on the good side of
+    it. Filled markers are Pareto-optimal. Error bars: the 10th to 90th percentile of rounds, and 1.96 standard errors.
+
+    Raises:
+        ValueError: no row has a value of `metric`.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # a second of import that a table does not need
+    from matplotlib.figure import Figure
+
+    metric = primary_metric(results) if metric is None else metric
+    rows = [entry for entry in results["rows"] if _has_value(entry, metric)]
+    if not rows:
+        known = ", ".join(_metric_displays(results["rows"])) or "(there are no metrics)"
+        raise ValueError(f"no row has a value of metric {metric!r}: choose one of {known}")
+    figure = Figure(figsize=(8, 5.2), dpi=200, layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    _draw_rows(axes, rows, metric, untouched=results["rows"][0]["recipe"])
+    _dress(axes, rows, metric)
+    canvas.draw()  # type: ignore[no-untyped-call]  # the layout must be final before labels can be kept from touching
+    figure.set_layout_engine("none")
+    _place_labels(axes, canvas, rows, metric)
+    figure.savefig(Path(path), format="png")
+
+
+def _family(entry: Row, untouched: str) -> str:
+    """Rows of one family share a colour: the row's own key, else its name up to "@"."""
+    stem = entry["recipe"].partition("@")[0]
+    return untouched if stem in (untouched, "baseline") else entry.get("family", stem)
+
+
+def _xy(entry: Row, metric: str) -> tuple[float, float]:
+    value = entry["metrics"][metric]["value"]
+    assert value is not None
+    return entry["latency_ms_per_image"]["median"], value
+
+
+def _draw_rows(axes: Axes, rows: Sequence[Row], metric: str, *, untouched: str) -> None:
+    front = pareto(rows, metric)
+    families: dict[str, list[Row]] = {}
+    for entry in sorted(rows, key=lambda entry: entry["latency_ms_per_image"]["median"]):
+        families.setdefault(_family(entry, untouched), []).append(entry)
+    others = [name for name in dict.fromkeys(_family(entry, untouched) for entry in rows) if name != untouched]
+    styles = {name: _STYLES[index % len(_STYLES)] for index, name in enumerate(others)}
+    handles, labels = [], []
+    for name in ([untouched] if untouched in families else []) + others:
+        beat = name == untouched
+        colour, marker = (_BASELINE_COLOUR, "o") if beat else styles[name]
+        points = [_xy(entry, metric) for entry in families[name]]
+        axes.plot(*zip(*points, strict=True), color=colour, lw=2 if beat else 1, alpha=0.5 if beat else 0.35, zorder=1)
+        for entry in families[name]:
+            _draw_point(axes, entry, metric, colour, marker, filled=entry["recipe"] in front)
+        handles.append(axes.plot([], [], color=colour, marker=marker, lw=2 if beat else 1)[0])
+        labels.append("the line to beat: untouched pipeline with fewer steps" if beat else _short(name))
+    for text in axes.legend(handles, labels, fontsize=9, framealpha=0.85, loc="best").get_texts():
+        text.set_parse_math(False)  # a name may hold a dollar sign
+
+
+def _draw_point(axes: Axes, entry: Row, metric: str, colour: str, marker: str, *, filled: bool) -> None:
+    (x, y), latency = _xy(entry, metric), entry["latency_ms_per_image"]
+    spread = [[max(0.0, x - latency["p10"])], [max(0.0, latency["p90"] - x)]]
+    half = 1.96 * (entry["metrics"][metric]["stderr"] or 0.0)
+    axes.errorbar(
+        x, y, xerr=spread, yerr=half, fmt=marker, ms=8, mew=1.6, color=colour, mfc=colour if filled else "white",
+        ecolor=colour, elinewidth=1.2, capsize=3, zorder=3,
+    )  # fmt: skip
+
+
+def _dress(axes: Axes, rows: Sequence[Row], metric: str) -> None:
+    """Scales, ticks and axis labels."""
+    from matplotlib.ticker import FuncFormatter, NullFormatter
+
+    times = [entry["latency_ms_per_image"]["median"] for entry in rows]
+    values = [_xy(entry, metric)[1] for entry in rows]
+    axes.set_xscale("log")
+    axes.set_xlim(min(times) / 1.35, max(times) * 1.35)
+    axes.set_xticks(_log_ticks(min(times) / 1.35, max(times) * 1.35))
+    if min(values) > 0 and max(values) / min(values) > 5:
+        axes.set_yscale("log")
+        axes.set_ylim(min(values) / 1.5, max(values) * 1.5)
+        axes.set_yticks(_log_ticks(min(values) / 1.5, max(values) * 1.5))
+    else:
+        axes.margins(y=0.15)
+    for axis in [axes.xaxis] + ([axes.yaxis] if axes.get_yscale() == "log" else []):
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.set_minor_formatter(NullFormatter())
+    shown = rows[0]["metrics"][metric]
+    better = "higher" if shown["higher_is_better"] else "lower"
+    axes.set_xlabel("milliseconds per image (log scale, faster is left)", fontsize=11)
+    axes.set_ylabel(f"{_short(shown['display'], 58)}\n({better} is better)", fontsize=11, parse_math=False)
+    axes.set_title(
+        "filled: no other row is both faster and better; bars: p10 to p90, and 1.96 standard errors",
+        fontsize=9, color="#444444", loc="left",
+    )  # fmt: skip
+    axes.tick_params(labelsize=10)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _log_ticks(low: float, high: float) -> list[float]:
+    """Round numbers between two bounds, as many as can be read: few per decade for a wide range."""
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    for digits in ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 5, 7)):
+        ticks = [digit * 10.0**decade for decade in decades for digit in digits if low <= digit * 10.0**decade <= high]
+        if len(ticks) >= 4:
+            break
+    return ticks
+
+
+def _short(text: str, limit: int = 34) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= limit else f"{text[: limit - 1]}…"
+
+
+def _place_labels(axes: Axes, canvas: FigureCanvasAgg, rows: Sequence[Row], metric: str) -> None:
+    """Name each point at the free place nearest to it: greedy, off markers, lines, legend and the other names."""
+    from matplotlib.patheffects import withStroke
+    from matplotlib.transforms import Bbox
+
+    renderer = canvas.get_renderer()  # type: ignore[no-untyped-call]
+    pixels = axes.figure.dpi / 72  # per point of the offsets
+    points = [axes.transData.transform(_xy(entry, metric)) for entry in rows]
+    taken = [_square(x, y, 12 * pixels) for x, y in points]
+    if (legend := axes.get_legend()) is not None:
+        taken.append(legend.get_window_extent(renderer))
+    crossed, inside = _line_boxes(axes, 5 * pixels), axes.get_window_extent(renderer)
+    for entry, (x, y) in zip(rows, points, strict=True):
+        label = axes.annotate(
+            _short(entry["recipe"], 26), _xy(entry, metric), xytext=(0, 0), textcoords="offset points", fontsize=9,
+            parse_math=False, ha="center", va="center", zorder=4,
+            path_effects=[withStroke(linewidth=2, foreground="white")],
+        )  # fmt: skip
+        size = label.get_window_extent(renderer)
+        places = []
+        for gap, dx, dy in _offsets(size.width / pixels, size.height / pixels):
+            left, bottom = x + dx * pixels - size.width / 2, y + dy * pixels - size.height / 2
+            place = Bbox.from_bounds(left, bottom, size.width, size.height)
+            hidden = sum(_overlap(place, other) for other in taken)
+            struck = sum(_overlap(place, other) for other in crossed)
+            outside = size.width * size.height - _overlap(place, inside)
+            # a name far from its point reads as another point's: rather cross a line, never hide a name or a marker
+            places.append((20 * hidden + struck + 4 * outside + 4 * gap * pixels**2, (dx, dy), place))
+        _, label.xyann, chosen = min(places, key=lambda candidate: candidate[0])
+        taken.append(chosen)
+
+
+def _offsets(width: float, height: float) -> Iterator[tuple[float, float, float]]:
+    """Gap to the point, and where the centre of a label may then lie relative to it, all in typographic points."""
+    for gap in (8, 13, 20, 30, 44):
+        across, up = width / 2 + gap, height / 2 + gap
+        for dx, dy in itertools.product((across, -across, 0), (0, up / 2, -up / 2, up, -up)):
+            if dx or abs(dy) == up:  # else it would cover the point
+                yield gap, dx, dy
+
+
+def _line_boxes(axes: Axes, size: float) -> list[Bbox]:
+    """Small squares along every line and error bar, in pixels."""
+    from matplotlib.collections import LineCollection
+
+    paths = [np.asarray(line.get_xydata()) for line in axes.get_lines()]
+    for bars in axes.collections:
+        if isinstance(bars, LineCollection):
+            paths += [np.asarray(segment) for segment in bars.get_segments()]
+    boxes = []
+    for path in paths:
+        for start, end in itertools.pairwise(axes.transData.transform(path) if len(path) else []):
+            steps = max(1, round(math.dist(start, end) / size))
+            places = [start + (end - start) * step / steps for step in range(steps + 1)]
+            boxes += [_square(x, y, size) for x, y in places]
+    return boxes
+
+
+def _square(x: float, y: float, size: float) -> Bbox:
+    from matplotlib.transforms import Bbox
+
+    return Bbox.from_bounds(x - size / 2, y - size / 2, size, size)
+
+
+def _overlap(one: Bbox, other: Bbox) -> float:
+    """Shared area in square pixels."""
+    width = min(one.x1, other.x1) - max(one.x0, other.x0)
+    height = min(one.y1, other.y1) - max(one.y0, other.y0)
+    return float(max(0.0, width) * max(0.0, height))
+
+
+# --- samples and HTML ------------------------------------------------------------------------------------------------
+
+
+def sample_grid(
+    images: Mapping[str, Tensor], path: str | os.PathLike[str], columns: int = 10, scale: int | None = None
+) -> None:
+    """Write a contact sheet: one line per row, named at the left, one column per sample id.
+
+    Args:
+        images: row name to uint8 tensor (N, C, H, W), C 1 or 3; the same shape everywhere and the same ids in the same
+            order, so that a column can be compared from top to bottom.
+        path: the PNG.
+        columns: most samples shown, from the first.
+        scale: whole-number enlargement with hard pixel edges; None makes small images at least 64 pixels wide.
+
+    Raises:
+        ValueError: there are no images, or their type or shapes do not fit.
+    """
+    from PIL import Image, ImageDraw, ImageFont
+
+    shape = _grid_shape(images)
+    if columns < 1 or (scale is not None and scale < 1):
+        raise ValueError(f"columns and scale must be at least 1, got columns={columns}, scale={scale}")
+    count, _, height, width = shape
+    count = min(count, columns)
+    scale = max(1, -(-64 // width)) if scale is None else scale
+    tile_width, tile_height, gap = width * scale, height * scale, 4
+    font = ImageFont.load_default(size=14)
+    names = [_short(name, 26) for name in images]
+    margin = max(math.ceil(font.getlength(name)) for name in names) + 16
+    line_height = max(tile_height, 20) + gap
+    sheet = Image.new("RGB", (margin + count * (tile_width + gap), len(images) * line_height + gap), "white")
+    draw = ImageDraw.Draw(sheet)
+    for line, (name, batch) in enumerate(zip(names, images.values(), strict=True)):
+        top = gap + line * line_height
+        draw.text((8, top + tile_height // 2), name, fill="black", font=font, anchor="lm")
+        for column, pixels in enumerate(batch[:count].cpu()):
+            tile = Image.fromarray(pixels.expand(3, -1, -1).permute(1, 2, 0).contiguous().numpy())
+            tile = tile.resize((tile_width, tile_height), Image.Resampling.NEAREST)
+            sheet.paste(tile, (margin + column * (tile_width + gap), top))
+    sheet.save(Path(path), format="PNG")
+
+
+def _grid_shape(images: Mapping[str, Tensor]) -> tuple[int, int, int, int]:
+    if not images:
+        raise ValueError("images is empty: give at least one row name and its uint8 tensor (N, C, H, W)")
+    first = next(iter(images.values())).shape
+    for name, batch in images.items():
+        if batch.dtype != torch.uint8 or batch.dim() != 4 or batch.shape[1] not in (1, 3):
+            raise ValueError(
+                f"images[{name!r}] must be uint8 of shape (N, 1 or 3, H, W), got {batch.dtype} {tuple(batch.shape)}"
+            )
+        if batch.shape != first or 0 in batch.shape:
+            raise ValueError(
+                f"images[{name!r}] has shape {tuple(batch.shape)}, the first row has {tuple(first)}: columns must be "
+                "the same sample ids in every row, at least one, and at one size"
+            )
+    return first[0], first[1], first[2], first[3]
+
+
+def html_report(results: Results, path: str | os.PathLike[str], images: Mapping[str, str | os.PathLike[str]]) -> None:
+    """Write one HTML file that needs nothing else: no network, no scripts, images inside.
+
+    Args:
+        results: as checked by `schema.check_results`.
+        path: the HTML file.
+        images: caption to image file (PNG, JPEG or WebP), in the order shown.
+
+    Raises:
+        ValueError: an image is missing, broken or of another type.
+    """
+    from jinja2 import Environment, StrictUndefined
+
+    header, body = _cells(results)
+    template = resources.files(__package__).joinpath("templates/report.html.j2").read_text(encoding="utf-8")
+    page = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    text = page.from_string(template).render(
+        header=header,
+        body=body,
+        images=[{"caption": caption, **_embedded(Path(file))} for caption, file in images.items()],
+        glossary=_glossary(results),
+        protocol=results["protocol"],
+        environment=results["environment"],
+        schema=results["schema"],
+    )
+    Path(path).write_text(text, encoding="utf-8")
+
+
+def _glossary(results: Results) -> dict[str, str]:
+    """Every term of this report; a metric goes by its honest name, because small feature networks are not Inception."""
+    terms = dict(GLOSSARY)
+    for name, metric in _metric_displays(results["rows"]).items():
+        terms[metric["display"]] = f"{_METRIC_GLOSSARY.get(name, '')} (results.json: {name}, n = {metric['n']})".strip()
+    return terms
+
+
+def _embedded(file: Path) -> dict[str, str | int]:
+    """The image as a data URI, and its width in pixels."""
+    from PIL import Image
+
+    try:
+        with Image.open(file) as image:
+            kind, width = image.get_format_mimetype(), image.width
+    except OSError as error:  # missing, or nothing that Pillow knows
+        raise ValueError(f"images: {file} must be an existing PNG, JPEG or WebP file ({error})") from error
+    if kind not in ("image/png", "image/jpeg", "image/webp"):
+        raise ValueError(f"images: {file} must be a PNG, JPEG or WebP file, got {kind}: convert it")
+    return {"uri": f"data:{kind};base64,{base64.b64encode(file.read_bytes()).decode('ascii')}", "width": width}

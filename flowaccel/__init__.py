@@ -1,0 +1,57 @@
+"""flowaccel makes any diffusers flow or diffusion pipeline faster, and proves it."""
+
+# The base classes must be importable from here: diffusers looks them up in the library that a model_index.json names.
+from diffusers import DiffusionPipeline as DiffusionPipeline
+from diffusers import ModelMixin as ModelMixin
+from diffusers import SchedulerMixin as SchedulerMixin
+
+from flowaccel.accelerators import Accelerator as Accelerator
+from flowaccel.accelerators import Sampler as Sampler
+from flowaccel.accelerators import VelocityRefiner as VelocityRefiner
+from flowaccel.compat import register_components
+from flowaccel.errors import CheckpointError as CheckpointError
+from flowaccel.errors import FlowaccelError as FlowaccelError
+from flowaccel.errors import MissingExtraError as MissingExtraError
+from flowaccel.errors import RecipeConflictError as RecipeConflictError
+from flowaccel.errors import UnsupportedModelError as UnsupportedModelError
+from flowaccel.errors import WeightsNotFoundError as WeightsNotFoundError
+from flowaccel.models import DigitsClassifier as DigitsClassifier
+from flowaccel.models import SiTTransformer2DModel as SiTTransformer2DModel
+from flowaccel.pipelines import SiTPipeline as SiTPipeline
+from flowaccel.recipe import Recipe as Recipe
+from flowaccel.recipe import accelerate as accelerate
+from flowaccel.recipe import accelerated as accelerated
+from flowaccel.recipe import is_accelerated as is_accelerated
+from flowaccel.recipe import restore as restore
+from flowaccel.samplers import FlowAdamsBashforthScheduler as FlowAdamsBashforthScheduler
+from flowaccel.samplers import FlowRungeKuttaScheduler as FlowRungeKuttaScheduler
+from flowaccel.samplers import FlowSDEScheduler as FlowSDEScheduler
+from flowaccel.samplers import FlowTurboScheduler as FlowTurboScheduler
+
+register_components("flowaccel")
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Accelerator",
+    "CheckpointError",
+    "DigitsClassifier",
+    "FlowAdamsBashforthScheduler",
+    "FlowRungeKuttaScheduler",
+    "FlowSDEScheduler",
+    "FlowTurboScheduler",
+    "FlowaccelError",
+    "MissingExtraError",
+    "Recipe",
+    "RecipeConflictError",
+    "Sampler",
+    "SiTPipeline",
+    "SiTTransformer2DModel",
+    "UnsupportedModelError",
+    "VelocityRefiner",
+    "WeightsNotFoundError",
+    "accelerate",
+    "accelerated",
+    "is_accelerated",
+    "restore",
+]

@@ -1,0 +1,109 @@
+"""Another sampler: the pipeline's scheduler is exchanged for one that needs fewer or cheaper steps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+from flowaccel.accelerators.base import Accelerator, Detach
+from flowaccel.samplers import (
+    FlowAdamsBashforthScheduler,
+    FlowRungeKuttaScheduler,
+    FlowSDEScheduler,
+    FlowTurboScheduler,
+)
+
+# name -> (class, fixed options)
+SAMPLERS: dict[str, tuple[type, dict[str, Any]]] = {
+    "flowturbo": (FlowTurboScheduler, {}),
+    "euler": (FlowRungeKuttaScheduler, {"solver": "euler"}),
+    "heun": (FlowRungeKuttaScheduler, {"solver": "heun"}),
+    "midpoint": (FlowRungeKuttaScheduler, {"solver": "midpoint"}),
+    "rk4": (FlowRungeKuttaScheduler, {"solver": "rk4"}),
+    "ab2": (FlowAdamsBashforthScheduler, {}),
+    "sde": (FlowSDEScheduler, {}),
+}
+# what a FlowMatch scheduler may be configured to do that these samplers do not
+_UNSUPPORTED = (
+    "shift_terminal",
+    "invert_sigmas",
+    "use_karras_sigmas",
+    "use_exponential_sigmas",
+    "use_beta_sigmas",
+    "stochastic_sampling",
+)
+
+
+@dataclass(frozen=True)
+class Sampler(Accelerator):
+    """Exchange the pipeline's scheduler; the time shift of the old one is kept.
+
+    Args:
+        sampler: `flowturbo`, `euler`, `heun`, `midpoint`, `rk4`, `ab2` or `sde`.
+        options: constructor arguments of that scheduler, for example `{"blocks": "H2P4R2"}`.
+
+    Raises:
+        ValueError: unknown sampler, or options that it refuses.
+    """
+
+    name: ClassVar[str] = "sampler"
+
+    sampler: str = "flowturbo"
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.sampler not in SAMPLERS:
+            raise ValueError(f"sampler must be one of {sorted(SAMPLERS)}, got {self.sampler!r}")
+        scheduler_class, fixed = SAMPLERS[self.sampler]
+        try:
+            scheduler_class(**fixed, **self.options)
+        except TypeError as error:
+            raise ValueError(f"options of sampler {self.sampler!r}: {error}") from error
+
+    @property
+    def num_inference_steps(self) -> int | None:
+        """FlowTurbo's H + P + R; None for samplers that take any number of steps."""
+        scheduler_class, fixed = SAMPLERS[self.sampler]
+        return getattr(scheduler_class(**fixed, **self.options), "default_num_inference_steps", None)
+
+    def attach(self, pipe: Any) -> Detach:
+        """Exchange `pipe.scheduler`; undone by putting the old object back."""
+        replaced = pipe.scheduler
+        unsupported = [name for name in _UNSUPPORTED if replaced.config.get(name)]
+        if unsupported:
+            raise ValueError(
+                f"sampler {self.sampler!r} cannot stand in for a {type(replaced).__name__} with {', '.join(unsupported)} set"
+            )
+        scheduler_class, fixed = SAMPLERS[self.sampler]
+        pipe.scheduler = scheduler_class.from_config(_grid_config(replaced.config), **fixed, **self.options)
+
+        def detach() -> None:
+            pipe.scheduler = replaced
+
+        return detach
+
+    def to_dict(self) -> dict[str, Any]:
+        """`{"sampler": ..., "options": {...}}`."""
+        return {"sampler": self.sampler, "options": dict(self.options)}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any], folder: Path | None = None) -> Self:
+        """The inverse of `to_dict`."""
+        return cls(**data)
+
+
+_GRID_FIELDS = (
+    "num_train_timesteps",
+    "shift",
+    "use_dynamic_shifting",
+    "base_shift",
+    "max_shift",
+    "base_image_seq_len",
+    "max_image_seq_len",
+    "time_shift_type",
+)
+
+
+def _grid_config(config: Any) -> dict[str, Any]:
+    return {name: config[name] for name in _GRID_FIELDS if config.get(name) is not None}

@@ -1,0 +1,184 @@
+"""FlowTurbo's velocity refiner (arXiv 2409.18128): a one-block network that corrects a reused velocity."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import diffusers
+import torch
+from torch import Tensor, nn
+
+from flowaccel import models
+from flowaccel.accelerators.base import Accelerator, Detach
+from flowaccel.errors import WeightsNotFoundError
+from flowaccel.hooks import denoiser, wrap
+from flowaccel.models import convention_of
+
+FOLDER = "refiner"
+# what the refiner must share with its base, because both are called with the same arguments
+_SHARED = (
+    "sample_size",
+    "patch_size",
+    "num_classes",
+    "null_class",
+    "joint_attention_dim",
+    "pooled_projection_dim",
+    "cross_attention_dim",
+    "caption_channels",
+    "guidance_embeds",
+    "axes_dims_rope",
+)
+
+
+@dataclass(frozen=True)
+class VelocityRefiner(Accelerator):
+    """Let a small refiner stand in for the network on the R steps of a `FlowTurboScheduler`.
+
+    For every row of the batch the accelerated call returns the guided velocity of before plus the refiner's offset for that row, so
+    that the pipeline's own guidance yields v + r(null) + s * (r(y) - r(null)), whatever its guidance layout.
+
+    Args:
+        refiner: the refiner, or the folder it was saved to; None takes the folder `refiner` beside the pipeline's components.
+
+    Raises:
+        TypeError: `refiner` is none of these.
+    """
+
+    name: ClassVar[str] = "velocity_refiner"
+
+    refiner: nn.Module | str | Path | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.refiner, (nn.Module, str, Path, type(None))):
+            raise TypeError(f"refiner must be a module, a folder or None, got {type(self.refiner).__name__}")
+
+    def attach(self, pipe: Any) -> Detach:
+        """Wrap the network's `forward` on this instance."""
+        network = denoiser(pipe)
+        _check_scheduler(pipe.scheduler)
+        refiner = self.resolve(pipe)
+        check_refiner(refiner, network)
+        refiner.to(device=network.device, dtype=network.dtype).eval()
+        signature = inspect.signature(network.forward)
+
+        def around(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            refinement = getattr(pipe.scheduler, "refinement", None)
+            if refinement is None:
+                return forward(*args, **kwargs)
+            return _refine(refiner, network, signature.bind(*args, **kwargs).arguments, refinement)
+
+        return wrap(network, "forward", around).remove
+
+    def resolve(self, pipe: Any = None) -> nn.Module:
+        """The refiner as a module, loaded if a folder was given."""
+        if isinstance(self.refiner, nn.Module):
+            return self.refiner
+        if self.refiner is not None:
+            return load_refiner(Path(self.refiner))
+        beside = Path(str(pipe.config.get("_name_or_path", ""))) / FOLDER
+        if not beside.is_dir():
+            raise WeightsNotFoundError(
+                f"no refiner at {beside}; train one with `flowaccel train refiner`, or pass VelocityRefiner(refiner=FOLDER)"
+            )
+        return load_refiner(beside)
+
+    def to_dict(self) -> dict[str, Any]:
+        """`{"refiner": folder}`, where a module is written to the recipe's own folder by `save_parts`."""
+        return {"refiner": FOLDER if isinstance(self.refiner, nn.Module) else self.refiner and str(self.refiner)}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any], folder: Path | None = None) -> Self:
+        """The inverse of `to_dict`; a relative path counts from `folder`."""
+        path = data.get("refiner")
+        if path is not None and folder is not None and (folder / path).is_dir():
+            path = folder / path
+        return cls(refiner=path)
+
+    def save_parts(self, folder: Path) -> None:
+        """Write a refiner that was given as a module to `folder/refiner`."""
+        if isinstance(self.refiner, nn.Module):
+            self.refiner.save_pretrained(folder / FOLDER)  # type: ignore[operator]
+
+
+def _refine(refiner: nn.Module, network: Any, arguments: dict[str, Any], refinement: Any) -> Any:
+    """The network's return value at an R evaluation."""
+    convention = convention_of(network)
+    hidden_states: Tensor = arguments["hidden_states"]
+
+    def rows(velocity: Tensor) -> Tensor:
+        """diffusers' velocity (B, ...) -> the network's, for every row of its batch (k * B, ...)."""
+        copies = hidden_states.shape[0] // velocity.shape[0]
+        return (convention.velocity_sign * velocity).repeat(copies, *[1] * (velocity.dim() - 1)).to(hidden_states)
+
+    channel_axis = 1 if hidden_states.dim() == 4 else -1  # images (B, C, H, W), or packed tokens (B, L, C)
+    stacked = torch.cat([hidden_states, rows(refinement.feed)], dim=channel_axis)
+    output = refiner(**{**arguments, "hidden_states": stacked, "return_dict": True})
+    output.sample = rows(refinement.base) + output.sample
+    return output if arguments.get("return_dict", True) else (output.sample,)
+
+
+def _check_scheduler(scheduler: Any) -> None:
+    blocks = getattr(scheduler, "blocks", None)
+    if blocks is None or not blocks.refine:
+        raise ValueError(
+            f"VelocityRefiner works on the R steps of a FlowTurboScheduler, but the pipeline has a {type(scheduler).__name__}"
+            f"{' without R steps' if blocks is not None else ''}; put Sampler('flowturbo', {{'blocks': 'H2P4R2'}}) before it"
+        )
+
+
+def new_refiner(network: nn.Module) -> nn.Module:
+    """A fresh refiner for `network`: its own class with one block and doubled input channels, which at first returns 0.
+
+    Args:
+        network: a `SiTTransformer2DModel` or a stock diffusers flow transformer (SD3, FLUX and others that have `in_channels`,
+            `out_channels` and `num_layers`).
+    """
+    config = dict(network.config)  # type: ignore[arg-type]
+    overrides: dict[str, Any] = {
+        "in_channels": 2 * config["in_channels"],
+        "out_channels": config.get("out_channels") or config["in_channels"],
+        "num_layers": 1,
+    }
+    if "num_single_layers" in config:
+        overrides["num_single_layers"] = 0
+    if "dual_attention_layers" in config:
+        overrides["dual_attention_layers"] = tuple(i for i in config["dual_attention_layers"] if i < 1)
+    refiner = type(network).from_config({**config, **overrides})  # type: ignore[attr-defined]
+    nn.init.zeros_(refiner.proj_out.weight)
+    nn.init.zeros_(refiner.proj_out.bias)
+    return refiner
+
+
+def check_refiner(refiner: Any, network: Any) -> None:
+    """Raise a ValueError that names every misfit between a refiner and its base network."""
+    if type(refiner) is not type(network):
+        raise ValueError(f"the refiner is a {type(refiner).__name__}, the network a {type(network).__name__}; they must be alike")
+    base = network.config
+    wanted = {name: base[name] for name in _SHARED if name in base}
+    wanted["in_channels"] = 2 * base["in_channels"]
+    wanted["out_channels"] = base.get("out_channels") or base["in_channels"]
+    misfits = [f"{name} is {refiner.config[name]}, must be {value}" for name, value in wanted.items() if refiner.config[name] != value]
+    if misfits:
+        raise ValueError(f"the refiner does not fit the network: {'; '.join(misfits)}; train one for this network")
+
+
+def load_refiner(folder: Path) -> nn.Module:
+    """Load a refiner saved by `save_pretrained`, whatever its class.
+
+    Raises:
+        WeightsNotFoundError: no configuration in `folder`.
+        ValueError: a class that neither diffusers nor flowaccel has.
+    """
+    config_file = folder / "config.json"
+    if not config_file.is_file():
+        raise WeightsNotFoundError(f"no refiner in {folder}: it has no config.json")
+    class_name = json.loads(config_file.read_text())["_class_name"]
+    network_class = getattr(models, class_name, None) or getattr(diffusers, class_name, None)
+    if network_class is None:
+        raise ValueError(f"{config_file} names the class {class_name!r}, which neither flowaccel nor diffusers has")
+    return network_class.from_pretrained(folder)

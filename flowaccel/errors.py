@@ -1,0 +1,27 @@
+"""Errors that a user can meet. Every one is also a built-in exception, so that `except ValueError` keeps working."""
+
+from __future__ import annotations
+
+
+class FlowaccelError(Exception):
+    """Base class of the errors that flowaccel raises on purpose."""
+
+
+class CheckpointError(FlowaccelError, ValueError):
+    """A weight file is truncated, foreign, hostile or does not fit the model. Nothing was changed."""
+
+
+class UnsupportedModelError(FlowaccelError, ValueError):
+    """An accelerator was asked to work on a network or a pipeline that it does not know."""
+
+
+class RecipeConflictError(FlowaccelError, ValueError):
+    """Two accelerators, or an accelerator and the pipeline's present state, exclude each other."""
+
+
+class MissingExtraError(FlowaccelError, ImportError):
+    """An optional dependency is missing or broken. The message names the extra to install."""
+
+
+class WeightsNotFoundError(FlowaccelError, FileNotFoundError):
+    """Weights are neither on disk nor in the cache, and cannot be downloaded."""

@@ -1,0 +1,8 @@
+"""Networks that diffusers does not have, and the readers of their official checkpoints."""
+
+from flowaccel.models.convention import FlowConvention as FlowConvention
+from flowaccel.models.convention import convention_of as convention_of
+from flowaccel.models.features import DigitsClassifier as DigitsClassifier
+from flowaccel.models.sit import SiTTransformer2DModel as SiTTransformer2DModel
+
+__all__ = ["DigitsClassifier", "FlowConvention", "SiTTransformer2DModel", "convention_of"]

@@ -1,0 +1,1 @@
+"""Small reference checkpoints trained by this repository."""

@@ -1,0 +1,15 @@
+"""Schedulers for flow models, usable in any diffusers flow pipeline."""
+
+from flowaccel.samplers.flowturbo import Blocks as Blocks
+from flowaccel.samplers.flowturbo import FlowTurboScheduler as FlowTurboScheduler
+from flowaccel.samplers.ode import FlowAdamsBashforthScheduler as FlowAdamsBashforthScheduler
+from flowaccel.samplers.ode import FlowRungeKuttaScheduler as FlowRungeKuttaScheduler
+from flowaccel.samplers.sde import FlowSDEScheduler as FlowSDEScheduler
+
+__all__ = [
+    "Blocks",
+    "FlowAdamsBashforthScheduler",
+    "FlowRungeKuttaScheduler",
+    "FlowSDEScheduler",
+    "FlowTurboScheduler",
+]

@@ -1,0 +1,214 @@
+"""What all flow samplers share: the step grid, its shifts, and a walk over network evaluations.
+
+A sampler is a list of evaluations fixed before sampling and a `step` that consumes the network's output of one evaluation and
+returns the input of the next. So any number of evaluations per step fits the ordinary diffusers loop with `order = 1`, at the
+price that some of the samples a callback sees are predictor points between two steps.
+
+Convention: diffusers' own. sigma runs from 1 (noise) to 0 (data), timestep = `num_train_timesteps` * sigma, the network's output
+is noise - data.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from diffusers.configuration_utils import ConfigMixin
+from diffusers.schedulers.scheduling_utils import SchedulerMixin, SchedulerOutput
+from torch import Tensor
+
+TimeShift = Literal["exponential", "linear"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """One call of a network."""
+
+    step: int
+    """Index of the step (0 .. num_inference_steps - 1) that the call belongs to."""
+    stage: int
+    """Position of the call within its step, from 0."""
+    sigma: float
+    """Noise level at which the network is evaluated."""
+
+
+def shifted(sigma: float, shift: float) -> float:
+    """SD3's time shift of a noise level in [0, 1] (arXiv 2403.03206, eq. 23); `shift` 1 changes nothing."""
+    return shift * sigma / (1 + (shift - 1) * sigma)
+
+
+class FlowSampler(SchedulerMixin, ConfigMixin):
+    """Abstract base of flowaccel's schedulers; subclasses define `_plan` and `_advance`."""
+
+    order: ClassVar[int] = 1
+    _compatibles: ClassVar[list[str]] = ["FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler"]
+    begins_midway: ClassVar[bool] = False
+    """Whether a run may begin at an evaluation that is not the first of its step."""
+
+    timesteps: Tensor
+    sigmas: Tensor
+
+    def _initialise(self) -> None:
+        """Called at the end of a subclass's constructor."""
+        self.num_inference_steps: int | None = None
+        self.grid: list[float] = []
+        self.evaluations: list[Evaluation] = []
+        self.timesteps = torch.empty(0)
+        self.sigmas = torch.empty(0)
+        self._begin_index: int | None = None
+        self._step_index: int | None = None
+
+    @abstractmethod
+    def _plan(self, steps: int) -> list[Evaluation]:
+        """The evaluations of `steps` steps over `self.grid` (steps + 1 noise levels)."""
+
+    @abstractmethod
+    def _advance(self, index: int, velocity: Tensor, sample: Tensor) -> Tensor:
+        """Consume the output of evaluation `index`; returns the input of the next one."""
+
+    def _forget(self) -> None:
+        """Drop whatever a run carries from one evaluation to the next."""
+
+    @property
+    def begin_index(self) -> int | None:
+        """Index into `timesteps` at which the next run starts, or None for the first."""
+        return self._begin_index
+
+    @property
+    def step_index(self) -> int | None:
+        """Index into `timesteps` of the evaluation whose output `step` expects next; None before the first."""
+        return self._step_index
+
+    def set_begin_index(self, begin_index: int = 0) -> None:
+        """Start the next run at `timesteps[begin_index]` (image to image)."""
+        self._begin_index = begin_index
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        sigmas: Sequence[float] | None = None,
+        mu: float | None = None,
+    ) -> None:
+        """Fix the grid and the evaluations of the next run and forget the last one.
+
+        Args:
+            num_inference_steps: number of steps; may be left out where `sigmas` is given.
+            device: where `timesteps` is put.
+            sigmas: the noise levels that the steps start from, decreasing, in (0, 1]; they are shifted like the default ones,
+                which are uniform: 1, 1 - 1/N, ..., 1/N.
+            mu: strength of resolution-dependent shifting; needed where `use_dynamic_shifting` is set.
+
+        Raises:
+            ValueError: neither count nor levels, or both and they disagree, levels out of order, `mu` missing.
+        """
+        starts = _starting_levels(num_inference_steps, sigmas)
+        self.num_inference_steps = len(starts)
+        self.grid = [self._shift(level, mu) for level in starts] + [0.0]
+        self.evaluations = self._plan(self.num_inference_steps)
+        levels = torch.tensor([evaluation.sigma for evaluation in self.evaluations], dtype=torch.float32)
+        self.timesteps = (levels * self.config.num_train_timesteps).to(device)
+        self.sigmas = torch.cat([levels, torch.zeros(1)])
+        self._begin_index = None
+        self._step_index = None
+        self._forget()
+
+    def _shift(self, sigma: float, mu: float | None) -> float:
+        if not self.config.use_dynamic_shifting:
+            return shifted(sigma, self.config.shift)
+        if mu is None:
+            raise ValueError("mu must be given to set_timesteps, because use_dynamic_shifting is set")
+        exponential = self.config.time_shift_type == "exponential"
+        return shifted(sigma, math.exp(mu) if exponential else mu)
+
+    def width(self, step: int) -> float:
+        """Change of sigma over step `step` (negative)."""
+        return self.grid[step + 1] - self.grid[step]
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: float | Tensor,
+        sample: Tensor,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        return_dict: bool = True,
+    ) -> SchedulerOutput | tuple[Tensor]:
+        """Consume one evaluation of the network.
+
+        Args:
+            model_output: (B, ...) guided velocity, noise - data, at `sample` and `timestep`.
+            timestep: the entry of `timesteps` that the network was evaluated at.
+            sample: (B, ...) what the network was evaluated at.
+            generator: randomness of stochastic samplers, one generator or one per image.
+            return_dict: return a `SchedulerOutput` rather than a 1-tuple.
+
+        Returns:
+            `prev_sample`: the input of the next evaluation, or after the last one the finished sample; computed in at least
+            float32 and returned in the dtype of `model_output`.
+
+        Raises:
+            ValueError: called before `set_timesteps`, after the last evaluation, or at a timestep that is not in the list.
+        """
+        self._generator = generator
+        index = self._begin(timestep) if self._step_index is None else self._step_index
+        if index >= len(self.evaluations):
+            raise ValueError(f"step was called {index + 1} times for {len(self.evaluations)} evaluations; call set_timesteps")
+        precise = torch.promote_types(sample.dtype, torch.float32)
+        advanced = self._advance(index, model_output.to(precise), sample.to(precise)).to(model_output.dtype)
+        self._step_index = index + 1
+        if self._step_index == len(self.evaluations):
+            self._forget()
+        return SchedulerOutput(prev_sample=advanced) if return_dict else (advanced,)
+
+    def _begin(self, timestep: float | Tensor) -> int:
+        if not self.evaluations:
+            raise ValueError("call set_timesteps before step")
+        index = self._begin_index if self._begin_index is not None else self._index_of(timestep)
+        if not 0 <= index < len(self.evaluations):
+            raise ValueError(f"begin index must be in 0 .. {len(self.evaluations) - 1}, got {index}")
+        evaluation = self.evaluations[index]
+        if evaluation.stage and not self.begins_midway:
+            starts = [i for i, other in enumerate(self.evaluations) if other.stage == 0]
+            raise ValueError(f"{type(self).__name__} can only begin where a step starts, at {starts}; got {index}")
+        return index
+
+    def _index_of(self, timestep: float | Tensor) -> int:
+        """The evaluation at `timestep`, the start of a step if there are several."""
+        value = float(timestep)
+        scale = self.config.num_train_timesteps
+        matches = [i for i, e in enumerate(self.evaluations) if math.isclose(e.sigma * scale, value, rel_tol=1e-5, abs_tol=1e-4)]
+        if not matches:
+            raise ValueError(f"timestep {value} is not one of this run's timesteps {self.timesteps.tolist()}")
+        return next((i for i in matches if self.evaluations[i].stage == 0), matches[0])
+
+    def scale_model_input(self, sample: Tensor, timestep: float | Tensor | None = None) -> Tensor:
+        """`sample` itself: flow models take their state unscaled."""
+        return sample
+
+    def scale_noise(self, sample: Tensor, timestep: float | Tensor, noise: Tensor) -> Tensor:
+        """(1 - sigma) * `sample` + sigma * `noise` at `timestep` (a scalar or (B,)): where image to image starts."""
+        level = torch.as_tensor(timestep, device=sample.device, dtype=sample.dtype) / self.config.num_train_timesteps
+        level = level.reshape(-1, *[1] * (sample.dim() - 1))
+        return level * noise + (1 - level) * sample
+
+    def __len__(self) -> int:
+        return self.config.num_train_timesteps
+
+
+def _starting_levels(count: int | None, sigmas: Sequence[float] | None) -> list[float]:
+    if sigmas is None:
+        if count is None or count < 1:
+            raise ValueError(f"num_inference_steps must be at least 1, got {count}")
+        return [1 - k / count for k in range(count)]
+    levels = [float(level) for level in sigmas]
+    if count is not None and count != len(levels):
+        raise ValueError(f"sigmas must have num_inference_steps = {count} entries, got {len(levels)}")
+    if not levels or any(not 0 < level <= 1 for level in levels):
+        raise ValueError(f"sigmas must lie in (0, 1], got {levels}")
+    if any(later >= earlier for earlier, later in zip(levels, levels[1:], strict=False)):
+        raise ValueError(f"sigmas must decrease, got {levels}")
+    return levels

@@ -1,0 +1,140 @@
+"""Deterministic samplers on the uniform (or shifted) grid, with both ends evaluated: explicit Runge-Kutta and Adams-Bashforth.
+
+diffusers' own FlowMatch schedulers run 1 .. 1/1000 .. 0 instead, and their Heun ends in an Euler step; SiT (arXiv 2401.08740) and
+FlowTurbo (arXiv 2409.18128) use the grid made here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from diffusers.configuration_utils import register_to_config
+from torch import Tensor
+
+from flowaccel.samplers.base import Evaluation, FlowSampler, TimeShift
+
+
+@dataclass(frozen=True)
+class Tableau:
+    """An explicit Runge-Kutta method: nodes c, lower-triangular weights a, final weights b (Butcher's notation)."""
+
+    c: tuple[float, ...]
+    a: tuple[tuple[float, ...], ...]
+    b: tuple[float, ...]
+    order: int
+
+    def __post_init__(self) -> None:
+        if abs(sum(self.b) - 1) > 1e-12:
+            raise ValueError(f"the final weights must sum to 1, got {self.b}")
+        if any(abs(sum(row) - node) > 1e-12 for row, node in zip(self.a, self.c, strict=True)):
+            raise ValueError(f"every row of a must sum to its node: {self.a}, {self.c}")
+
+
+TABLEAUS = {
+    "euler": Tableau((0.0,), ((),), (1.0,), 1),
+    "heun": Tableau((0.0, 1.0), ((), (1.0,)), (0.5, 0.5), 2),
+    "midpoint": Tableau((0.0, 0.5), ((), (0.5,)), (0.0, 1.0), 2),
+    # Kutta's 3/8 rule, which is what torchdiffeq calls rk4
+    "rk4": Tableau(
+        (0.0, 1 / 3, 2 / 3, 1.0), ((), (1 / 3,), (-1 / 3, 1.0), (1.0, -1.0, 1.0)), (0.125, 0.375, 0.375, 0.125), 4
+    ),
+}
+
+
+class FlowRungeKuttaScheduler(FlowSampler):
+    """Explicit Runge-Kutta methods for flow models: `euler`, `heun`, `midpoint`, `rk4` (1, 2, 2 and 4 evaluations a step).
+
+    Heun is SiT's deterministic sampler: the explicit trapezoid, at the last step too, which evaluates the network at sigma = 0.
+
+    Args:
+        solver: the method.
+        num_train_timesteps, shift, use_dynamic_shifting, base_shift, max_shift, base_image_seq_len, max_image_seq_len,
+            time_shift_type: the grid, as in `FlowTurboScheduler`.
+
+    Raises:
+        ValueError: unknown solver.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        solver: Literal["euler", "heun", "midpoint", "rk4"] = "heun",
+        num_train_timesteps: int = 1000,
+        shift: float = 1.0,
+        use_dynamic_shifting: bool = False,
+        base_shift: float = 0.5,
+        max_shift: float = 1.15,
+        base_image_seq_len: int = 256,
+        max_image_seq_len: int = 4096,
+        time_shift_type: TimeShift = "exponential",
+    ) -> None:
+        if solver not in TABLEAUS:
+            raise ValueError(f"solver must be one of {sorted(TABLEAUS)}, got {solver!r}")
+        self.tableau = TABLEAUS[solver]
+        self._initialise()
+        self._forget()
+
+    def _plan(self, steps: int) -> list[Evaluation]:
+        return [
+            Evaluation(step=step, stage=stage, sigma=self.grid[step] + node * self.width(step))
+            for step in range(steps)
+            for stage, node in enumerate(self.tableau.c)
+        ]
+
+    def _forget(self) -> None:
+        self._state: Tensor | None = None
+        self._slopes: list[Tensor] = []
+
+    def _advance(self, index: int, velocity: Tensor, sample: Tensor) -> Tensor:
+        step, stage = self.evaluations[index].step, self.evaluations[index].stage
+        if stage == 0:
+            self._state, self._slopes = sample, []
+        assert self._state is not None
+        self._slopes.append(velocity)
+        last = stage + 1 == len(self.tableau.c)
+        weights = self.tableau.b if last else self.tableau.a[stage + 1]
+        terms = [weight * slope for weight, slope in zip(weights, self._slopes, strict=True) if weight]
+        return self._state + self.width(step) * torch.stack(terms).sum(0)
+
+
+class FlowAdamsBashforthScheduler(FlowSampler):
+    """Second-order Adams-Bashforth (AB2) for flow models: one evaluation a step, the previous velocity reused.
+
+    The step sizes may differ; the first step of a run is an Euler step.
+
+    Args:
+        num_train_timesteps, shift, use_dynamic_shifting, base_shift, max_shift, base_image_seq_len, max_image_seq_len,
+            time_shift_type: the grid, as in `FlowTurboScheduler`.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        shift: float = 1.0,
+        use_dynamic_shifting: bool = False,
+        base_shift: float = 0.5,
+        max_shift: float = 1.15,
+        base_image_seq_len: int = 256,
+        max_image_seq_len: int = 4096,
+        time_shift_type: TimeShift = "exponential",
+    ) -> None:
+        self._initialise()
+        self._forget()
+
+    def _plan(self, steps: int) -> list[Evaluation]:
+        return [Evaluation(step=step, stage=0, sigma=self.grid[step]) for step in range(steps)]
+
+    def _forget(self) -> None:
+        self._previous: Tensor | None = None
+
+    def _advance(self, index: int, velocity: Tensor, sample: Tensor) -> Tensor:
+        width = self.width(index)
+        slope = velocity
+        if self._previous is not None:
+            ratio = width / self.width(index - 1)
+            slope = velocity + ratio / 2 * (velocity - self._previous)
+        self._previous = velocity
+        return sample + width * slope

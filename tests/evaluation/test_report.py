@@ -1,0 +1,255 @@
+"""Hand-made results through every renderer; nothing in them was measured."""
+
+from __future__ import annotations
+
+import io
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from rich.console import Console
+
+from flowaccel.evaluation import report
+from flowaccel.evaluation.schema import SCHEMA_VERSION, check_results
+
+HOSTILE = "<script>alert(1)</script>$x_{|[bold]`*"
+
+
+def make_row(
+    name: str,
+    ms: float,
+    fid: float | None,
+    *,
+    versus: tuple[float, float, float] | None = None,
+    higher: bool = False,
+    **extra: Any,
+) -> dict[str, Any]:
+    metric = {
+        "value": fid,
+        "n": 200,
+        "stderr": None if fid is None else 0.1,
+        "ci95": None if fid is None else [fid - 0.196, fid + 0.196],
+        "higher_is_better": higher,
+        "display": "Frechet distance, zoo:small-features, n=200",
+    }
+    if versus is not None:
+        metric["versus"] = {"baseline": {"difference": versus[0], "ci95": [versus[1], versus[2]]}}
+    return {
+        "recipe": name,
+        "num_inference_steps": 10,
+        "nfe": 10,
+        "macs_per_image": 1.5e9,
+        "latency_ms_per_image": {"median": ms, "p10": 0.9 * ms, "p90": 1.1 * ms, "rounds": 10},
+        "speedup": {"wall_clock": {"value": 40 / ms, "ci95": [38 / ms, 42 / ms]}, "macs": 2.0},
+        "metrics": {"fid": metric},
+    } | extra
+
+
+@pytest.fixture
+def results() -> Any:
+    return {
+        "schema": SCHEMA_VERSION,
+        "protocol": {"dataset": "digits", "num_samples": 200, "seed": 0, "batch_size": 5, "metrics": ["fid"]},
+        "environment": {"device": "cpu", "torch": "2"},
+        "rows": [
+            make_row("baseline", 40.0, 2.0),
+            make_row("baseline@5", 20.0, 9.0, versus=(7.0, 6.5, 7.5)),
+            make_row("heun@5", 21.0, 1.5, versus=(-0.5, -0.7, -0.3), family="heun", pareto=True, refiner_rows=3),
+            make_row(HOSTILE, 39.0, 2.1, versus=(0.1, -0.1, 0.3), family="_odd$"),
+        ],
+    }
+
+
+def rendered(results: Any, width: int = 160) -> str:
+    console = Console(width=width, record=True, file=io.StringIO())
+    console.print(report.console_table(results))
+    return console.export_text()
+
+
+# --- Pareto
+
+
+def test_pareto_keeps_ties_and_drops_the_dominated() -> None:
+    rows: Any = [
+        make_row("best", 10.0, 3.0),
+        make_row("twin", 10.0, 3.0),
+        make_row("same time, worse", 10.0, 3.1),
+        make_row("same value, slower", 11.0, 3.0),
+        make_row("slow and good", 20.0, 1.0),
+        make_row("fast and poor", 5.0, 9.0),
+        make_row("dominated", 21.0, 1.5),
+        make_row("undefined", 1.0, None),
+    ]
+    del rows[6]["metrics"]["fid"]["stderr"]
+    assert report.pareto(rows, "fid") == {"best", "twin", "slow and good", "fast and poor"}
+    assert report.pareto(rows, "kid") == set()
+
+
+def test_pareto_knows_when_higher_is_better() -> None:
+    rows: Any = [make_row("low", 10.0, 1.0, higher=True), make_row("high", 10.0, 2.0, higher=True)]
+    assert report.pareto(rows, "fid") == {"high"}
+
+
+def test_primary_metric(results: Any) -> None:
+    for entry in results["rows"]:
+        entry["metrics"] = {"psnr": {}, "kid": {}, "rel_l2": {}}
+    assert report.primary_metric(results) == "kid"
+    for entry in results["rows"]:
+        entry["metrics"] = {"psnr": {}}
+    with pytest.raises(ValueError, match="pass metric= one of psnr"):
+        report.primary_metric(results)
+
+
+# --- tables
+
+
+def test_sample_results_are_valid(results: Any) -> None:
+    check_results(results)
+
+
+def test_console_table_says_what_differs(results: Any) -> None:
+    text = rendered(results)
+    assert HOSTILE in text  # shown as it is: neither markup nor swallowed
+    assert "Frechet distance, zoo:small-features" in text
+    assert "2.00 ± 0.20" in text
+    assert "-0.50 [-0.70, -0.30]" in text
+    assert "1.90x" in text
+    assert "+ 3 small" in text
+
+
+def test_console_table_folds_instead_of_cutting(results: Any) -> None:
+    text = rendered(results, width=60)
+    assert "…" not in text
+
+
+def test_only_certain_differences_are_bold(results: Any) -> None:
+    lines = report.markdown_table(results).splitlines()
+    assert len(lines) == 2 + 4
+    untouched, fewer_steps, heun, hostile = lines[2:]
+    assert "**" not in untouched
+    assert r"**+7.00 \[+6.50, +7.50\] worse**" in fewer_steps
+    assert r"**-0.50 \[-0.70, -0.30\] better**" in heun
+    assert r"<br>+0.10 \[-0.10, +0.30\] |" in hostile
+    assert "1.03x<br>0.97 to 1.08 |" in hostile  # the interval holds 1: no speed-up is claimed
+
+
+def test_markdown_escapes_names(results: Any) -> None:
+    line = report.markdown_table(results).splitlines()[-1]
+    assert len(re.findall(r"(?<!\\)\|", line)) == 7
+    assert "<script>" not in line
+    assert "&lt;script&gt;" in line
+
+
+def test_absent_and_undefined_metrics(results: Any) -> None:
+    results["rows"][1]["metrics"] = {}
+    results["rows"][2]["metrics"]["fid"] |= {"value": None, "stderr": None, "ci95": None, "identical_fraction": 1.0}
+    lines = report.markdown_table(results).splitlines()
+    assert lines[3].endswith("| - |")
+    assert lines[4].endswith("| undefined<br>all identical |")
+
+
+def test_numbers_show_two_figures_of_their_uncertainty() -> None:
+    assert report._plus_minus(12.3456, 0.431) == "12.35 ± 0.84"
+    assert report._plus_minus(0.98123, 0.0041) == "0.9812 ± 0.0080"
+    assert report._plus_minus(154.2, 30.0) == "154 ± 59"
+    assert report._plus_minus(3.0, 0.0) == "3"
+
+
+# --- pictures
+
+
+def test_pareto_png(results: Any, tmp_path: Path) -> None:
+    report.pareto_png(results, tmp_path / "pareto.png")
+    with Image.open(tmp_path / "pareto.png") as image:
+        assert image.size == (1600, 1040)
+        assert len(image.convert("RGB").getcolors(1 << 20)) > 10
+
+
+def test_pareto_png_with_one_row_and_no_error(results: Any, tmp_path: Path) -> None:
+    results["rows"] = results["rows"][:1]
+    results["rows"][0]["metrics"]["fid"]["stderr"] = 0.0
+    report.pareto_png(results, tmp_path / "pareto.png", "fid")
+    with pytest.raises(ValueError, match="no row has a value of metric 'kid': choose one of fid"):
+        report.pareto_png(results, tmp_path / "pareto.png", "kid")
+
+
+def test_labels_do_not_cover_each_other(results: Any) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    rows: Any = [make_row(f"row number {index}", 20.0 + 0.3 * index, 2.0 + 0.01 * index) for index in range(6)]
+    figure = Figure(figsize=(8, 5.2), dpi=100)
+    canvas, axes = FigureCanvasAgg(figure), figure.add_subplot()
+    report._draw_rows(axes, rows, "fid", untouched="baseline")
+    report._dress(axes, rows, "fid")
+    canvas.draw()
+    report._place_labels(axes, canvas, rows, "fid")
+    boxes = [label.get_window_extent(canvas.get_renderer()) for label in axes.texts]
+    assert len(boxes) == 6
+    assert sum(report._overlap(one, other) for index, one in enumerate(boxes) for other in boxes[:index]) < 1
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_sample_grid(tmp_path: Path, channels: int) -> None:
+    images = {"baseline": torch.zeros(4, channels, 8, 6, dtype=torch.uint8)}
+    images["a row"] = images["baseline"] + 200
+    report.sample_grid(images, tmp_path / "grid.png", columns=3, scale=5)
+    with Image.open(tmp_path / "grid.png") as image:
+        assert image.height == 2 * (8 * 5 + 4) + 4
+        assert image.getpixel((image.width - 10, 20)) == (0, 0, 0)
+        assert image.getpixel((image.width - 10, 70)) == (200, 200, 200)
+
+
+def test_small_samples_are_enlarged(tmp_path: Path) -> None:
+    report.sample_grid({"a": torch.zeros(1, 1, 8, 8, dtype=torch.uint8)}, tmp_path / "grid.png")
+    with Image.open(tmp_path / "grid.png") as image:
+        assert image.height == 64 + 8
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        ({}, "images is empty"),
+        ({"a": torch.zeros(1, 1, 8, 8)}, r"images\['a'\] must be uint8"),
+        ({"a": torch.zeros(1, 2, 8, 8, dtype=torch.uint8)}, r"images\['a'\] must be uint8 .* 2, 8, 8"),
+        (
+            {"a": torch.zeros(2, 1, 8, 8, dtype=torch.uint8), "b": torch.zeros(1, 1, 8, 8, dtype=torch.uint8)},
+            r"images\['b'\] has shape .*same sample ids",
+        ),
+    ],
+)
+def test_wrong_samples_are_explained(images: Any, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        report.sample_grid(images, tmp_path / "grid.png")
+
+
+# --- HTML
+
+
+def test_html_is_self_contained_and_escaped(results: Any, tmp_path: Path) -> None:
+    results["protocol"]["dataset"] = "<img src=x onerror=alert(1)>"
+    Image.new("RGB", (4, 4)).save(tmp_path / "plot.png")
+    report.html_report(results, tmp_path / "report.html", {'"><b>caption': tmp_path / "plot.png"})
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert page.count("data:image/png;base64,") == 1
+    assert not re.search(r"(?:https?:)?//", re.sub(r"base64,[A-Za-z0-9+/=]+", "", page))
+    assert "<script" not in page
+    assert "&lt;script&gt;alert(1)" in page
+    assert "<img src=x" not in page
+    assert '"><b>' not in page
+    assert page.count("<img ") == 1
+    for text in ("Frechet distance, zoo:small-features, n=200", "Environment", "Protocol", "speed-up", "Pareto"):
+        assert text in page
+    assert "-0.50 [-0.70, -0.30] better</strong>" in page
+
+
+def test_html_refuses_what_is_no_picture(results: Any, tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_text("no picture")
+    Image.new("RGB", (4, 4)).save(tmp_path / "b.bmp")
+    for name in ("a.png", "b.bmp", "absent.png"):
+        with pytest.raises(ValueError, match=f"{name} must be"):
+            report.html_report(results, tmp_path / "report.html", {"plot": tmp_path / name})
+    assert not (tmp_path / "report.html").exists()
