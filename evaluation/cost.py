@@ -51,20 +51,21 @@ def count_macs(fn: Callable[[], object]) -> int:
 
 
 class CallCounter:
-    """Counts calls and rows of named modules: `with CallCounter({"network": transformer}) as counter: ...`.
+    """Counts forward passes and rows of named modules: `with CallCounter({"network": transformer}) as counter: ...`.
 
     A row is one entry of the leading dimension of the first tensor argument, positional ones first, then keywords in
     the order of the call; a list of tensors counts its length. Entering starts from zero; the counts stay readable
-    after the block. The hooks are removed on exit, also after an exception.
+    after the block. The wrappers are removed on exit, also after an exception.
 
-    It counts calls *of the module*: a call that a hook answers from a cache inside `module.forward` is one as well.
+    It counts what reaches `module.forward` as it was on entry. So enter it *before* a pipeline is accelerated: calls that an
+    accelerator answers without the network (from a cache, by a refiner) then do not count.
     """
 
     def __init__(self, modules: Mapping[str, nn.Module]) -> None:
         self._modules = dict(modules)
-        self._hooks = ExitStack()
+        self._wrappers = ExitStack()
         self.calls: dict[str, int] = {}
-        """Number of calls by name."""
+        """Number of forward passes by name."""
         self.rows: dict[str, int] = {}
         """Sum of the leading dimensions by name."""
 
@@ -72,16 +73,16 @@ class CallCounter:
         self.calls = dict.fromkeys(self._modules, 0)
         self.rows = dict.fromkeys(self._modules, 0)
         for name, module in self._modules.items():
-            handle = module.register_forward_pre_hook(functools.partial(self._count, name), with_kwargs=True)
-            self._hooks.callback(handle.remove)
+            self._wrappers.enter_context(_replaced_method(module, "forward", functools.partial(self._counted, name)))
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._hooks.close()
+        self._wrappers.close()
 
-    def _count(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _counted(self, name: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         self.calls[name] += 1
         self.rows[name] += _leading_rows(name, (*args, *kwargs.values()))
+        return forward(*args, **kwargs)
 
 
 def _leading_rows(name: str, arguments: Sequence[Any]) -> int:
@@ -158,11 +159,7 @@ def timed_stages(
 def _timed_method(
     owner: object, method: str, stage: str, seconds: dict[str, float], device: torch.device, clock: Clock
 ) -> Iterator[None]:
-    original = getattr(owner, method)
-    had_own = method in vars(owner)  # an instance that was already wrapped by someone else gets that wrapper back
-
-    @functools.wraps(original)  # diffusers reads the signatures of the methods it calls
-    def timed(*args: Any, **kwargs: Any) -> Any:
+    def timed(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         synchronize(device)
         start = clock()
         try:
@@ -171,7 +168,21 @@ def _timed_method(
             synchronize(device)
             seconds[stage] += clock() - start
 
-    setattr(owner, method, timed)
+    with _replaced_method(owner, method, timed):
+        yield
+
+
+@contextmanager
+def _replaced_method(owner: object, method: str, around: Callable[..., Any]) -> Iterator[None]:
+    """Inside the block `owner.method(...)` is `around(original, ...)`, on this instance only."""
+    original = getattr(owner, method)
+    had_own = method in vars(owner)  # an instance that was already wrapped by someone else gets that wrapper back
+
+    @functools.wraps(original)  # diffusers reads the signatures of the methods it calls
+    def replacement(*args: Any, **kwargs: Any) -> Any:
+        return around(original, *args, **kwargs)
+
+    setattr(owner, method, replacement)
     try:
         yield
     finally:

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from flowaccel.accelerators import ACCELERATORS, Accelerator, Sampler, VelocityRefiner
 from flowaccel.accelerators.base import Detach
 from flowaccel.accelerators.sampler import SAMPLERS
@@ -51,6 +53,15 @@ class Recipe:
         if len(prescribed) > 1:
             raise RecipeConflictError(f"recipe {self.name!r} asks for different numbers of steps: {sorted(prescribed)}")
         object.__setattr__(self, "num_inference_steps", next(iter(prescribed), None))
+
+    def loaded(self, pipe: Any) -> Recipe:
+        """This recipe with all learned parts in memory, so that putting it on `pipe` costs no disk access."""
+        return Recipe([a.loaded(pipe) for a in self.accelerators], self.name, self.num_inference_steps)
+
+    @property
+    def networks(self) -> dict[str, nn.Module]:
+        """The networks that its accelerators call besides the pipeline's own; complete once `loaded`."""
+        return {name: network for a in self.accelerators for name, network in a.networks.items()}
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-serialisable form, without learned parts."""
@@ -132,7 +143,9 @@ def preset(name: str) -> Recipe:
         return Recipe(parts, name=name, num_inference_steps=count)
     near = difflib.get_close_matches(stem, PRESETS, n=2, cutoff=0.4)
     hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
-    raise ValueError(f"unknown recipe {name!r}: {hint}presets are {', '.join(PRESETS)}; or give a recipe file or folder")
+    raise ValueError(
+        f"unknown recipe {name!r}: {hint}presets are {', '.join(PRESETS)}; or give a recipe file or folder"
+    )
 
 
 def _refines_nothing(blocks: str) -> bool:

@@ -176,7 +176,9 @@ class SiTPipeline(DiffusionPipeline):
     def _label_id(self, label: int | str) -> int:
         if isinstance(label, str):
             if label not in self.labels:
-                raise ValueError(f"unknown class {label!r}; the classes of this model are {list(self.labels)[:20] or 'unnamed'}")
+                raise ValueError(
+                    f"unknown class {label!r}; the classes of this model are {list(self.labels)[:20] or 'unnamed'}"
+                )
             return self.labels[label]
         if isinstance(label, bool) or int(label) != label:
             raise ValueError(f"class_labels must be integers or class names, got {label!r}")
@@ -197,9 +199,13 @@ class SiTPipeline(DiffusionPipeline):
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type must be one of {OUTPUT_TYPES}, got {output_type!r}")
         if isinstance(generator, list) and len(generator) != batch:
-            raise ValueError(f"generator must be one generator or a list of {batch} (one per label), got {len(generator)}")
+            raise ValueError(
+                f"generator must be one generator or a list of {batch} (one per label), got {len(generator)}"
+            )
         if inputs is not None and set(inputs) - set(self._callback_tensor_inputs):
-            raise ValueError(f"callback_on_step_end_tensor_inputs may only name {self._callback_tensor_inputs}, got {inputs}")
+            raise ValueError(
+                f"callback_on_step_end_tensor_inputs may only name {self._callback_tensor_inputs}, got {inputs}"
+            )
 
 
 def guide(velocity: Tensor, scale: float, channels: int | Literal["all"]) -> Tensor:
@@ -218,6 +224,4 @@ def guide(velocity: Tensor, scale: float, channels: int | Literal["all"]) -> Ten
     if channels == "all" or channels >= velocity.shape[1]:
         return torch.cat([guided, guided])
     rest = slice(int(channels), None)
-    return torch.cat(
-        [torch.cat([guided[:, :channels], half[:, rest]], dim=1) for half in (conditional, null)]
-    )
+    return torch.cat([torch.cat([guided[:, :channels], half[:, rest]], dim=1) for half in (conditional, null)])

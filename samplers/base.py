@@ -156,7 +156,9 @@ class FlowSampler(SchedulerMixin, ConfigMixin):
         self._generator = generator
         index = self._begin(timestep) if self._step_index is None else self._step_index
         if index >= len(self.evaluations):
-            raise ValueError(f"step was called {index + 1} times for {len(self.evaluations)} evaluations; call set_timesteps")
+            raise ValueError(
+                f"step was called {index + 1} times for {len(self.evaluations)} evaluations; call set_timesteps"
+            )
         precise = torch.promote_types(sample.dtype, torch.float32)
         advanced = self._advance(index, model_output.to(precise), sample.to(precise)).to(model_output.dtype)
         self._step_index = index + 1
@@ -180,7 +182,11 @@ class FlowSampler(SchedulerMixin, ConfigMixin):
         """The evaluation at `timestep`, the start of a step if there are several."""
         value = float(timestep)
         scale = self.config.num_train_timesteps
-        matches = [i for i, e in enumerate(self.evaluations) if math.isclose(e.sigma * scale, value, rel_tol=1e-5, abs_tol=1e-4)]
+        matches = [
+            i
+            for i, e in enumerate(self.evaluations)
+            if math.isclose(e.sigma * scale, value, rel_tol=1e-5, abs_tol=1e-4)
+        ]
         if not matches:
             raise ValueError(f"timestep {value} is not one of this run's timesteps {self.timesteps.tolist()}")
         return next((i for i in matches if self.evaluations[i].stage == 0), matches[0])

@@ -34,11 +34,15 @@ class Blocks:
             raise ValueError(
                 f"blocks must look like 'H2P4R2' (Heun, pseudo-corrector, refiner steps in this order, each optional), got {text!r}"
             )
-        blocks = cls(**{name: int(n or 0) for name, n in zip(("heun", "pseudo", "refine"), match.groups(), strict=True)})
+        blocks = cls(
+            **{name: int(n or 0) for name, n in zip(("heun", "pseudo", "refine"), match.groups(), strict=True)}
+        )
         if blocks.total == 0:
             raise ValueError(f"blocks must hold at least one step, got {text!r}")
         if blocks.refine and not blocks.heun + blocks.pseudo:
-            raise ValueError(f"refiner steps need a velocity to refine: put at least one H or P step first, got {text!r}")
+            raise ValueError(
+                f"refiner steps need a velocity to refine: put at least one H or P step first, got {text!r}"
+            )
         return blocks
 
     @property

@@ -102,8 +102,6 @@ PREDICTIONS = ("velocity", "score", "noise")
 WEIGHTINGS = ("none", "velocity", "likelihood")
 
 
-
-
 def flow_loss(
     path: Path,
     output: Tensor,
@@ -135,7 +133,9 @@ def flow_loss(
         return (output - path.velocity(data, noise, t)).square().flatten(1).mean(1)
     sigma = path.sigma(t)
     variance = path.drift_variance(t)
-    weight = {"none": torch.ones_like(t), "velocity": (variance / sigma) ** 2, "likelihood": variance / sigma**2}[weighting]
+    weight = {"none": torch.ones_like(t), "velocity": (variance / sigma) ** 2, "likelihood": variance / sigma**2}[
+        weighting
+    ]
     residual = output - noise if prediction == "noise" else output * _like(sigma, output) + noise
     return (_like(weight, output) * residual.square()).flatten(1).mean(1)
 

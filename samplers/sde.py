@@ -68,14 +68,18 @@ class FlowSDEScheduler(FlowSampler):
     def _plan(self, steps: int) -> list[Evaluation]:
         closed = self.config.last_step != "none"
         if closed and steps < 2:
-            raise ValueError(f"num_inference_steps must be at least 2 with last_step={self.config.last_step!r}, got {steps}")
+            raise ValueError(
+                f"num_inference_steps must be at least 2 with last_step={self.config.last_step!r}, got {steps}"
+            )
         if closed:
             reach = 1 - self.config.last_step_size
             self.grid = [1 - reach * k / (steps - 1) for k in range(steps)] + [0.0]
         stages = (0, 1) if self.config.solver == "heun" else (0,)
         stochastic = steps - 1 if closed else steps
         plan = [
-            Evaluation(step=step, stage=stage, sigma=self.grid[step + stage]) for step in range(stochastic) for stage in stages
+            Evaluation(step=step, stage=stage, sigma=self.grid[step + stage])
+            for step in range(stochastic)
+            for stage in stages
         ]
         return [*plan, Evaluation(step=steps - 1, stage=0, sigma=self.grid[steps - 1])] if closed else plan
 
@@ -84,7 +88,9 @@ class FlowSDEScheduler(FlowSampler):
         self._drift: Tensor | None = None
         self._prepared = False
 
-    def prepare_sample(self, sample: Tensor, generator: Generators = None, variance_noise: Tensor | None = None) -> Tensor:
+    def prepare_sample(
+        self, sample: Tensor, generator: Generators = None, variance_noise: Tensor | None = None
+    ) -> Tensor:
         """What the first evaluation must see: for `heun`, `sample` with the noise of the first step; otherwise `sample` itself.
 
         Args:
@@ -119,12 +125,16 @@ class FlowSDEScheduler(FlowSampler):
             return noised - self.width(step) * drift
         if evaluation.stage == 0:
             if not self._prepared:
-                raise ValueError("solver='heun' adds noise before the first evaluation: use SiTPipeline, or solver='euler'")
+                raise ValueError(
+                    "solver='heun' adds noise before the first evaluation: use SiTPipeline, or solver='euler'"
+                )
             self._noised, self._drift = sample, drift
             return sample - self.width(step) * drift
         assert self._noised is not None and self._drift is not None
         state = self._noised - self.width(step) / 2 * (self._drift + drift)
-        stochastic_next = index + 1 < len(self.evaluations) and self.evaluations[index + 1].step < self._stochastic_steps
+        stochastic_next = (
+            index + 1 < len(self.evaluations) and self.evaluations[index + 1].step < self._stochastic_steps
+        )
         return self._with_noise(step + 1, state, self._generator, self._variance_noise) if stochastic_next else state
 
     @property
@@ -152,7 +162,9 @@ class FlowSDEScheduler(FlowSampler):
         if noise is None:
             # Guided pipelines hand over both halves of a doubled batch: the same image gets the same noise in both.
             images = len(generator) if isinstance(generator, list) else sample.shape[0]
-            noise = randn_tensor((images, *sample.shape[1:]), generator=generator, device=sample.device, dtype=sample.dtype)
+            noise = randn_tensor(
+                (images, *sample.shape[1:]), generator=generator, device=sample.device, dtype=sample.dtype
+            )
             noise = noise.repeat(sample.shape[0] // images, *[1] * (sample.dim() - 1))
         spread = (-2 * self._w(1 - self.grid[step]) * self.width(step)) ** 0.5
         return sample + spread * noise.to(sample.dtype)

@@ -1,7 +1,7 @@
 """Type-check flowaccel with mypy.
 
-An editable install maps `samplers/` to `flowaccel.samplers` at run time, which mypy does not follow. So the packages are
-linked into `.typetree/flowaccel/` as they lie in the wheel, and mypy is run there. Arguments are handed on to mypy.
+An editable install maps `samplers/` to `flowaccel.samplers` at run time, which mypy does not follow. So the packages
+are linked into `.typetree/flowaccel/` as they lie in the wheel, and mypy is run there. Arguments are handed on to mypy.
 """
 
 from __future__ import annotations

@@ -13,12 +13,11 @@ ROOT = Path(__file__).resolve().parent.parent
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 SETUPTOOLS = PYPROJECT["tool"]["setuptools"]
 EXTRAS = {
-    name: [Requirement(line) for line in lines]
-    for name, lines in PYPROJECT["project"]["optional-dependencies"].items()
+    name: [Requirement(line) for line in lines] for name, lines in PYPROJECT["project"]["optional-dependencies"].items()
 }
 INSTALLED = [*map(Requirement, PYPROJECT["project"]["dependencies"]), *EXTRAS["test"], *EXTRAS["dev"]]
 
-# Beside a CPU-only torch, or without torchvision, each of them breaks imports of transformers, diffusers or torchmetrics.
+# Beside a CPU-only torch, or without torchvision, each breaks imports of transformers, diffusers or torchmetrics.
 BREAKS_IMPORTS = {"torchvision", "timm", "lpips", "open-clip-torch", "torch-fidelity", "pytorch-fid", "piq"}
 
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
+from torch import nn
+
 Detach = Callable[[], None]
 
 
@@ -34,6 +36,15 @@ class Accelerator(ABC):
     @abstractmethod
     def from_dict(cls, data: dict[str, Any], folder: Path | None = None) -> Self:
         """The inverse of `to_dict`; `folder` is where `save_parts` wrote, if anywhere."""
+
+    def loaded(self, pipe: Any) -> Accelerator:
+        """This accelerator with its learned parts in memory, so that attaching it costs nothing; without any, itself."""
+        return self
+
+    @property
+    def networks(self) -> dict[str, nn.Module]:
+        """The networks that it calls besides the pipeline's own, by name; known once `loaded`."""
+        return {}
 
     def save_parts(self, folder: Path) -> None:
         """Write learned parts, if there are any, below `folder`."""

@@ -87,6 +87,15 @@ class VelocityRefiner(Accelerator):
             )
         return load_refiner(beside)
 
+    def loaded(self, pipe: Any) -> VelocityRefiner:
+        """With the refiner as a module."""
+        return VelocityRefiner(self.resolve(pipe))
+
+    @property
+    def networks(self) -> dict[str, nn.Module]:
+        """`{"refiner": ...}`."""
+        return {"refiner": self.refiner} if isinstance(self.refiner, nn.Module) else {}
+
     def to_dict(self) -> dict[str, Any]:
         """`{"refiner": folder}`, where a module is written to the recipe's own folder by `save_parts`."""
         return {"refiner": FOLDER if isinstance(self.refiner, nn.Module) else self.refiner and str(self.refiner)}
@@ -157,12 +166,18 @@ def new_refiner(network: nn.Module) -> nn.Module:
 def check_refiner(refiner: Any, network: Any) -> None:
     """Raise a ValueError that names every misfit between a refiner and its base network."""
     if type(refiner) is not type(network):
-        raise ValueError(f"the refiner is a {type(refiner).__name__}, the network a {type(network).__name__}; they must be alike")
+        raise ValueError(
+            f"the refiner is a {type(refiner).__name__}, the network a {type(network).__name__}; they must be alike"
+        )
     base = network.config
     wanted = {name: base[name] for name in _SHARED if name in base}
     wanted["in_channels"] = 2 * base["in_channels"]
     wanted["out_channels"] = base.get("out_channels") or base["in_channels"]
-    misfits = [f"{name} is {refiner.config[name]}, must be {value}" for name, value in wanted.items() if refiner.config[name] != value]
+    misfits = [
+        f"{name} is {refiner.config[name]}, must be {value}"
+        for name, value in wanted.items()
+        if refiner.config[name] != value
+    ]
     if misfits:
         raise ValueError(f"the refiner does not fit the network: {'; '.join(misfits)}; train one for this network")
 

@@ -116,11 +116,15 @@ def infer_sit_config(state: Mapping[str, Tensor], overrides: Mapping[str, Any]) 
     needed = ("x_embedder.proj.weight", "pos_embed", "y_embedder.embedding_table.weight", "final_layer.linear.weight")
     missing = [key for key in (*needed, "blocks.0.attn.qkv.weight") if key not in state]
     if missing:
-        raise CheckpointError(f"not an official SiT or DiT checkpoint: {missing} missing; it has {sorted(state)[:6]} ...")
+        raise CheckpointError(
+            f"not an official SiT or DiT checkpoint: {missing} missing; it has {sorted(state)[:6]} ..."
+        )
     width, in_channels, patch, _ = state["x_embedder.proj.weight"].shape
     heads = overrides.get("num_attention_heads") or next((h for _, w, h in SIZES.values() if w == width), None)
     if heads is None:
-        raise CheckpointError(f"the weights do not tell how many heads a width of {width} has; pass num_attention_heads=")
+        raise CheckpointError(
+            f"the weights do not tell how many heads a width of {width} has; pass num_attention_heads="
+        )
     computed = state["final_layer.linear.weight"].shape[0] // patch**2
     out_channels = overrides.get("out_channels") or in_channels
     config = {
@@ -218,5 +222,7 @@ def load_converted(model: nn.Module, state: Mapping[str, Tensor]) -> None:
         if key in own and value.shape != own[key].shape
     ]
     if problems:
-        raise CheckpointError(f"the checkpoint does not fit the model ({len(problems)} misfits): {'; '.join(problems[:3])}")
+        raise CheckpointError(
+            f"the checkpoint does not fit the model ({len(problems)} misfits): {'; '.join(problems[:3])}"
+        )
     model.load_state_dict(dict(state))

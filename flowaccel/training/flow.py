@@ -40,7 +40,9 @@ class FlowObjective:
         return flow_loss(self.path, output.float(), images, noise, t).mean()
 
 
-def shift_augment(images: Tensor, generator: torch.Generator, *, probability: float = 0.15, reach: float = 0.5) -> Tensor:
+def shift_augment(
+    images: Tensor, generator: torch.Generator, *, probability: float = 0.15, reach: float = 0.5
+) -> Tensor:
     """Move a few images by up to `reach` pixels, bilinearly: (N, C, H, W) -> the same shape.
 
     The default touches 15% of the draws, enough to slow down memorising of a few hundred images.

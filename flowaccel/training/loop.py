@@ -128,7 +128,12 @@ def _fingerprint(config: LoopConfig) -> dict:
 
 
 def _save(
-    folder: Path, parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer, ema: EMAModel, step: int, config: LoopConfig
+    folder: Path,
+    parameters: list[nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    ema: EMAModel,
+    step: int,
+    config: LoopConfig,
 ) -> None:
     tensors: dict[str, Tensor] = {}
     state = optimizer.state_dict()["state"]
@@ -140,7 +145,9 @@ def _save(
     meta = {"step": step, "ema_steps": ema.optimization_step, "config": _fingerprint(config)}
     folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / f".state.{os.getpid()}.tmp"
-    save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, temporary, {"state": json.dumps(meta)})
+    save_file(
+        {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, temporary, {"state": json.dumps(meta)}
+    )
     os.replace(temporary, folder / "state.safetensors")
     if step in config.keep:
         shutil.copyfile(folder / "state.safetensors", folder / f"state-{step}.safetensors")

@@ -11,6 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from flowaccel.evaluation.bootstrap import resample_counts, resample_indices, stderr
+from flowaccel.evaluation.kernel import kernel_distance, kernel_distance_resampled
 from flowaccel.evaluation.metrics import METRICS, ReferenceSet, RowSamples, difference, measure, not_worse
 from flowaccel.evaluation.moments import Moments, frechet_distance
 
@@ -50,7 +52,8 @@ def found() -> dict[str, dict[str, dict[str, Any]]]:
 
 
 def test_there_are_exactly_the_documented_metrics() -> None:
-    assert list(METRICS) == "fid fid_inf kid class_accuracy precision recall psnr ssim rel_l2".split()
+    names = ["fid", "fid_inf", "kid", "class_accuracy", "precision", "recall", "psnr", "ssim", "rel_l2"]
+    assert list(METRICS) == names
 
 
 def test_every_row_has_every_metric_and_the_first_no_paired_one(found: dict[str, Any]) -> None:
@@ -83,6 +86,15 @@ def test_values_are_those_of_the_parts(found: dict[str, Any]) -> None:
     accuracy = float((ROWS[1].labels == ROWS[1].predicted).double().mean())
     assert found["baseline@10"]["class_accuracy"]["value"] == pytest.approx(accuracy)
     assert 0.6 < accuracy < 0.9
+
+
+def test_error_of_the_kernel_distance_is_that_of_the_resamples(found: dict[str, Any]) -> None:
+    reference = make_reference().features
+    assert reference is not None
+    counts = resample_counts(resample_indices(N, 40, seed=0))
+    entry = found["fast"]["kid"]
+    assert entry["value"] == pytest.approx(kernel_distance(ROWS[2].features, reference))
+    assert entry["stderr"] == pytest.approx(stderr(kernel_distance_resampled(ROWS[2].features, reference, counts)))
 
 
 @pytest.mark.parametrize(
@@ -251,12 +263,12 @@ def test_metrics_of_samples_say_that_statistics_are_not_enough(metric: str) -> N
 @pytest.mark.parametrize("missing", ["labels", "predicted"])
 def test_accuracy_says_which_row_lacks_classes(missing: str) -> None:
     rows = [ROWS[0], replace(ROWS[1], **{missing: None})]
-    with pytest.raises(ValueError, match="metric 'class_accuracy' needs both labels and .* row 'baseline@10'"):
+    with pytest.raises(ValueError, match=r"metric 'class_accuracy' needs both labels and .* row 'baseline@10'"):
         measure(rows, make_reference(), ["class_accuracy"], features_name="net")
 
 
 def test_a_paired_difference_asks_for_the_untouched_row() -> None:
-    with pytest.raises(ValueError, match="'ssim' is an error against .* paired_against"):
+    with pytest.raises(ValueError, match=r"'ssim' is an error against .* paired_against"):
         difference(ROWS[1], ROWS[2], "ssim", make_reference())
 
 
@@ -284,7 +296,7 @@ def test_rows_must_hold_the_same_samples() -> None:
 
 
 def test_parts_of_a_row_and_of_a_reference_must_fit() -> None:
-    with pytest.raises(ValueError, match="row 'fast': images must have .* 120 feature vectors, got 3"):
+    with pytest.raises(ValueError, match=r"row 'fast': images must have .* 120 feature vectors, got 3"):
         replace(ROWS[2], images=ROWS[2].images[:3])
     with pytest.raises(ValueError, match=r"reference 'toy': features must have shape \(M, 6\)"):
         replace(make_reference(), features=torch.zeros(5, 3))

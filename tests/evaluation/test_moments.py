@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 
+from flowaccel.evaluation import moments
 from flowaccel.evaluation.moments import Moments, frechet_distance, frechet_infinity, warn_if_rank_deficient
 
 
@@ -72,8 +73,8 @@ def test_is_symmetric() -> None:
 
 @pytest.mark.parametrize(("count", "width"), [(10, 64), (2, 16), (200, 16)])
 def test_is_zero_on_itself_also_with_fewer_samples_than_features(count: int, width: int) -> None:
-    moments = Moments.of(normal(count, width, 5))
-    assert abs(frechet_distance(moments, moments)) < 1e-9
+    whole = Moments.of(normal(count, width, 5))
+    assert abs(frechet_distance(whole, whole)) < 1e-9
 
 
 def test_a_shift_of_a_rank_deficient_set_is_measured_exactly() -> None:
@@ -121,6 +122,13 @@ def test_extrapolation_is_less_biased_than_the_distance() -> None:
     extrapolated = sum(frechet_infinity(features, reference, seed=0) for features in sets) / runs
     assert plain - truth > 0.1
     assert abs(extrapolated - truth) < 0.3 * (plain - truth)
+
+
+@pytest.mark.parametrize(("count", "smallest"), [(4, 2), (2000, 1000), (20_000, 5000), (100_000, 10_000)])
+def test_extrapolation_starts_where_the_law_holds(count: int, smallest: int) -> None:
+    sizes = moments._subset_sizes(count, 15)
+    assert (sizes[0], sizes[-1]) == (smallest, count)
+    assert len(sizes) == min(15, count - smallest + 1)
 
 
 def test_extrapolation_is_seeded() -> None:

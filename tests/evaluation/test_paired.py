@@ -46,10 +46,10 @@ def test_psnr_equals_numpy_per_image() -> None:
 
 
 def test_identical_images_are_counted_and_left_out_of_the_mean() -> None:
-    found = psnr(constant(3, 0, 9, 9), constant(3, 255, 9, 9))
+    found = psnr(constant(3, 0, 9, 9), constant(3, 51, 9, 9))
     assert found.identical.tolist() == [True, False, True, True]
     assert found.decibels.isfinite().all()
-    assert found.mean == 0.0  # the one that differs, by 255
+    assert found.mean == pytest.approx(20 * numpy.log10(5))  # of the one that differs, by 255 / 5
     assert found.identical_fraction == 0.75
 
 

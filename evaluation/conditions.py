@@ -1,0 +1,114 @@
+"""What samples are asked to show: classes or prompts, assigned to sample ids in turn."""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Conditions(ABC):
+    """Abstract: the pipeline arguments of every sample id."""
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """For the result file."""
+
+    @abstractmethod
+    def arguments(self, ids: Sequence[int]) -> dict[str, Any]:
+        """Keyword arguments of a pipeline call that makes the samples `ids`."""
+
+    @abstractmethod
+    def describe(self) -> dict[str, Any]:
+        """What identifies these conditions, JSON-serialisable."""
+
+    def labels(self, ids: Sequence[int]) -> Tensor | None:
+        """(N,) the class asked for, or None where there are no classes."""
+        return None
+
+
+@dataclass(frozen=True)
+class Classes(Conditions):
+    """Class ids in turn: sample i shows `classes[i % len(classes)]`.
+
+    Raises:
+        ValueError: no class.
+    """
+
+    classes: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if not self.classes:
+            raise ValueError("classes must name at least one class")
+
+    @property
+    def name(self) -> str:
+        """`"10 classes"`."""
+        return f"{len(self.classes)} classes"
+
+    def arguments(self, ids: Sequence[int]) -> dict[str, Any]:
+        """`{"class_labels": [...]}`."""
+        return {"class_labels": self._of(ids)}
+
+    def describe(self) -> dict[str, Any]:
+        """The list of classes."""
+        return {"classes": list(self.classes)}
+
+    def labels(self, ids: Sequence[int]) -> Tensor:
+        """(N,) int64."""
+        return torch.tensor(self._of(ids))
+
+    def _of(self, ids: Sequence[int]) -> list[int]:
+        return [self.classes[sample_id % len(self.classes)] for sample_id in ids]
+
+
+@dataclass(frozen=True)
+class Prompts(Conditions):
+    """Prompts in turn: sample i shows `prompts[i % len(prompts)]`.
+
+    Raises:
+        ValueError: no prompt.
+    """
+
+    prompts: tuple[str, ...]
+    source: str = "prompts"
+
+    def __post_init__(self) -> None:
+        if not self.prompts:
+            raise ValueError(f"{self.source} holds no prompt")
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> Prompts:
+        """One prompt per line of a UTF-8 text file; empty lines do not count.
+
+        Raises:
+            ValueError: not UTF-8, or no prompt in it.
+        """
+        try:
+            lines = Path(path).read_text(encoding="utf-8").splitlines()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start})") from error
+        return cls(tuple(line.strip() for line in lines if line.strip()), source=Path(path).name)
+
+    @property
+    def name(self) -> str:
+        """`"FILE, 5000 prompts"`."""
+        return f"{self.source}, {len(self.prompts)} prompts"
+
+    def arguments(self, ids: Sequence[int]) -> dict[str, Any]:
+        """`{"prompt": [...]}`."""
+        return {"prompt": [self.prompts[sample_id % len(self.prompts)] for sample_id in ids]}
+
+    def describe(self) -> dict[str, Any]:
+        """Their number and a hash of their text."""
+        return {
+            "prompts": len(self.prompts),
+            "sha256": hashlib.sha256("\n".join(self.prompts).encode()).hexdigest()[:16],
+        }

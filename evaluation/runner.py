@@ -1,0 +1,383 @@
+"""One evaluation from start to finish: samples, features, cost, interleaved timing, metrics, result file, figures.
+
+A run folder holds one folder per row (its samples, its manifest) and the results. Every part can be interrupted and is resumed by
+the same call; batch size and timing settings may differ between calls, whatever the samples depend on may not.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flowaccel import Recipe, accelerated, is_accelerated
+
+from .conditions import Conditions
+from .cost import CallCounter, count_macs, peak_memory_mb, reset_peak_memory, timed_stages
+from .environment import environment
+from .features import FeatureNetwork, fingerprint, load_features, load_reference
+from .latency import Timing, measure_latency
+from .metrics import RowSamples, find_metric, measure
+from .report import html_report, pareto, pareto_png, primary_metric, sample_grid
+from .schema import SCHEMA_VERSION, Results, Row, save_results
+from .store import SampleStore, folder_name, generate, sample_generator
+
+BASELINE = "baseline"
+DEFAULT_METRICS = ("fid", "kid", "class_accuracy", "rel_l2")
+_GRID_SAMPLES = 10
+
+Notify = Callable[[str, int, int], None]
+"""`notify(stage, done, total)`, for progress bars."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Protocol:
+    """What is compared with what, and how."""
+
+    conditions: Conditions
+    """Classes or prompts to sample for."""
+    steps: int
+    """Steps of the untouched pipeline."""
+    baseline_steps: tuple[int, ...] = ()
+    """Also measure the untouched pipeline with these numbers of steps."""
+    num_samples: int = 2000
+    seed: int = 0
+    batch_size: int = 100
+    guidance_scale: float | None = None
+    """None leaves the pipeline's default."""
+    features: str = "zoo:digits-features"
+    reference: str = "zoo:digits"
+    metrics: tuple[str, ...] = DEFAULT_METRICS
+    rounds: int = 10
+    """Timed rounds of two calls per row."""
+    latency_batch: int = 25
+    """Images per timed call."""
+    resamples: int = 200
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "num_samples", "batch_size", "latency_batch", "resamples"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.num_samples < 2:
+            raise ValueError("num_samples must be at least 2: a covariance needs two samples")
+        for metric in self.metrics:
+            find_metric(metric)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowSpec:
+    """One row: a recipe at a number of steps."""
+
+    name: str
+    recipe: Recipe
+    steps: int
+    family: str
+
+
+@dataclass
+class _Run:
+    """What the stages of one evaluation share."""
+
+    pipe: Any
+    protocol: Protocol
+    rows: list[RowSpec]
+    out: Path
+    notify: Notify
+    network: FeatureNetwork = field(init=False)
+
+    @property
+    def ids(self) -> list[int]:
+        return list(range(self.protocol.num_samples))
+
+    def store(self, row: RowSpec) -> SampleStore:
+        return SampleStore(self.out / "rows" / folder_name(row.name))
+
+
+def plan_rows(recipes: Sequence[Recipe], protocol: Protocol) -> list[RowSpec]:
+    """The rows of an evaluation in order: the untouched pipeline, fewer steps, the recipes.
+
+    Raises:
+        ValueError: two rows of one name.
+    """
+    rows = [RowSpec(name=BASELINE, recipe=Recipe(name=BASELINE), steps=protocol.steps, family=BASELINE)]
+    rows += [
+        RowSpec(name=f"{BASELINE}@{steps}", recipe=Recipe(name=BASELINE), steps=steps, family=BASELINE)
+        for steps in protocol.baseline_steps
+        if steps != protocol.steps
+    ]
+    rows += [
+        RowSpec(
+            name=r.name,
+            recipe=r,
+            steps=r.num_inference_steps or protocol.steps,
+            family=r.name.split("@")[0].split("-")[0],
+        )
+        for r in recipes
+    ]
+    names = [row.name for row in rows]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f"rows need different names, got more than once: {', '.join(twice)}; give the recipes names")
+    return rows
+
+
+def evaluate(
+    pipe: Any, recipes: Sequence[Recipe], protocol: Protocol, out: str | Path, notify: Notify = lambda *_: None
+) -> Results:
+    """Measure recipes against the untouched pipeline and against the same pipeline with fewer steps.
+
+    Args:
+        pipe: a diffusers pipeline that is not accelerated.
+        recipes: what to compare; their learned parts are loaded once.
+        protocol: how.
+        out: the run folder; a started one is resumed.
+        notify: called as work proceeds.
+
+    Returns:
+        What is also written to `out/results.json`, beside `pareto.png`, `samples.png` and `report.html`.
+
+    Raises:
+        ValueError: the pipeline is accelerated already, names clash, or `out` holds samples made differently.
+        OSError: something could not be written; what was made so far stays, and the same call goes on from there.
+    """
+    if is_accelerated(pipe):
+        raise ValueError("evaluate needs the untouched pipeline; call flowaccel.restore(pipe) first")
+    loaded = [recipe.loaded(pipe) for recipe in recipes]
+    run = _Run(pipe=pipe, protocol=protocol, rows=plan_rows(loaded, protocol), out=Path(out), notify=notify)
+    run.network = load_features(protocol.features)
+    pipe.set_progress_bar_config(disable=True)
+    _make_samples(run)
+    samples = _read_samples(run)
+    reference = load_reference(protocol.reference, run.network, tuple(samples[0].images.shape[1:]))
+    notify("metrics", 0, 1)
+    versus = [row.name for row in run.rows if row.family == BASELINE]
+    metrics = measure(
+        samples,
+        reference,
+        protocol.metrics,
+        features_name=protocol.features,
+        seed=protocol.seed,
+        resamples=protocol.resamples,
+        versus=versus,
+    )
+    notify("metrics", 1, 1)
+    costs = [_cost(run, row) for row in run.rows]
+    timings = _time(run)
+    results: Results = {
+        "schema": SCHEMA_VERSION,
+        "protocol": _describe(run),
+        "environment": environment(pipe.device),
+        "rows": [
+            _row(run, row, cost, costs[0], timings, metrics[row.name])
+            for row, cost in zip(run.rows, costs, strict=True)
+        ],
+    }
+    _mark_pareto(results)
+    save_results(results, run.out / "results.json")
+    write_figures(results, {row.name: sample.images for row, sample in zip(run.rows, samples, strict=True)}, run.out)
+    return results
+
+
+def _make_samples(run: _Run) -> None:
+    total = len(run.rows) * run.protocol.num_samples
+    todo = {}
+    for row in run.rows:
+        store = run.store(row)
+        store.open(_manifest(run, row))
+        todo[row.name] = len(store.missing(run.ids))
+    done = total - sum(todo.values())
+    run.notify("samples", done, total)
+    for row in run.rows:
+        with _row_pipeline(run, row) as make:
+            for made in generate(run.store(row), run.ids, run.protocol.batch_size, make):
+                done += made
+                run.notify("samples", done, total)
+
+
+def _manifest(run: _Run, row: RowSpec) -> dict[str, Any]:
+    """Everything that a row's samples depend on, and nothing else."""
+    networks = {"network": _denoiser(run.pipe), **row.recipe.networks}
+    return {
+        "pipeline": type(run.pipe).__name__,
+        "scheduler": _plain_config(run.pipe.scheduler),
+        "weights": {name: fingerprint(module) for name, module in networks.items()},
+        "recipe": [{"name": a.name, **a.to_dict()} for a in row.recipe.accelerators],
+        "steps": row.steps,
+        "guidance_scale": run.protocol.guidance_scale,
+        "conditions": run.protocol.conditions.describe(),
+        "seed": run.protocol.seed,
+    }
+
+
+def _plain_config(scheduler: Any) -> dict[str, Any]:
+    return {"class": type(scheduler).__name__} | {
+        key: value for key, value in scheduler.config.items() if not key.startswith("_")
+    }
+
+
+def _denoiser(pipe: Any) -> torch.nn.Module:
+    return pipe.transformer if hasattr(pipe, "transformer") else pipe.unet
+
+
+@contextlib.contextmanager
+def _row_pipeline(run: _Run, row: RowSpec) -> Iterator[Callable[[list[int]], Tensor]]:
+    """A function ids -> uint8 images that samples with the row's recipe."""
+    with accelerated(run.pipe, row.recipe):
+        yield lambda ids: call(run.pipe, run.protocol, ids, row.steps)
+
+
+def call(pipe: Any, protocol: Protocol, ids: Sequence[int], steps: int) -> Tensor:
+    """One pipeline call for sample ids: uint8 images (N, C, H, W), rounded."""
+    arguments = protocol.conditions.arguments(ids)
+    if protocol.guidance_scale is not None:
+        arguments["guidance_scale"] = protocol.guidance_scale
+    generators = [sample_generator(protocol.seed, sample_id) for sample_id in ids]
+    images = pipe(**arguments, num_inference_steps=steps, generator=generators, output_type="np").images
+    return (torch.from_numpy(images).permute(0, 3, 1, 2) * 255).round().clamp(0, 255).to(torch.uint8)
+
+
+def _read_samples(run: _Run) -> list[RowSamples]:
+    return [row_samples(run.store(row), row.name, run.ids, run.protocol.conditions, run.network) for row in run.rows]
+
+
+def row_samples(
+    store: SampleStore, name: str, ids: Sequence[int], conditions: Conditions, network: FeatureNetwork
+) -> RowSamples:
+    """A row's images and what the feature network sees in them."""
+    images = store.read(ids)
+    features = network(images)
+    return RowSamples(
+        name=name,
+        features=features,
+        labels=conditions.labels(ids),
+        predicted=None if network.classify is None else network.classify(features),
+        images=images,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Cost:
+    evaluations: int
+    network_rows: float
+    refiner_rows: float
+    macs: float
+    stages: dict[str, float]
+    peak_memory_mb: float | None
+
+
+def _cost(run: _Run, row: RowSpec) -> _Cost:
+    """Counted on one call of its own, outside the timed rounds."""
+    ids = run.ids[: run.protocol.latency_batch]
+    with CallCounter({"network": _denoiser(run.pipe)}) as inner, _row_pipeline(run, row) as make:
+        with CallCounter(row.recipe.networks) as extra:
+            macs = count_macs(lambda: make(ids)) / len(ids)
+        evaluations = len(run.pipe.scheduler.timesteps)
+        reset_peak_memory(run.pipe.device)
+        with timed_stages(_stages(run.pipe), device=run.pipe.device) as stages:
+            make(ids)
+        peak = peak_memory_mb(run.pipe.device) if run.pipe.device.type == "cuda" else None
+    return _Cost(
+        evaluations=evaluations,
+        network_rows=inner.rows["network"] / len(ids) / 2,  # counted over the two calls above
+        refiner_rows=sum(extra.rows.values()) / len(ids),
+        macs=macs,
+        stages=dict(stages),
+        peak_memory_mb=peak,
+    )
+
+
+def _stages(pipe: Any) -> dict[str, tuple[object, str]]:
+    found = {"network": (_denoiser(pipe), "forward")}
+    if getattr(pipe, "vae", None) is not None:
+        found["decode"] = (pipe.vae, "decode")
+    encoders = [
+        name for name in ("text_encoder", "text_encoder_2", "text_encoder_3") if getattr(pipe, name, None) is not None
+    ]
+    return found | {name: (getattr(pipe, name), "forward") for name in encoders}
+
+
+def _time(run: _Run) -> dict[str, Timing]:
+    ids = run.ids[: run.protocol.latency_batch]
+
+    def variant(row: RowSpec) -> Callable[[], object]:
+        def once() -> object:
+            with _row_pipeline(run, row) as make:
+                return make(ids)
+
+        return once
+
+    return measure_latency(
+        {row.name: variant(row) for row in run.rows},
+        rounds=run.protocol.rounds,
+        device=run.pipe.device,
+        on_round=lambda done, total: run.notify("timing", done, total),
+    )
+
+
+def _row(run: _Run, row: RowSpec, cost: _Cost, base: _Cost, timings: dict[str, Timing], metrics: dict[str, Any]) -> Row:
+    timing, untouched = timings[row.name], timings[BASELINE]
+    images = min(run.protocol.latency_batch, run.protocol.num_samples)
+    ratio = untouched.ratio_to(timing)
+    rows_per_evaluation = base.network_rows / base.evaluations
+    to_ms = 1000 / images
+    entry: Row = {
+        "recipe": row.name,
+        "family": row.family,
+        "num_inference_steps": row.steps,
+        "nfe": cost.network_rows / rows_per_evaluation,
+        "network_rows": cost.network_rows,
+        "refiner_rows": cost.refiner_rows,
+        "macs_per_image": cost.macs,
+        "latency_ms_per_image": {
+            "median": timing.median * to_ms,
+            "p10": timing.p10 * to_ms,
+            "p90": timing.p90 * to_ms,
+            "rounds": timing.rounds,
+        },
+        "stages": cost.stages,
+        "first_call_s": timing.first_call_s,
+        "throttled": timing.throttled,
+        "speedup": {
+            "wall_clock": {"value": ratio.value, "ci95": list(ratio.ci95)},
+            "macs": base.macs / cost.macs,
+        },
+        "metrics": metrics,
+    }
+    if cost.peak_memory_mb is not None:
+        entry["peak_memory_mb"] = cost.peak_memory_mb
+    return entry
+
+
+def _describe(run: _Run) -> dict[str, Any]:  # the schema's Protocol
+    own = asdict(run.protocol) | {
+        "conditions": run.protocol.conditions.describe(),
+        "metrics": list(run.protocol.metrics),
+        "baseline_steps": list(run.protocol.baseline_steps),
+    }
+    if own["guidance_scale"] is None:
+        del own["guidance_scale"]
+    return own | {
+        "dataset": run.protocol.conditions.name,
+        "feature_extractor": run.network.name,
+        "fingerprint": run.network.fingerprint,
+    }
+
+
+def _mark_pareto(results: Results) -> None:
+    efficient = pareto(results["rows"], primary_metric(results))
+    for row in results["rows"]:
+        row["pareto"] = row["recipe"] in efficient
+
+
+def write_figures(results: Results, images: dict[str, Tensor], out: Path) -> None:
+    """`pareto.png`, `samples.png` and the self-contained `report.html` beside a result file."""
+    pareto_png(results, out / "pareto.png")
+    sample_grid(
+        {name: rows[:_GRID_SAMPLES] for name, rows in images.items()}, out / "samples.png", columns=_GRID_SAMPLES
+    )
+    html_report(results, out / "report.html", {"pareto": out / "pareto.png", "samples": out / "samples.png"})
