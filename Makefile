@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-# The first interpreter that starts, is new enough and can make a virtual environment with pip; else the first new enough.
+# The first interpreter that is new enough and can make a virtual environment with pip; else the first new enough.
 PYTHON ?= $(shell \
 	for wanted in "venv, ensurepip" "sys"; do \
 	  for candidate in python3.11 python3.13 python3.12 python3; do \
@@ -18,6 +18,7 @@ PYTHON ?= $(shell \
 ARGS ?=
 
 .DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
 .PHONY: help install demo test style quality bench wheel clean
 
 help: ## list the targets
@@ -27,12 +28,15 @@ help: ## list the targets
 install: $(STAMP) ## create .venv and install flowaccel with its development tools
 
 $(BIN)/python:
-	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 or newer found; name one: make install PYTHON=/path/to/python" >&2; exit 1; }
+	@test -n "$(PYTHON)" || { \
+	  echo "error: no Python 3.11 or newer found; name one: make install PYTHON=/path/to/python" >&2; exit 1; }
 	@"$(PYTHON)" -c "import sys; sys.exit(sys.version_info < (3, 11))" || { \
-	  echo "error: $(PYTHON) does not run or is older than Python 3.11; name another: make install PYTHON=/path/to/python" >&2; exit 1; }
+	  echo "error: $(PYTHON) does not run or is older than Python 3.11." >&2; \
+	  echo "       Name another: make install PYTHON=/path/to/python" >&2; exit 1; }
 	@"$(PYTHON)" -c "import venv, ensurepip" 2>/dev/null || { \
 	  echo "error: $(PYTHON) cannot make virtual environments (its module ensurepip is missing)." >&2; \
-	  echo "       Debian and Ubuntu: apt install python3-venv. Or name another: make install PYTHON=/path/to/python" >&2; exit 1; }
+	  echo "       Debian and Ubuntu: apt install python3-venv." >&2; \
+	  echo "       Or name another: make install PYTHON=/path/to/python" >&2; exit 1; }
 	"$(PYTHON)" -m venv $(VENV)
 
 $(STAMP): pyproject.toml constraints.txt | $(BIN)/python

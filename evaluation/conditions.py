@@ -29,6 +29,10 @@ class Conditions(ABC):
     def describe(self) -> dict[str, Any]:
         """What identifies these conditions, JSON-serialisable."""
 
+    @abstractmethod
+    def __len__(self) -> int:
+        """How many different ones there are."""
+
     def labels(self, ids: Sequence[int]) -> Tensor | None:
         """(N,) the class asked for, or None where there are no classes."""
         return None
@@ -47,6 +51,9 @@ class Classes(Conditions):
     def __post_init__(self) -> None:
         if not self.classes:
             raise ValueError("classes must name at least one class")
+
+    def __len__(self) -> int:
+        return len(self.classes)
 
     @property
     def name(self) -> str:
@@ -96,6 +103,9 @@ class Prompts(Conditions):
         except UnicodeDecodeError as error:
             raise ValueError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start})") from error
         return cls(tuple(line.strip() for line in lines if line.strip()), source=Path(path).name)
+
+    def __len__(self) -> int:
+        return len(self.prompts)
 
     @property
     def name(self) -> str:

@@ -1,5 +1,6 @@
-"""Pipelines."""
+"""Pipelines, and how to load one."""
 
+from flowaccel.pipelines.loading import load_pipeline as load_pipeline
 from flowaccel.pipelines.sit import SiTPipeline as SiTPipeline
 
-__all__ = ["SiTPipeline"]
+__all__ = ["SiTPipeline", "load_pipeline"]

@@ -1,4 +1,4 @@
-"""Who may import whom (DESIGN.md section 3), read from the sources with `ast`.
+"""Who may import whom, read from the sources with `ast`.
 
 Every import counts: inside functions, under `TYPE_CHECKING`, relative ones, `import_module("...")` with a literal name,
 and `flowaccel.x` reached through `import flowaccel`. A layer is the first name below `flowaccel`; "flowaccel" itself
@@ -97,9 +97,8 @@ def imports(tree: ast.Module, module: str, is_package: bool) -> Iterator[Import]
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             for alias in node.names:
-                bound[alias.asname or alias.name.split(".")[0]] = (
-                    alias.name if alias.asname else alias.name.split(".")[0]
-                )
+                top = alias.name.split(".")[0]
+                bound[alias.asname or top] = alias.name if alias.asname else top
                 yield Import(node.lineno, alias.name)
         elif isinstance(node, ast.ImportFrom):
             base = node.module or ""

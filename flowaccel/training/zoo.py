@@ -1,14 +1,28 @@
-"""How every entry of the zoo is made: `flowaccel zoo build NAME` calls the function of that name here."""
+"""How every entry of the zoo is made: `flowaccel zoo build NAME` runs the builder of that name.
+
+A builder yields (stage, progress, steps of the stage) as it goes; every stage resumes from its own checkpoints.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import torch
+from torch import nn
+
+from flowaccel.accelerators.velocity_refiner import FOLDER, new_refiner
 from flowaccel.data import digits
-from flowaccel.models import SiTTransformer2DModel
+from flowaccel.models import DigitsClassifier, SiTTransformer2DModel
+from flowaccel.pipelines import SiTPipeline
+from flowaccel.samplers import FlowRungeKuttaScheduler
+from flowaccel.training.features import ClassifierObjective
 from flowaccel.training.flow import FlowObjective, shift_augment
 from flowaccel.training.loop import LoopConfig, Progress, train
+from flowaccel.training.refiner import RefinerObjective
+
+Step = tuple[str, Progress, int]
 
 SIT_DIGITS = {
     "sample_size": 8,
@@ -23,14 +37,58 @@ SIT_DIGITS = {
 SIT_DIGITS_LOOP = LoopConfig(
     steps=4500, learning_rate=1e-3, warmup=200, cosine=True, weight_decay=0.01, save_every=250, keep=(2250,), seed=0
 )
+REFINER_LOOP = LoopConfig(steps=3000, learning_rate=1e-3, warmup=100, cosine=True, save_every=500, seed=0)
+REFINER_OBJECTIVE: dict[str, Any] = {"batch_size": 64, "delta_max": 0.25, "per_sample_delta": True}
+FEATURES_LOOP = LoopConfig(
+    steps=3000, learning_rate=2e-3, warmup=100, cosine=True, weight_decay=0.05, save_every=1000, seed=0
+)
 
 
-def train_sit_digits(out: Path, loop: LoopConfig = SIT_DIGITS_LOOP) -> Iterator[Progress]:
-    """Train the digits generator (64 tokens, 12 blocks of width 64); writes `out/transformer`."""
-    import torch
+def build_sit_digits(out: Path) -> Iterator[Step]:
+    """The digits pipeline: a SiT with 64 tokens and 12 blocks of width 64, and its velocity refiner."""
+    transformer = yield from train_sit_digits(out)
+    labels = {str(digit): str(digit) for digit in range(10)}
+    SiTPipeline(transformer, FlowRungeKuttaScheduler("heun"), id2label=labels).save_pretrained(out)
+    transformer.float().requires_grad_(False)
+    yield from train_refiner(transformer, out, out / FOLDER, REFINER_LOOP, **REFINER_OBJECTIVE)
 
+
+def train_sit_digits(out: Path, loop: LoopConfig = SIT_DIGITS_LOOP) -> Iterator[Step]:
+    """The generator alone; returns it rounded to bfloat16, as it is shipped."""
     torch.manual_seed(loop.seed)
     model = SiTTransformer2DModel(**SIT_DIGITS)
     objective = FlowObjective(data=digits("generator"), null_label=model.null_label, augment=shift_augment)
-    yield from train(model, objective, loop, out / "training")
-    model.save_pretrained(out / "transformer")
+    for progress in train(model, objective, loop, out / "training"):
+        yield "generator", progress, loop.steps
+    return model.to(torch.bfloat16)
+
+
+def train_refiner(
+    teacher: SiTTransformer2DModel, work: Path, folder: Path, loop: LoopConfig, **objective: Any
+) -> Iterator[Step]:
+    """A velocity refiner for `teacher`, written to `folder` in bfloat16."""
+    torch.manual_seed(loop.seed)
+    refiner = new_refiner(teacher)
+    loss = RefinerObjective(teacher=teacher, data=digits("generator"), null_label=teacher.null_label, **objective)
+    for progress in train(refiner, loss, loop, work / f"training-{folder.name}"):
+        yield "refiner", progress, loop.steps
+    _save(refiner, folder)
+
+
+def build_digits_features(out: Path) -> Iterator[Step]:
+    """The digit classifier that the evaluator takes features from."""
+    torch.manual_seed(FEATURES_LOOP.seed)
+    model = DigitsClassifier()
+    for progress in train(model, ClassifierObjective(data=digits("features")), FEATURES_LOOP, out / "training"):
+        yield "classifier", progress, FEATURES_LOOP.steps
+    _save(model, out)
+
+
+def _save(model: nn.Module, folder: Path) -> None:
+    model.to(torch.bfloat16).save_pretrained(folder)  # type: ignore[operator]
+
+
+BUILDERS: dict[str, Callable[[Path], Iterator[Step]]] = {
+    "sit-digits": build_sit_digits,
+    "digits-features": build_digits_features,
+}

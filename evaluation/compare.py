@@ -1,0 +1,71 @@
+"""Paired differences between any two rows of a finished run, from its stored samples."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from .conditions import Classes, Conditions, Prompts
+from .features import FeatureNetwork, load_features, load_reference
+from .metrics import RowSamples, difference, find_metric
+from .runner import BASELINE, row_samples
+from .schema import Results, load_results, row
+from .store import SampleStore, folder_name
+
+
+def compare_rows(run: str | Path, a: str, b: str) -> dict[str, Any]:
+    """The paired difference a - b of every metric of a run.
+
+    Args:
+        run: the run folder that `evaluate` wrote.
+        a, b: names of two rows.
+
+    Returns:
+        `{"a", "b", "metrics": {NAME: {"difference", "ci95", "stderr", "not_worse"}}}`; metrics that compare with the untouched row
+        are left out where one of the two is that row. `not_worse`: the upper end of the difference is at most 5% of b's value.
+
+    Raises:
+        FileNotFoundError: no result file there.
+        ValueError: unknown row, or the feature network is no longer the one that the run used.
+    """
+    run = Path(run)
+    results = load_results(run)
+    protocol: Any = results["protocol"]
+    for name in (a, b):
+        row(results, name)
+    network = _network_of(protocol)
+    samples = {name: _samples(run, results, name, network) for name in {a, b, BASELINE}}
+    reference = load_reference(protocol["reference"], network)
+    compared = {
+        metric: difference(
+            samples[a],
+            samples[b],
+            metric,
+            reference,
+            paired_against=samples[BASELINE],
+            seed=protocol["seed"],
+            resamples=protocol["resamples"],
+        )
+        for metric in protocol["metrics"]
+        if find_metric(metric).against != "baseline" or BASELINE not in (a, b)
+    }
+    return {"a": a, "b": b, "metrics": compared}
+
+
+def _network_of(protocol: Any) -> FeatureNetwork:
+    network = load_features(protocol["feature_extractor"])
+    if network.fingerprint != protocol["fingerprint"]:
+        raise ValueError(
+            f"the run used {protocol['feature_extractor']} with fingerprint {protocol['fingerprint']}, here it has "
+            f"{network.fingerprint}; evaluate again"
+        )
+    return network
+
+
+def _samples(run: Path, results: Results, name: str, network: FeatureNetwork) -> RowSamples:
+    protocol: Any = results["protocol"]
+    described = protocol["conditions"]
+    # Prompts are stored as a hash only; comparing needs their number, not their text.
+    conditions: Conditions = Classes(tuple(described["classes"])) if "classes" in described else Prompts(("",))
+    store = SampleStore(run / "rows" / folder_name(name))
+    return row_samples(store, name, range(protocol["num_samples"]), conditions, network)

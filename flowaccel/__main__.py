@@ -1,0 +1,5 @@
+"""`python -m flowaccel`."""
+
+from flowaccel.cli import main
+
+main()

@@ -1,0 +1,29 @@
+"""The commands, joined."""
+
+from __future__ import annotations
+
+import typer
+
+from flowaccel.cli import compare, convert, demo, evaluate, generate, recipes, train, zoo
+
+app = typer.Typer(
+    name="flowaccel",
+    help="Makes diffusers flow and diffusion pipelines faster, and proves it.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+app.command("demo")(demo.demo)
+app.command("generate")(generate.generate)
+app.command("evaluate")(evaluate.evaluate)
+app.command("compare")(compare.compare)
+app.command("convert")(convert.convert)
+app.command("recipes")(recipes.recipes)
+app.add_typer(train.app, name="train")
+app.add_typer(zoo.app, name="zoo")
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app()

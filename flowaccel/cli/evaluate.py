@@ -1,0 +1,132 @@
+"""`flowaccel evaluate`: quality against measured seconds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+from rich.console import Console
+
+from flowaccel import zoo
+from flowaccel.cli.common import (
+    DeviceOption,
+    DtypeOption,
+    JsonOption,
+    PipeArgument,
+    SeedOption,
+    emit,
+    friendly_errors,
+    open_pipeline,
+    open_recipe,
+    output_folder,
+    progress,
+    say,
+)
+from flowaccel.cli.generate import parse_conditions
+from flowaccel.evaluation import DEFAULT_METRICS, Protocol, Results, console_table, set_attention
+from flowaccel.evaluation import evaluate as run_evaluation
+
+
+def evaluate(
+    context: typer.Context,
+    pipe: PipeArgument,
+    config: Annotated[Path | None, typer.Option(help="YAML file with these options; the command line wins.")] = None,
+    recipe: Annotated[list[str] | None, typer.Option(help="A recipe to compare; may be given several times.")] = None,
+    baseline_steps: Annotated[str, typer.Option(help="Also run the untouched pipeline with these steps: 10,20.")] = "",
+    steps: Annotated[int, typer.Option(min=1, help="Steps of the untouched pipeline.")] = 50,
+    num_samples: Annotated[int, typer.Option(min=2, help="Images per row.")] = 2000,
+    classes: Annotated[str | None, typer.Option(help="Class ids, such as 0-9; default all.")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="A UTF-8 text file with one prompt a line.")] = None,
+    reference: Annotated[str | None, typer.Option(help="zoo:SET or a folder of images.")] = None,
+    features: Annotated[str | None, typer.Option(help="zoo:NAME or MODULE:ATTRIBUTE.")] = None,
+    metrics: Annotated[str, typer.Option(help="Separated by commas.")] = ",".join(DEFAULT_METRICS),
+    guidance_scale: Annotated[float | None, typer.Option(help="Default: the pipeline's.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images per call when sampling.")] = 100,
+    latency_batch: Annotated[int, typer.Option(min=1, help="Images per timed call.")] = 25,
+    rounds: Annotated[int, typer.Option(min=2, help="Timed rounds of two calls per row.")] = 10,
+    attention: Annotated[str | None, typer.Option(help="sdpa, xformers or flash.")] = None,
+    seed: SeedOption = 0,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "float32",
+    out: Annotated[Path | None, typer.Option(help="Run folder; a started one is resumed.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure recipes against the untouched pipeline and against the same pipeline with fewer steps.
+
+    Example: flowaccel evaluate zoo:sit-digits --recipe flowturbo-H2P4R2 --baseline-steps 5,8 --num-samples 500 --out runs/try
+    """
+    with friendly_errors(" What was made so far is kept; the same command goes on from there."):
+        if config is not None:
+            context.invoke(evaluate, **_merged(context, config))
+            return
+        pipeline = open_pipeline(pipe, device, dtype)
+        if attention is not None:
+            set_attention(pipeline, attention)
+        known = zoo.entry(pipe) if pipe.startswith(zoo.PREFIX) else None
+        protocol = Protocol(
+            conditions=parse_conditions(pipeline, classes, None, prompts),
+            steps=steps,
+            baseline_steps=_numbers("--baseline-steps", baseline_steps),
+            num_samples=num_samples,
+            seed=seed,
+            batch_size=batch_size,
+            guidance_scale=guidance_scale,
+            features=_needed("--features", features or (known and known.features)),
+            reference=_needed("--reference", reference or (known and known.reference)),
+            metrics=tuple(name.strip() for name in metrics.split(",") if name.strip()),
+            rounds=rounds,
+            latency_batch=latency_batch,
+        )
+        folder = output_folder(out, "evaluate")
+        recipes = [open_recipe(name) for name in recipe or ()]
+        with progress() as notify:
+            results = run_evaluation(pipeline, recipes, protocol, folder, notify)
+        emit(results, as_json, lambda: show(results, folder))
+
+
+def show(results: Results, folder: Path) -> None:
+    """Print the table and say where the rest is."""
+    Console().print(console_table(results))
+    say(f"results.json, pareto.png, samples.png and report.html are in {folder}")
+
+
+def _numbers(option: str, text: str) -> tuple[int, ...]:
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    if not all(part.isdigit() and int(part) for part in parts):
+        raise ValueError(f"{option} must be step counts separated by commas, such as 10,20, got {text!r}")
+    return tuple(int(part) for part in parts)
+
+
+def _needed(option: str, value: str | None) -> str:
+    if not value:
+        raise ValueError(f"this pipeline has no default for {option}; give one (see --help)")
+    return value
+
+
+def _merged(context: typer.Context, config: Path) -> dict[str, Any]:
+    """The options of the YAML file, overridden by those typed on the command line."""
+    try:
+        loaded = yaml.safe_load(config.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{config} is not YAML: {error}") from error
+    if not isinstance(loaded, dict):
+        raise ValueError(f"{config} must map option names to values, such as `num_samples: 2000`")
+    given = {str(key).replace("-", "_"): value for key, value in loaded.items()}
+    unknown = sorted(set(given) - set(context.params) | ({"config"} & set(given)))
+    if unknown:
+        allowed = sorted(set(context.params) - {"config", "context", "as_json"})
+        raise ValueError(f"{config} has unknown options {', '.join(unknown)}; allowed are {', '.join(allowed)}")
+    typed = {name for name in context.params if str(context.get_parameter_source(name)).endswith("COMMANDLINE")}
+    values = {name: value for name, value in given.items() if name not in typed}
+    for name in ("baseline_steps", "metrics", "classes"):
+        if isinstance(values.get(name), (list, int)):
+            listed = values[name] if isinstance(values[name], list) else [values[name]]
+            values[name] = ",".join(str(value) for value in listed)
+    for name in ("prompts", "out"):
+        if values.get(name) is not None:
+            values[name] = Path(values[name])
+    if isinstance(values.get("recipe"), str):
+        values["recipe"] = [values["recipe"]]
+    return {**context.params, **values, "config": None, "context": context}
