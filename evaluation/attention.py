@@ -16,7 +16,8 @@ BACKENDS = {"sdpa": "native", "xformers": "xformers", "flash": "flash"}
 def set_attention(pipe: Any, name: str) -> None:
     """Let the pipeline's network compute attention by `sdpa`, `xformers` or `flash`.
 
-    A backend that is installed need not work (xformers imports without its kernels), so one small attention is computed first.
+    A backend that is installed need not work (xformers imports without its kernels), so one small attention is
+    computed first.
 
     Raises:
         ValueError: unknown name, or the backend does not work on this device; the message says why.
@@ -35,7 +36,8 @@ def _try_kernel(name: str, device: torch.device, dtype: torch.dtype) -> None:
             require("xformers.ops").memory_efficient_attention(query, query, query)
         elif name == "flash":
             with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.FLASH_ATTENTION):
-                torch.nn.functional.scaled_dot_product_attention(*[query.transpose(1, 2)] * 3)
+                heads_first = query.transpose(1, 2)
+                torch.nn.functional.scaled_dot_product_attention(heads_first, heads_first, heads_first)
     except MissingExtraError:
         raise
     except (RuntimeError, NotImplementedError, ValueError) as error:

@@ -7,6 +7,7 @@ from typing import Any
 
 from .conditions import Classes, Conditions, Prompts
 from .features import FeatureNetwork, load_features, load_reference
+from .latency import Timing
 from .metrics import RowSamples, difference, find_metric
 from .runner import BASELINE, row_samples
 from .schema import Results, load_results, row
@@ -21,8 +22,11 @@ def compare_rows(run: str | Path, a: str, b: str) -> dict[str, Any]:
         a, b: names of two rows.
 
     Returns:
-        `{"a", "b", "metrics": {NAME: {"difference", "ci95", "stderr", "not_worse"}}}`; metrics that compare with the untouched row
-        are left out where one of the two is that row. `not_worse`: the upper end of the difference is at most 5% of b's value.
+        `{"a", "b", "metrics": {NAME: {"difference", "ci95", "stderr", "not_worse"}}, "wall_clock": {"ratio",
+        "ci95"}}`; metrics that compare with the untouched row are left out where one of the two is that row.
+        `not_worse`: the upper end of the difference is at most 5% of b's value. `ratio`: seconds of a / seconds of b,
+            median over rounds, below 1 where
+        a is faster.
 
     Raises:
         FileNotFoundError: no result file there.
@@ -49,7 +53,13 @@ def compare_rows(run: str | Path, a: str, b: str) -> dict[str, Any]:
         for metric in protocol["metrics"]
         if find_metric(metric).against != "baseline" or BASELINE not in (a, b)
     }
-    return {"a": a, "b": b, "metrics": compared}
+    ratio = _timing(results, a).ratio_to(_timing(results, b))
+    return {"a": a, "b": b, "metrics": compared, "wall_clock": {"ratio": ratio.value, "ci95": list(ratio.ci95)}}
+
+
+def _timing(results: Results, name: str) -> Timing:
+    found = row(results, name)
+    return Timing(seconds=tuple(found["latency_ms_per_image"]["per_round"]), first_call_s=found["first_call_s"])
 
 
 def _network_of(protocol: Any) -> FeatureNetwork:

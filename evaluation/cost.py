@@ -57,8 +57,8 @@ class CallCounter:
     the order of the call; a list of tensors counts its length. Entering starts from zero; the counts stay readable
     after the block. The wrappers are removed on exit, also after an exception.
 
-    It counts what reaches `module.forward` as it was on entry. So enter it *before* a pipeline is accelerated: calls that an
-    accelerator answers without the network (from a cache, by a refiner) then do not count.
+    It counts what reaches `module.forward` as it was on entry. So enter it *before* a pipeline is accelerated: calls
+    that an accelerator answers without the network (from a cache, by a refiner) then do not count.
     """
 
     def __init__(self, modules: Mapping[str, nn.Module]) -> None:

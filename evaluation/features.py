@@ -43,8 +43,8 @@ class FeatureNetwork:
 def load_features(name: str) -> FeatureNetwork:
     """A feature network by name: `zoo:NAME`, or `module:attribute` for one of your own.
 
-    Your own is a callable without arguments (a class or function) that returns an `nn.Module` mapping uint8 images (N, C, H, W) to
-    features (N, d); where it has a method `logits(features)`, class accuracy can be measured too.
+    Your own is a callable without arguments (a class or function) that returns an `nn.Module` mapping uint8 images (N,
+    C, H, W) to features (N, d); where it has a method `logits(features)`, class accuracy can be measured too.
 
     Raises:
         ValueError: unknown name, or not such a callable.
@@ -84,7 +84,7 @@ def fingerprint(module: nn.Module) -> str:
     return total.hexdigest()[:16]
 
 
-def load_reference(name: str, network: FeatureNetwork, image_size: tuple[int, int, int] | None = None) -> ReferenceSet:
+def load_reference(name: str, network: FeatureNetwork, image_size: tuple[int, ...] | None = None) -> ReferenceSet:
     """Reference features: `zoo:SET` (the `reference` split of embedded data) or a folder of images.
 
     Args:
@@ -98,8 +98,8 @@ def load_reference(name: str, network: FeatureNetwork, image_size: tuple[int, in
     images = _reference_images(name)
     if image_size is not None and tuple(images.shape[1:]) != tuple(image_size):
         raise ValueError(
-            f"the reference {name!r} has images of shape {tuple(images.shape[1:])} (channels, height, width), the samples "
-            f"{tuple(image_size)}; both must agree: resizing would be part of the metric"
+            f"the reference {name!r} has images of shape {tuple(images.shape[1:])} (channels, height, width), the "
+            f"samples {tuple(image_size)}; both must agree: resizing would be part of the metric"
         )
     features = network(images)
     return ReferenceSet(name=name, features=features, moments=Moments.of(features))

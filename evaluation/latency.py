@@ -42,18 +42,22 @@ class Timing:
 
     @property
     def rounds(self) -> int:
+        """Number of timed rounds."""
         return len(self.seconds)
 
     @property
     def median(self) -> float:
+        """Median seconds of a call."""
         return float(np.median(self.seconds))
 
     @property
     def p10(self) -> float:
+        """10th percentile of the seconds of a call."""
         return float(np.percentile(self.seconds, 10))
 
     @property
     def p90(self) -> float:
+        """90th percentile of the seconds of a call."""
         return float(np.percentile(self.seconds, 90))
 
     @property

@@ -290,7 +290,7 @@ def pareto_png(results: Results, path: str | os.PathLike[str], metric: str | Non
     axes = figure.add_subplot()
     _draw_rows(axes, rows, metric, untouched=results["rows"][0]["recipe"])
     _dress(axes, rows, metric)
-    canvas.draw()  # type: ignore[no-untyped-call]  # the layout must be final before labels can be kept from touching
+    canvas.draw()  # the layout must be final before labels can be kept from touching
     figure.set_layout_engine("none")
     _place_labels(axes, canvas, rows, metric)
     figure.savefig(Path(path), format="png")
@@ -390,7 +390,7 @@ def _place_labels(axes: Axes, canvas: FigureCanvasAgg, rows: Sequence[Row], metr
     from matplotlib.patheffects import withStroke
     from matplotlib.transforms import Bbox
 
-    renderer = canvas.get_renderer()  # type: ignore[no-untyped-call]
+    renderer = canvas.get_renderer()
     pixels = axes.figure.dpi / 72  # per point of the offsets
     points = [axes.transData.transform(_xy(entry, metric)) for entry in rows]
     taken = [_square(x, y, 12 * pixels) for x, y in points]

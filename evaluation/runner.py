@@ -1,7 +1,8 @@
 """One evaluation from start to finish: samples, features, cost, interleaved timing, metrics, result file, figures.
 
-A run folder holds one folder per row (its samples, its manifest) and the results. Every part can be interrupted and is resumed by
-the same call; batch size and timing settings may differ between calls, whatever the samples depend on may not.
+A run folder holds one folder per row (its samples, its manifest) and the results. Every part can be interrupted and is
+resumed by the same call; batch size and timing settings may differ between calls, whatever the samples depend on may
+not.
 """
 
 from __future__ import annotations
@@ -338,6 +339,7 @@ def _row(run: _Run, row: RowSpec, cost: _Cost, base: _Cost, timings: dict[str, T
             "p10": timing.p10 * to_ms,
             "p90": timing.p90 * to_ms,
             "rounds": timing.rounds,
+            "per_round": [seconds * to_ms for seconds in timing.seconds],
         },
         "stages": cost.stages,
         "first_call_s": timing.first_call_s,
@@ -353,7 +355,7 @@ def _row(run: _Run, row: RowSpec, cost: _Cost, base: _Cost, timings: dict[str, T
     return entry
 
 
-def _describe(run: _Run) -> dict[str, Any]:  # the schema's Protocol
+def _describe(run: _Run) -> Any:  # the schema's Protocol
     own = asdict(run.protocol) | {
         "conditions": run.protocol.conditions.describe(),
         "metrics": list(run.protocol.metrics),

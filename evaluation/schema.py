@@ -19,8 +19,8 @@ SCHEMA_VERSION = 1
 """Goes up when a key changes its meaning or a required key is added; files of another version are refused."""
 
 
-class Latency(TypedDict):
-    """One whole pipeline call divided by its batch, in milliseconds per image, over interleaved rounds."""
+class LatencyBase(TypedDict):
+    """Required keys of `Latency`."""
 
     median: float
     p10: float
@@ -28,25 +28,41 @@ class Latency(TypedDict):
     rounds: int  # timed rounds, each the mean of two calls
 
 
+class Latency(LatencyBase, total=False):
+    """One whole pipeline call divided by its batch, in milliseconds per image, over interleaved rounds."""
+
+    per_round: list[float]  # round i of all rows was measured together, so any two rows can be compared
+
+
 class WallClock(TypedDict):
+    """A ratio of seconds and its interval."""
+
     value: float  # untouched seconds / seconds of this row, median of per-round ratios; above 1 is faster
     ci95: list[float]  # [low, high], bootstrap over rounds
 
 
 class SpeedupBase(TypedDict):
+    """Required keys of `Speedup`."""
+
     wall_clock: WallClock
 
 
 class Speedup(SpeedupBase, total=False):
+    """How many times as fast as the untouched pipeline."""
+
     macs: float  # untouched multiply-adds / multiply-adds of this row
 
 
 class Versus(TypedDict):
+    """The paired difference of a metric to another row."""
+
     difference: float  # this row minus the other row, the same sample ids on both sides
     ci95: list[float]  # [low, high], sample ids resampled jointly
 
 
 class MetricBase(TypedDict):
+    """Required keys of `Metric`."""
+
     value: float | None  # None: undefined, for example the PSNR of images that are all identical
     n: int  # samples it rests on
     stderr: float | None  # bootstrap standard error; None with an undefined value
@@ -56,6 +72,8 @@ class MetricBase(TypedDict):
 
 
 class Metric(MetricBase, total=False):
+    """One metric of one row."""
+
     features: str  # feature network and its fingerprint
     reference: str  # what the samples are compared with
     identical_fraction: float  # psnr only: share of images equal to the untouched ones, left out of the mean
@@ -63,6 +81,8 @@ class Metric(MetricBase, total=False):
 
 
 class RowBase(TypedDict):
+    """Required keys of `Row`."""
+
     recipe: str  # the name of the row, unique in the file
     num_inference_steps: int
     nfe: float  # guided evaluations of the base network per image, the count of the papers
@@ -72,6 +92,8 @@ class RowBase(TypedDict):
 
 
 class Row(RowBase, total=False):
+    """One recipe at one number of steps."""
+
     family: str  # rows of one family share a colour and a line in the plot
     network_rows: float  # rows of the base network really computed, per image: guidance counts two, cached none
     refiner_rows: float  # the same for the small network that stands in
@@ -84,6 +106,8 @@ class Row(RowBase, total=False):
 
 
 class ProtocolBase(TypedDict):
+    """Required keys of `Protocol`."""
+
     dataset: str  # prompts or classes the samples are made for
     num_samples: int
     seed: int
@@ -91,6 +115,8 @@ class ProtocolBase(TypedDict):
 
 
 class Protocol(ProtocolBase, total=False):
+    """What was compared, and how."""
+
     steps: int  # of the untouched pipeline
     guidance_scale: float
     reference: str  # reference images or statistics
@@ -101,6 +127,8 @@ class Protocol(ProtocolBase, total=False):
 
 
 class Results(TypedDict):
+    """The content of `results.json`."""
+
     schema: int  # SCHEMA_VERSION of the writer
     protocol: Protocol
     environment: dict[str, Any]  # see environment.environment

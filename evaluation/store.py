@@ -1,7 +1,7 @@
 """Samples on disk: one file per sample id, written atomically, so that any interruption can be resumed exactly.
 
-The file is the record: what is there is done, what is missing is made. Seeds depend on the run's seed and the id alone, so batch
-size, interruptions and processes change nothing.
+The file is the record: what is there is done, what is missing is made. Seeds depend on the run's seed and the id
+alone, so batch size, interruptions and processes change nothing.
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ _PNG_LEVEL = 1  # a fifth of the default level's time for a sixth more bytes
 
 
 def sample_seed(run_seed: int, sample_id: int) -> int:
-    """A seed in [0, 2**63) from a hash of the run's seed and the sample's id: runs with neighbouring seeds share nothing."""
+    """A seed in [0, 2**63) from a hash of the run's seed and the sample's id: runs with neighbouring seeds share
+    nothing.
+    """
     digest = hashlib.blake2b(f"{run_seed}:{sample_id}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
 

@@ -32,7 +32,9 @@ def require(module: str) -> ModuleType:
         ) from error
     except (ImportError, OSError, RuntimeError) as error:
         reason = str(error).split("\n")[0]
-        hint = " A torchvision built for another torch breaks transformers and diffusers too: pip uninstall torchvision."
+        hint = (
+            " A torchvision built for another torch breaks transformers and diffusers too: pip uninstall torchvision."
+        )
         raise MissingExtraError(
             f"{module} is installed but cannot be imported ({reason}); it does not fit this torch. Reinstall it with: "
             f"pip install 'flowaccel[{extra}]'.{hint if 'torchvision' in reason or module == 'torchvision' else ''}"

@@ -118,7 +118,7 @@ def _accelerator(entry: dict[str, Any], folder: Path) -> Accelerator:
 
 PRESETS = {
     **{name: f"the {name} sampler" for name in SAMPLERS if name != "flowturbo"},
-    "flowturbo-BLOCKS": "FlowTurbo with BLOCKS such as H2P4R2; append -consistent or -single for the other refiner steps",
+    "flowturbo-BLOCKS": "FlowTurbo with BLOCKS such as H2P4R2; append -consistent or -single for other refiner steps",
 }
 """Preset names and what they are. `@N` after a name asks for N steps."""
 
@@ -156,7 +156,8 @@ RecipeLike = Recipe | Accelerator | Sequence[Accelerator] | str | Path
 
 
 def resolve(recipe: RecipeLike) -> Recipe:
-    """Whatever names a recipe, as a `Recipe`: itself, an accelerator, a list of them, a preset name, a file or a folder.
+    """Whatever names a recipe, as a `Recipe`: itself, an accelerator, a list of them, a preset name, a file or a
+    folder.
 
     Raises:
         ValueError, TypeError, FileNotFoundError: it names none.
@@ -169,8 +170,9 @@ def resolve(recipe: RecipeLike) -> Recipe:
         return Recipe.from_pretrained(recipe)
     if isinstance(recipe, str):
         return preset(recipe)
-    if isinstance(recipe, Sequence) and all(isinstance(part, Accelerator) for part in recipe):
-        return Recipe(recipe)
+    parts = [part for part in recipe if isinstance(part, Accelerator)] if isinstance(recipe, (list, tuple)) else None
+    if parts is not None and len(parts) == len(recipe):
+        return Recipe(parts)
     raise TypeError(f"recipe must be a Recipe, an accelerator, a list of them, a preset name or a path, got {recipe!r}")
 
 
@@ -207,7 +209,9 @@ def is_accelerated(pipe: Any) -> bool:
 
 
 def restore(pipe: Any) -> Any:
-    """Make `pipe` what it was before `accelerate`; does nothing to a pipeline that is not accelerated. Returns `pipe`."""
+    """Make `pipe` what it was before `accelerate`; does nothing to a pipeline that is not accelerated. Returns
+    `pipe`.
+    """
     _detach(pipe.__dict__.pop(_ATTACHED, []))
     return pipe
 

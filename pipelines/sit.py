@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import operator
 from collections.abc import Callable
 from typing import Any, ClassVar, Literal
 
@@ -50,6 +52,7 @@ class SiTPipeline(DiffusionPipeline):
         self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae)
         self.register_to_config(id2label=id2label)
         self.image_processor = VaeImageProcessor(do_convert_rgb=False)
+        self._interrupt = False
 
     @property
     def labels(self) -> dict[str, int]:
@@ -80,15 +83,19 @@ class SiTPipeline(DiffusionPipeline):
 
         Args:
             class_labels: class ids or names; one or a list of B.
-            num_inference_steps: steps of the scheduler; `None` takes the scheduler's own number where it has one (FlowTurbo), else 50.
-            guidance_scale: classifier-free guidance s >= 1 in null + s * (conditional - null); 1 switches it off and halves the work.
-            guidance_channels: how many of the leading latent channels are guided. The SiT code guides 3 of 4 and lets the rest
-                follow the conditional velocity; its published numbers are made so. `"all"` guides every channel.
+            num_inference_steps: steps of the scheduler; `None` takes the scheduler's own number where it has one
+                (FlowTurbo), else 50.
+            guidance_scale: classifier-free guidance s >= 1 in null + s * (conditional - null); 1 switches it off and
+                halves the work.
+            guidance_channels: how many of the leading latent channels are guided. The SiT code guides 3 of 4 and lets
+                the rest follow the conditional velocity; its published numbers are made so. `"all"` guides every
+                channel.
             generator: one generator, or one per image (an image then does not depend on its batch).
             latents: (B, C, S, S) starting noise instead of drawn one.
             output_type: `pil`, `np` (B, H, W, C) in [0, 1], `pt` (B, C, H, W) in [0, 1], or `latent` (B, C, S, S).
             return_dict: return an `ImagePipelineOutput` rather than a 1-tuple.
-            callback_on_step_end: `callback(pipe, index, timestep, tensors)` after every evaluation; may return `{"latents": ...}`.
+            callback_on_step_end: `callback(pipe, index, timestep, tensors)` after every evaluation; may return
+                `{"latents": ...}`.
             callback_on_step_end_tensor_inputs: which tensors the callback gets; only `latents`.
 
         Raises:
@@ -98,6 +105,8 @@ class SiTPipeline(DiffusionPipeline):
         guided = self._check_guidance(guidance_scale, guidance_channels)
         self._check_rest(output_type, generator, len(label_ids), callback_on_step_end_tensor_inputs)
         self._interrupt = False
+        if len(label_ids) == 1 and isinstance(generator, torch.Generator):
+            generator = [generator]  # so that guidance, which doubles the batch, does not draw twice the noise
         device, batch = self._execution_device, len(label_ids)
         labels = torch.tensor(label_ids, device=device)
         if guided:
@@ -107,7 +116,8 @@ class SiTPipeline(DiffusionPipeline):
         if num_inference_steps is None:
             num_inference_steps = getattr(self.scheduler, "default_num_inference_steps", DEFAULT_STEPS)
         self.scheduler.set_timesteps(num_inference_steps, device=device)
-        # Only stochastic samplers draw noise; stock ones would draw it for the doubled batch from a list that is half as long.
+        # Only stochastic samplers draw noise; stock ones would draw it for the doubled batch from a list that is half
+        # as long.
         stochastic = hasattr(self.scheduler, "prepare_sample")
         noise_source = {"generator": generator} if stochastic else {}
         if stochastic:
@@ -180,24 +190,31 @@ class SiTPipeline(DiffusionPipeline):
                     f"unknown class {label!r}; the classes of this model are {list(self.labels)[:20] or 'unnamed'}"
                 )
             return self.labels[label]
-        if isinstance(label, bool) or int(label) != label:
+        try:
+            index = operator.index(label)
+        except TypeError:
+            index = None
+        if index is None or isinstance(label, bool):
             raise ValueError(f"class_labels must be integers or class names, got {label!r}")
-        return int(label)
+        return index
 
     def _check_guidance(self, scale: float, channels: int | str) -> bool:
-        if scale < 1:
-            raise ValueError(f"guidance_scale must be at least 1 (1 switches guidance off), got {scale}")
-        if channels != "all" and (isinstance(channels, str) or channels < 1):
+        if not 1 <= scale < math.inf:
+            raise ValueError(f"guidance_scale must be finite and at least 1 (1 switches guidance off), got {scale}")
+        if channels != "all" and (isinstance(channels, bool) or not isinstance(channels, int) or channels < 1):
             raise ValueError(f"guidance_channels must be a positive number of channels or 'all', got {channels!r}")
         if scale > 1 and not self.transformer.config.null_class:
             raise ValueError(
-                f"guidance_scale={scale} needs a null class, which this transformer was trained without; use guidance_scale=1"
+                f"guidance_scale={scale} needs a null class, which this transformer was trained without; "
+                "use guidance_scale=1"
             )
         return scale > 1
 
     def _check_rest(self, output_type: str, generator: Any, batch: int, inputs: list[str] | None) -> None:
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type must be one of {OUTPUT_TYPES}, got {output_type!r}")
+        if not isinstance(generator, (torch.Generator, list, type(None))):
+            raise ValueError(f"generator must be one torch.Generator or a list of them, got {type(generator).__name__}")
         if isinstance(generator, list) and len(generator) != batch:
             raise ValueError(
                 f"generator must be one generator or a list of {batch} (one per label), got {len(generator)}"
@@ -214,7 +231,8 @@ def guide(velocity: Tensor, scale: float, channels: int | Literal["all"]) -> Ten
     Args:
         velocity: (2B, C, ...) outputs of the conditional and of the null half.
         scale: s in null + s * (conditional - null).
-        channels: how many leading channels are guided; both halves get the guided value there and keep their own beyond.
+        channels: how many leading channels are guided; both halves get the guided value there and keep their own
+            beyond.
 
     Returns:
         (2B, C, ...).

@@ -1,5 +1,6 @@
 """Schedulers for flow models, usable in any diffusers flow pipeline."""
 
+from flowaccel.samplers.base import FlowSampler as FlowSampler
 from flowaccel.samplers.flowturbo import Blocks as Blocks
 from flowaccel.samplers.flowturbo import FlowTurboScheduler as FlowTurboScheduler
 from flowaccel.samplers.ode import FlowAdamsBashforthScheduler as FlowAdamsBashforthScheduler
@@ -11,5 +12,6 @@ __all__ = [
     "FlowAdamsBashforthScheduler",
     "FlowRungeKuttaScheduler",
     "FlowSDEScheduler",
+    "FlowSampler",
     "FlowTurboScheduler",
 ]

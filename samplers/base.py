@@ -1,11 +1,11 @@
 """What all flow samplers share: the step grid, its shifts, and a walk over network evaluations.
 
-A sampler is a list of evaluations fixed before sampling and a `step` that consumes the network's output of one evaluation and
-returns the input of the next. So any number of evaluations per step fits the ordinary diffusers loop with `order = 1`, at the
-price that some of the samples a callback sees are predictor points between two steps.
+A sampler is a list of evaluations fixed before sampling and a `step` that consumes the network's output of one
+evaluation and returns the input of the next. So any number of evaluations per step fits the ordinary diffusers loop
+with `order = 1`, at the price that some of the samples a callback sees are predictor points between two steps.
 
-Convention: diffusers' own. sigma runs from 1 (noise) to 0 (data), timestep = `num_train_timesteps` * sigma, the network's output
-is noise - data.
+Convention: diffusers' own. sigma runs from 1 (noise) to 0 (data), timestep = `num_train_timesteps` * sigma, the
+network's output is noise - data.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import ClassVar, Literal
 
 import torch
@@ -99,8 +100,8 @@ class FlowSampler(SchedulerMixin, ConfigMixin):
         Args:
             num_inference_steps: number of steps; may be left out where `sigmas` is given.
             device: where `timesteps` is put.
-            sigmas: the noise levels that the steps start from, decreasing, in (0, 1]; they are shifted like the default ones,
-                which are uniform: 1, 1 - 1/N, ..., 1/N.
+            sigmas: the noise levels that the steps start from, decreasing, in (0, 1]; they are shifted like the
+                default ones, which are uniform: 1, 1 - 1/N, ..., 1/N.
             mu: strength of resolution-dependent shifting; needed where `use_dynamic_shifting` is set.
 
         Raises:
@@ -147,11 +148,13 @@ class FlowSampler(SchedulerMixin, ConfigMixin):
             return_dict: return a `SchedulerOutput` rather than a 1-tuple.
 
         Returns:
-            `prev_sample`: the input of the next evaluation, or after the last one the finished sample; computed in at least
+            `prev_sample`: the input of the next evaluation, or after the last one the finished sample; computed in at
+                least
             float32 and returned in the dtype of `model_output`.
 
         Raises:
-            ValueError: called before `set_timesteps`, after the last evaluation, or at a timestep that is not in the list.
+            ValueError: called before `set_timesteps`, after the last evaluation, or at a timestep that is not in the
+                list.
         """
         self._generator = generator
         index = self._begin(timestep) if self._step_index is None else self._step_index
@@ -215,6 +218,6 @@ def _starting_levels(count: int | None, sigmas: Sequence[float] | None) -> list[
         raise ValueError(f"sigmas must have num_inference_steps = {count} entries, got {len(levels)}")
     if not levels or any(not 0 < level <= 1 for level in levels):
         raise ValueError(f"sigmas must lie in (0, 1], got {levels}")
-    if any(later >= earlier for earlier, later in zip(levels, levels[1:], strict=False)):
+    if any(later >= earlier for earlier, later in pairwise(levels)):
         raise ValueError(f"sigmas must decrease, got {levels}")
     return levels

@@ -1,4 +1,6 @@
-"""FlowTurbo (arXiv 2409.18128): Heun steps, pseudo-corrector steps that reuse a velocity, and velocity-refiner steps."""
+"""FlowTurbo (arXiv 2409.18128): Heun steps, pseudo-corrector steps that reuse a velocity, and velocity-refiner
+steps.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,8 @@ class Blocks:
         match = re.fullmatch(r"(?:H(\d+))?(?:P(\d+))?(?:R(\d+))?", text)
         if not text or not match:
             raise ValueError(
-                f"blocks must look like 'H2P4R2' (Heun, pseudo-corrector, refiner steps in this order, each optional), got {text!r}"
+                "blocks must look like 'H2P4R2' (Heun, pseudo-corrector, refiner steps in this order, each optional), "
+                f"got {text!r}"
             )
         blocks = cls(
             **{name: int(n or 0) for name, n in zip(("heun", "pseudo", "refine"), match.groups(), strict=True)}
@@ -66,26 +69,26 @@ class Refinement(NamedTuple):
 class FlowTurboScheduler(FlowSampler):
     """H, P and R steps of FlowTurbo (arXiv 2409.18128, section 3) as an ordinary scheduler.
 
-    With d, e the velocities at the start and at the predicted end of a step and c the carried velocity, every step ends in
-    `x + width / 2 * (d + e)`:
+    With d, e the velocities at the start and at the predicted end of a step and c the carried velocity, every step
+    ends in `x + width / 2 * (d + e)`:
 
     * H (Heun): d and e by the network; carries e.
     * P (pseudo-corrector): d = c, e by the network; carries e. The first step of a run, which has no c, is a Heun step.
     * R (refiner): d = c + r(x; c), e = d + r(x + width * d; c) by the refiner alone; carries d.
 
-    An R evaluation still calls the transformer; the `VelocityRefiner` accelerator is what puts the refiner in its place, and
-    without it an R step runs the base network. A begin index on the second evaluation of a step (image to image) starts the
-    following step with the velocity found there.
+    An R evaluation still calls the transformer; the `VelocityRefiner` accelerator is what puts the refiner in its
+    place, and without it an R step runs the base network. A begin index on the second evaluation of a step (image to
+    image) starts the following step with the velocity found there.
 
     Args:
         blocks: the steps, such as `H2P4R2`; `num_inference_steps` must equal their sum.
-        refiner_mode: `released`, the published code's R step above; `consistent`, in which the refiner always sees the velocity of
-            the step before, as in its training (the second evaluation is fed d, and H and P hand d to the first R); `single`, one
-            evaluation and an Euler step, the paper's equation 7.
+        refiner_mode: `released`, the published code's R step above; `consistent`, in which the refiner always sees the
+            velocity of the step before, as in its training (the second evaluation is fed d, and H and P hand d to the
+            first R); `single`, one evaluation and an Euler step, the paper's equation 7.
         num_train_timesteps: factor between sigma and timestep.
         shift: SD3's time shift of the uniform grid; 1 leaves it uniform.
-        use_dynamic_shifting, base_shift, max_shift, base_image_seq_len, max_image_seq_len, time_shift_type: resolution-dependent
-            shifting, as in `FlowMatchEulerDiscreteScheduler`.
+        use_dynamic_shifting, base_shift, max_shift, base_image_seq_len, max_image_seq_len, time_shift_type:
+            resolution-dependent shifting, as in `FlowMatchEulerDiscreteScheduler`.
 
     Raises:
         ValueError: bad `blocks` or `refiner_mode`.
@@ -121,7 +124,8 @@ class FlowTurboScheduler(FlowSampler):
     def _plan(self, steps: int) -> list[Evaluation]:
         if steps != self.blocks.total:
             raise ValueError(
-                f"num_inference_steps must be {self.blocks.total} for blocks {self.config.blocks!r} (H + P + R), got {steps}"
+                f"num_inference_steps must be {self.blocks.total} for blocks {self.config.blocks!r} (H + P + R), "
+                f"got {steps}"
             )
         plan = []
         for step, kind in enumerate(self.blocks.kinds):

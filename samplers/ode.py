@@ -1,7 +1,8 @@
-"""Deterministic samplers on the uniform (or shifted) grid, with both ends evaluated: explicit Runge-Kutta and Adams-Bashforth.
+"""Deterministic samplers on the uniform (or shifted) grid, with both ends evaluated: explicit Runge-Kutta and
+Adams-Bashforth.
 
-diffusers' own FlowMatch schedulers run 1 .. 1/1000 .. 0 instead, and their Heun ends in an Euler step; SiT (arXiv 2401.08740) and
-FlowTurbo (arXiv 2409.18128) use the grid made here.
+diffusers' own FlowMatch schedulers run 1 .. 1/1000 .. 0 instead, and their Heun ends in an Euler step; SiT (arXiv
+2401.08740) and FlowTurbo (arXiv 2409.18128) use the grid made here.
 """
 
 from __future__ import annotations
@@ -44,9 +45,11 @@ TABLEAUS = {
 
 
 class FlowRungeKuttaScheduler(FlowSampler):
-    """Explicit Runge-Kutta methods for flow models: `euler`, `heun`, `midpoint`, `rk4` (1, 2, 2 and 4 evaluations a step).
+    """Explicit Runge-Kutta methods for flow models: `euler`, `heun`, `midpoint`, `rk4` (1, 2, 2 and 4 evaluations a
+    step).
 
-    Heun is SiT's deterministic sampler: the explicit trapezoid, at the last step too, which evaluates the network at sigma = 0.
+    Heun is SiT's deterministic sampler: the explicit trapezoid, at the last step too, which evaluates the network at
+    sigma = 0.
 
     Args:
         solver: the method.

@@ -1,7 +1,8 @@
-"""Interpolant paths x_t = alpha(t) * data + sigma(t) * noise of SiT (arXiv 2401.08740), with t = 0 noise and t = 1 data.
+"""Interpolant paths x_t = alpha(t) * data + sigma(t) * noise of SiT (arXiv 2401.08740), with t = 0 noise and t = 1
+data.
 
-Pure tensor maths shared by the stochastic sampler and by training. Times `t` have shape (B,); states, velocities, scores and
-noises have shape (B, ...).
+Pure tensor maths shared by the stochastic sampler and by training. Times `t` have shape (B,); states, velocities,
+scores and noises have shape (B, ...).
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ from typing import Literal
 
 import torch
 from diffusers.configuration_utils import register_to_config
+from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
@@ -23,14 +24,16 @@ Generators = torch.Generator | list[torch.Generator] | None
 class FlowSDEScheduler(FlowSampler):
     """Euler-Maruyama or Heun for SiT's SDE on a uniform grid, closed by one deterministic step.
 
-    N steps: N - 1 stochastic ones over t in [0, 1 - last_step_size], then the last. With `last_step="none"` all N are stochastic and
+    N steps: N - 1 stochastic ones over t in [0, 1 - last_step_size], then the last. With `last_step="none"` all N are
+        stochastic and
     reach t = 1. Every image draws its noise from its own generator where a list of generators is given.
 
     Args:
-        solver: `euler` (Euler-Maruyama, one evaluation a step) or `heun` (noise first, then one trapezoid step of the drift; two).
-            `heun` needs `prepare_sample` before the first evaluation, which `SiTPipeline` calls.
-        diffusion_form: w(t): `sigma` (1 - t), `linear` (1 - t), `decreasing` 0.25 (norm cos(pi t) + 1)^2, `constant`. It is half of the
-            coefficient that the paper writes. SiT's `SBDM` is infinite at t = 0 on this path and therefore not offered.
+        solver: `euler` (Euler-Maruyama, one evaluation a step) or `heun` (noise first, then one trapezoid step of the
+            drift; two). `heun` needs `prepare_sample` before the first evaluation, which `SiTPipeline` calls.
+        diffusion_form: w(t): `sigma` (1 - t), `linear` (1 - t), `decreasing` 0.25 (norm cos(pi t) + 1)^2, `constant`.
+            It is half of the coefficient that the paper writes. SiT's `SBDM` is infinite at t = 0 on this path and
+            therefore not offered.
         diffusion_norm: factor in w.
         last_step: `mean` (drift without noise), `euler` (velocity only), `tweedie` (posterior mean), `none`.
         last_step_size: length of the last step in t, in (0, 1).
@@ -91,7 +94,8 @@ class FlowSDEScheduler(FlowSampler):
     def prepare_sample(
         self, sample: Tensor, generator: Generators = None, variance_noise: Tensor | None = None
     ) -> Tensor:
-        """What the first evaluation must see: for `heun`, `sample` with the noise of the first step; otherwise `sample` itself.
+        """What the first evaluation must see: for `heun`, `sample` with the noise of the first step; otherwise
+        `sample` itself.
 
         Args:
             sample: (B, ...) the state at the first timestep.
@@ -109,8 +113,10 @@ class FlowSDEScheduler(FlowSampler):
         generator: Generators = None,
         return_dict: bool = True,
         variance_noise: Tensor | None = None,
-    ):
-        """As `FlowSampler.step`; `variance_noise` (B, ...) replaces the standard normal noise that this call would draw."""
+    ) -> SchedulerOutput | tuple[Tensor]:
+        """As `FlowSampler.step`; `variance_noise` (B, ...) replaces the standard normal noise that this call would
+        draw.
+        """
         self._variance_noise = variance_noise
         return super().step(model_output, timestep, sample, generator, return_dict)
 

@@ -38,7 +38,9 @@ class Accelerator(ABC):
         """The inverse of `to_dict`; `folder` is where `save_parts` wrote, if anywhere."""
 
     def loaded(self, pipe: Any) -> Accelerator:
-        """This accelerator with its learned parts in memory, so that attaching it costs nothing; without any, itself."""
+        """This accelerator with its learned parts in memory, so that attaching it costs nothing; without any,
+        itself.
+        """
         return self
 
     @property
@@ -47,7 +49,8 @@ class Accelerator(ABC):
         return {}
 
     def save_parts(self, folder: Path) -> None:
-        """Write learned parts, if there are any, below `folder`."""
+        """Write learned parts below `folder`; without any, nothing."""
+        return None
 
     @property
     def num_inference_steps(self) -> int | None:

@@ -10,12 +10,13 @@ from flowaccel.accelerators.base import Accelerator, Detach
 from flowaccel.samplers import (
     FlowAdamsBashforthScheduler,
     FlowRungeKuttaScheduler,
+    FlowSampler,
     FlowSDEScheduler,
     FlowTurboScheduler,
 )
 
 # name -> (class, fixed options)
-SAMPLERS: dict[str, tuple[type, dict[str, Any]]] = {
+SAMPLERS: dict[str, tuple[type[FlowSampler], dict[str, Any]]] = {
     "flowturbo": (FlowTurboScheduler, {}),
     "euler": (FlowRungeKuttaScheduler, {"solver": "euler"}),
     "heun": (FlowRungeKuttaScheduler, {"solver": "heun"}),
@@ -73,7 +74,8 @@ class Sampler(Accelerator):
         unsupported = [name for name in _UNSUPPORTED if replaced.config.get(name)]
         if unsupported:
             raise ValueError(
-                f"sampler {self.sampler!r} cannot stand in for a {type(replaced).__name__} with {', '.join(unsupported)} set"
+                f"sampler {self.sampler!r} cannot stand in for a {type(replaced).__name__} "
+                f"that has {', '.join(unsupported)} set"
             )
         scheduler_class, fixed = SAMPLERS[self.sampler]
         pipe.scheduler = scheduler_class.from_config(_grid_config(replaced.config), **fixed, **self.options)

@@ -39,11 +39,13 @@ _SHARED = (
 class VelocityRefiner(Accelerator):
     """Let a small refiner stand in for the network on the R steps of a `FlowTurboScheduler`.
 
-    For every row of the batch the accelerated call returns the guided velocity of before plus the refiner's offset for that row, so
-    that the pipeline's own guidance yields v + r(null) + s * (r(y) - r(null)), whatever its guidance layout.
+    For every row of the batch the accelerated call returns the guided velocity of before plus the refiner's offset for
+    that row, so that the pipeline's own guidance yields v + r(null) + s * (r(y) - r(null)), whatever its guidance
+    layout.
 
     Args:
-        refiner: the refiner, or the folder it was saved to; None takes the folder `refiner` beside the pipeline's components.
+        refiner: the refiner, or the folder it was saved to; None takes the folder `refiner` beside the pipeline's
+            components.
 
     Raises:
         TypeError: `refiner` is none of these.
@@ -63,7 +65,9 @@ class VelocityRefiner(Accelerator):
         _check_scheduler(pipe.scheduler)
         refiner = self.resolve(pipe)
         check_refiner(refiner, network)
-        refiner.to(device=network.device, dtype=network.dtype).eval()
+        if refiner.dtype != network.dtype:  # asked first, because diffusers warns at every cast
+            refiner.to(network.dtype)
+        refiner.eval()
         signature = inspect.signature(network.forward)
 
         def around(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -83,7 +87,8 @@ class VelocityRefiner(Accelerator):
         beside = Path(str(pipe.config.get("_name_or_path", ""))) / FOLDER
         if not beside.is_dir():
             raise WeightsNotFoundError(
-                f"no refiner at {beside}; train one with `flowaccel train refiner`, or pass VelocityRefiner(refiner=FOLDER)"
+                f"no refiner at {beside}; train one with `flowaccel train refiner`, "
+                "or pass VelocityRefiner(refiner=FOLDER)"
             )
         return load_refiner(beside)
 
@@ -114,7 +119,7 @@ class VelocityRefiner(Accelerator):
             self.refiner.save_pretrained(folder / FOLDER)  # type: ignore[operator]
 
 
-def _refine(refiner: nn.Module, network: Any, arguments: dict[str, Any], refinement: Any) -> Any:
+def _refine(refiner: Any, network: Any, arguments: dict[str, Any], refinement: Any) -> Any:
     """The network's return value at an R evaluation."""
     convention = convention_of(network)
     hidden_states: Tensor = arguments["hidden_states"]
@@ -124,6 +129,8 @@ def _refine(refiner: nn.Module, network: Any, arguments: dict[str, Any], refinem
         copies = hidden_states.shape[0] // velocity.shape[0]
         return (convention.velocity_sign * velocity).repeat(copies, *[1] * (velocity.dim() - 1)).to(hidden_states)
 
+    if refiner.device != hidden_states.device:  # not at attach: an offloaded network is not where it computes
+        refiner.to(hidden_states.device)
     channel_axis = 1 if hidden_states.dim() == 4 else -1  # images (B, C, H, W), or packed tokens (B, L, C)
     stacked = torch.cat([hidden_states, rows(refinement.feed)], dim=channel_axis)
     output = refiner(**{**arguments, "hidden_states": stacked, "return_dict": True})
@@ -135,19 +142,21 @@ def _check_scheduler(scheduler: Any) -> None:
     blocks = getattr(scheduler, "blocks", None)
     if blocks is None or not blocks.refine:
         raise ValueError(
-            f"VelocityRefiner works on the R steps of a FlowTurboScheduler, but the pipeline has a {type(scheduler).__name__}"
-            f"{' without R steps' if blocks is not None else ''}; put Sampler('flowturbo', {{'blocks': 'H2P4R2'}}) before it"
+            f"VelocityRefiner works on the R steps of a FlowTurboScheduler, but the pipeline has a "
+            f"{type(scheduler).__name__}{' without R steps' if blocks is not None else ''}; "
+            "put Sampler('flowturbo', {'blocks': 'H2P4R2'}) before it"
         )
 
 
-def new_refiner(network: nn.Module) -> nn.Module:
+def new_refiner(network: Any) -> Any:
     """A fresh refiner for `network`: its own class with one block and doubled input channels, which at first returns 0.
 
     Args:
-        network: a `SiTTransformer2DModel` or a stock diffusers flow transformer (SD3, FLUX and others that have `in_channels`,
-            `out_channels` and `num_layers`).
+        network: a `SiTTransformer2DModel` or a stock diffusers flow transformer (SD3, FLUX and others that have
+            `in_channels`, `out_channels` and `num_layers`).
     """
-    config = dict(network.config)  # type: ignore[arg-type]
+    # Without diffusers' private entries: `_use_default_values` names arguments that from_config ignores.
+    config = {name: value for name, value in network.config.items() if not name.startswith("_")}
     overrides: dict[str, Any] = {
         "in_channels": 2 * config["in_channels"],
         "out_channels": config.get("out_channels") or config["in_channels"],
@@ -157,7 +166,7 @@ def new_refiner(network: nn.Module) -> nn.Module:
         overrides["num_single_layers"] = 0
     if "dual_attention_layers" in config:
         overrides["dual_attention_layers"] = tuple(i for i in config["dual_attention_layers"] if i < 1)
-    refiner = type(network).from_config({**config, **overrides})  # type: ignore[attr-defined]
+    refiner = type(network).from_config({**config, **overrides})
     nn.init.zeros_(refiner.proj_out.weight)
     nn.init.zeros_(refiner.proj_out.bias)
     return refiner
@@ -196,4 +205,4 @@ def load_refiner(folder: Path) -> nn.Module:
     network_class = getattr(models, class_name, None) or getattr(diffusers, class_name, None)
     if network_class is None:
         raise ValueError(f"{config_file} names the class {class_name!r}, which neither flowaccel nor diffusers has")
-    return network_class.from_pretrained(folder)
+    return network_class.from_pretrained(folder, use_safetensors=True)

@@ -26,7 +26,9 @@ class Target(StrEnum):
 def convert(
     source: Annotated[Path, typer.Argument(help="An official .pt or .safetensors file; for --to official a folder.")],
     out: Annotated[Path, typer.Option(help="Folder to write; for --to official a .safetensors file.")],
-    to: Annotated[Target, typer.Option(help="sit: SiTTransformer2DModel; dit: diffusers' own DiT; official: back.")] = Target.sit,
+    to: Annotated[
+        Target, typer.Option(help="sit: SiTTransformer2DModel; dit: diffusers' own DiT; official: back.")
+    ] = Target.sit,
     which: Annotated[str | None, typer.Option(help="Entry of a training checkpoint: ema, model, ...")] = None,
     num_attention_heads: Annotated[int | None, typer.Option(help="For widths that no published size has.")] = None,
     out_channels: Annotated[int | None, typer.Option(help="Returned channels, for refiners (4).")] = None,

@@ -37,7 +37,8 @@ def demo(
     out: Annotated[Path | None, typer.Option(help="Run folder; a started one is resumed.")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Sample handwritten digits by Heun, by fewer steps and by FlowTurbo, and measure quality and milliseconds side by side.
+    """Sample handwritten digits by Heun, by fewer steps and by FlowTurbo, and measure quality and milliseconds side by
+    side.
 
     Example: flowaccel demo --out runs/demo
     """

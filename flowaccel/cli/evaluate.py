@@ -55,7 +55,8 @@ def evaluate(
 ) -> None:
     """Measure recipes against the untouched pipeline and against the same pipeline with fewer steps.
 
-    Example: flowaccel evaluate zoo:sit-digits --recipe flowturbo-H2P4R2 --baseline-steps 5,8 --num-samples 500 --out runs/try
+    Example: flowaccel evaluate zoo:sit-digits --recipe flowturbo-H2P4R2 --baseline-steps 5,8 --num-samples 500 --out
+        runs/try
     """
     with friendly_errors(" What was made so far is kept; the same command goes on from there."):
         if config is not None:
@@ -73,8 +74,8 @@ def evaluate(
             seed=seed,
             batch_size=batch_size,
             guidance_scale=guidance_scale,
-            features=_needed("--features", features or (known and known.features)),
-            reference=_needed("--reference", reference or (known and known.reference)),
+            features=_needed("--features", features or (known.features if known else None)),
+            reference=_needed("--reference", reference or (known.reference if known else None)),
             metrics=tuple(name.strip() for name in metrics.split(",") if name.strip()),
             rounds=rounds,
             latency_batch=latency_batch,

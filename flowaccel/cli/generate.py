@@ -81,9 +81,7 @@ def generate(
         )
 
 
-def parse_conditions(
-    pipeline: Any, classes: str | None, prompt: list[str] | None, prompts: Path | None
-) -> Conditions:
+def parse_conditions(pipeline: Any, classes: str | None, prompt: list[str] | None, prompts: Path | None) -> Conditions:
     """What to sample for, from the options; without any, every class of a class-conditional pipeline.
 
     Raises:
@@ -93,7 +91,9 @@ def parse_conditions(
     if class_conditional:
         if prompt or prompts:
             raise ValueError(f"{type(pipeline).__name__} takes classes, not prompts; use --classes")
-        return Classes(parse_classes(classes) if classes else tuple(range(min(1000, pipeline.transformer.config.num_classes))))
+        return Classes(
+            parse_classes(classes) if classes else tuple(range(min(1000, pipeline.transformer.config.num_classes)))
+        )
     if classes:
         raise ValueError(f"{type(pipeline).__name__} takes prompts, not classes; use --prompt or --prompts")
     if prompts is not None:

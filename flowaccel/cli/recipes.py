@@ -13,7 +13,9 @@ from flowaccel.recipe import PRESETS
 
 
 def recipes(
-    name: Annotated[str | None, typer.Argument(help="Show this recipe as JSON: a preset name, a file or a folder.")] = None,
+    name: Annotated[
+        str | None, typer.Argument(help="Show this recipe as JSON: a preset name, a file or a folder.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """List the preset recipes, or show one.

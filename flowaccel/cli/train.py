@@ -8,7 +8,16 @@ from typing import Annotated
 import typer
 
 from flowaccel.accelerators.velocity_refiner import new_refiner
-from flowaccel.cli.common import DeviceOption, JsonOption, PipeArgument, SeedOption, emit, friendly_errors, open_pipeline, say
+from flowaccel.cli.common import (
+    DeviceOption,
+    JsonOption,
+    PipeArgument,
+    SeedOption,
+    emit,
+    friendly_errors,
+    open_pipeline,
+    say,
+)
 from flowaccel.cli.common import progress as progress_bar
 from flowaccel.data import DATASETS
 from flowaccel.training.loop import LoopConfig
@@ -33,11 +42,15 @@ def refiner(
     learning_rate: Annotated[float, typer.Option()] = 5e-5,
     delta_max: Annotated[float, typer.Option(help="Step lengths are uniform in [0, this).")] = DELTA_MAX,
     label_drop: Annotated[float, typer.Option(help="Share of rows trained on the null label.")] = 0.1,
-    guidance_scale: Annotated[float, typer.Option(help="Feed velocities guided by this; 1 is the published recipe.")] = 1.0,
+    guidance_scale: Annotated[
+        float, typer.Option(help="Feed velocities guided by this; 1 is the published recipe.")
+    ] = 1.0,
     drop_both: Annotated[bool, typer.Option(help="Feed dropped rows the null velocity (the paper's text).")] = False,
     clamp: Annotated[bool, typer.Option(help="Keep t + delta at or below 1.")] = False,
     per_sample_delta: Annotated[bool, typer.Option(help="One step length per image.")] = False,
-    trajectory_steps: Annotated[int, typer.Option(min=0, help="Draw states from Euler trajectories of so many steps.")] = 0,
+    trajectory_steps: Annotated[
+        int, typer.Option(min=0, help="Draw states from Euler trajectories of so many steps.")
+    ] = 0,
     precision: Annotated[str, typer.Option(help="no, bf16 or fp16.")] = "no",
     save_every: Annotated[int, typer.Option(min=1)] = 500,
     seed: SeedOption = 0,
@@ -77,4 +90,8 @@ def refiner(
                 loss = state.loss
                 notify("steps", state.step, steps)
         network.save_pretrained(out)
-        emit({"out": str(out), "steps": steps, "loss": loss}, as_json, lambda: say(f"wrote the refiner to {out}; loss {loss}"))
+        emit(
+            {"out": str(out), "steps": steps, "loss": loss},
+            as_json,
+            lambda: say(f"wrote the refiner to {out}; loss {loss}"),
+        )

@@ -27,7 +27,13 @@ def list_entries(as_json: JsonOption = False) -> None:
         return sum(file.stat().st_size for file in folder.rglob("*.safetensors")) / 1e6
 
     found = [
-        {"name": zoo.PREFIX + e.name, "kind": e.kind, "mb": round(size(e.folder), 2), "description": e.description, "rebuild": e.command}
+        {
+            "name": zoo.PREFIX + e.name,
+            "kind": e.kind,
+            "mb": round(size(e.folder), 2),
+            "description": e.description,
+            "rebuild": e.command,
+        }
         for e in zoo.ENTRIES.values()
     ]
 

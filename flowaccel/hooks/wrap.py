@@ -39,7 +39,7 @@ class Wrapped:
                 setattr(self._owner, self._name, self._shadowed)
         for neighbour in _NEIGHBOURS:
             if self._owner.__dict__.get(neighbour) is self._method:
-                setattr(self._owner, neighbour, self._method.__wrapped__)  # type: ignore[attr-defined]
+                setattr(self._owner, neighbour, self._method.__wrapped__)
 
 
 def wrap(owner: Any, name: str, around: Around) -> Wrapped:
@@ -56,7 +56,7 @@ def wrap(owner: Any, name: str, around: Around) -> Wrapped:
     return Wrapped(owner, name, around)
 
 
-def denoiser(pipe: Any) -> nn.Module:
+def denoiser(pipe: Any) -> Any:
     """The network that a pipeline calls at every step: its `transformer` or `unet`.
 
     Raises:

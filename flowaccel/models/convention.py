@@ -1,9 +1,9 @@
 """The one place that knows which way time and velocity point.
 
-diffusers' flow-matching schedulers run sigma from 1 (noise) to 0 (data), hand the network `timestep = 1000 * sigma` and expect
-`noise - data`. SiT (arXiv 2401.08740) and everything built on it (FlowTurbo, DiffMoE, Attention Mediators) run t from 0 (noise)
-to 1 (data), hand the network t itself and predict `data - noise`. A network class states which of the two it speaks in its
-`flow_convention` attribute; a class without one speaks diffusers' own.
+diffusers' flow-matching schedulers run sigma from 1 (noise) to 0 (data), hand the network `timestep = 1000 * sigma`
+and expect `noise - data`. SiT (arXiv 2401.08740) and everything built on it (FlowTurbo, DiffMoE, Attention Mediators)
+run t from 0 (noise) to 1 (data), hand the network t itself and predict `data - noise`. A network class states which of
+the two it speaks in its `flow_convention` attribute; a class without one speaks diffusers' own.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Checkpoints in the layout of the official SiT (MIT) and DiT repositories: reading, key maps, sizes.
 
-The two repositories share one key layout. Only safetensors and, through torch's restricted loader, `.pt` files are read.
+The two repositories share one key layout. Only safetensors and, through torch's restricted loader, `.pt` files are
+read.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import logging
 import math
 import pickle
 import re
+import struct
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -46,6 +48,31 @@ _BLOCK_RENAMES = {
     "adaLN_modulation.1": "modulation",
 }
 _QKV = ("attn.to_q", "attn.to_k", "attn.to_v")
+# what the sizes are read from, and how many axes it has
+_AXES = {
+    "x_embedder.proj.weight": 4,
+    "pos_embed": 3,
+    "y_embedder.embedding_table.weight": 2,
+    "final_layer.linear.weight": 2,
+    "blocks.0.attn.qkv.weight": 2,
+    "blocks.0.mlp.fc1.weight": 2,
+}
+# what the readers raise on a truncated or corrupted file, found by cutting and overwriting files at random places
+_UNREADABLE = (
+    SafetensorError,
+    pickle.UnpicklingError,
+    struct.error,
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    EOFError,
+    LookupError,
+    MemoryError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
 
 
 def preset_config(name: str) -> dict[str, Any]:
@@ -97,7 +124,7 @@ def _read(path: Path) -> Mapping[str, Any]:
             return load_file(path)
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+    except _UNREADABLE as error:
         reason = str(error).split("\n")[0]
         raise CheckpointError(
             f"cannot read {path}: it is truncated, not a checkpoint, or holds objects other than tensors and plain "
@@ -114,18 +141,23 @@ def infer_sit_config(state: Mapping[str, Tensor], overrides: Mapping[str, Any]) 
     Raises:
         CheckpointError: keys missing, or a width whose number of heads is unknown and not given.
     """
-    needed = ("x_embedder.proj.weight", "pos_embed", "y_embedder.embedding_table.weight", "final_layer.linear.weight")
-    missing = [key for key in (*needed, "blocks.0.attn.qkv.weight") if key not in state]
+    missing = [key for key in _AXES if key not in state]
     if missing:
         raise CheckpointError(
             f"not an official SiT or DiT checkpoint: {missing} missing; it has {sorted(state)[:6]} ..."
         )
+    odd = [f"{key} {tuple(state[key].shape)}" for key, axes in _AXES.items() if state[key].dim() != axes]
+    odd += [f"{key} {tuple(state[key].shape)}" for key in _AXES if state[key].numel() == 0]
+    if odd:
+        raise CheckpointError(f"not an official SiT or DiT checkpoint: unexpected shapes: {', '.join(odd)}")
     width, in_channels, patch, _ = state["x_embedder.proj.weight"].shape
     heads = overrides.get("num_attention_heads") or next((h for _, w, h in SIZES.values() if w == width), None)
     if heads is None:
         raise CheckpointError(
             f"the weights do not tell how many heads a width of {width} has; pass num_attention_heads="
         )
+    if width % heads:
+        raise CheckpointError(f"num_attention_heads={heads} does not divide the width of the weights, {width}")
     computed = state["final_layer.linear.weight"].shape[0] // patch**2
     out_channels = overrides.get("out_channels") or in_channels
     config = {
@@ -133,7 +165,7 @@ def infer_sit_config(state: Mapping[str, Tensor], overrides: Mapping[str, Any]) 
         "patch_size": patch,
         "in_channels": in_channels,
         "out_channels": out_channels,
-        "num_layers": 1 + max(int(key.split(".")[1]) for key in state if key.startswith("blocks.")),
+        "num_layers": _depth(state),
         "num_attention_heads": heads,
         "attention_head_dim": width // heads,
         "mlp_ratio": state["blocks.0.mlp.fc1.weight"].shape[0] / width,
@@ -141,6 +173,11 @@ def infer_sit_config(state: Mapping[str, Tensor], overrides: Mapping[str, Any]) 
         "learn_sigma": computed == 2 * out_channels,
     }
     return {**config, **overrides}
+
+
+def _depth(state: Mapping[str, Tensor]) -> int:
+    """Number of blocks that an official state dict holds: counted, so that a stray index cannot ask for a million."""
+    return len({match[1] for key in state if (match := re.match(r"blocks\.(\d+)\.", key))})
 
 
 def sit_from_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -161,6 +198,8 @@ def _rename(key: str, value: Tensor) -> list[tuple[str, Tensor]]:
     if block:
         prefix = f"transformer_blocks.{block[1]}."
         if block[2] == "attn.qkv":
+            if not value.dim() or value.shape[0] % 3:
+                raise CheckpointError(f"{key} must stack query, key and value, got shape {tuple(value.shape)}")
             parts = value.chunk(3, dim=0)
             return [(f"{prefix}{name}.{block[3]}", part) for name, part in zip(_QKV, parts, strict=True)]
         if block[2] in _BLOCK_RENAMES:
@@ -174,15 +213,23 @@ def _rename(key: str, value: Tensor) -> list[tuple[str, Tensor]]:
 
 
 def sit_to_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """`SiTTransformer2DModel` keys -> official keys (query, key and value are fused again)."""
+    """`SiTTransformer2DModel` keys -> official keys (query, key and value are fused again).
+
+    Raises:
+        ValueError: a weight that the layout has no name for, such as an adapter's.
+    """
     renames = {ours: theirs for theirs, ours in _RENAMES.items()}
     block_renames = {ours: theirs for theirs, ours in _BLOCK_RENAMES.items()}
     converted: dict[str, Tensor] = {}
     for key, value in state.items():
         stem, _, leaf = key.rpartition(".")
         block = re.fullmatch(r"transformer_blocks\.(\d+)\.(.+)", stem)
-        if not block:
-            converted[renames[key] if key in renames else f"{renames[stem]}.{leaf}"] = value
+        if key in renames:
+            converted[renames[key]] = value
+        elif stem in renames:
+            converted[f"{renames[stem]}.{leaf}"] = value
+        elif not block or block[2] not in (*block_renames, *_QKV, "attn.to_qkv"):
+            raise ValueError(f"{key!r} has no name in the official layout; merge or unload adapters first")
         elif block[2] in block_renames:
             converted[f"blocks.{block[1]}.{block_renames[block[2]]}.{leaf}"] = value
         elif block[2] == _QKV[0]:
@@ -193,7 +240,7 @@ def sit_to_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def dit_from_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Official DiT keys -> stock `diffusers.DiTTransformer2DModel` keys (which holds one embedder copy per block)."""
-    depth = 1 + max(int(key.split(".")[1]) for key in state if key.startswith("blocks."))
+    depth = _depth(state)
     names = {
         "time_embed.linear_1": "norm1.emb.timestep_embedder.linear_1",
         "time_embed.linear_2": "norm1.emb.timestep_embedder.linear_2",
@@ -217,8 +264,8 @@ def dit_transformer_from_official(
 ) -> DiTTransformer2DModel:
     """An official DiT checkpoint as diffusers' own `DiTTransformer2DModel`.
 
-    diffusers spaces the 128 time frequencies by 1/127 where DiT's code has 1/128, which moves the output by about 1e-3 (diffusers'
-    own conversion of DiT-XL/2 does the same).
+    diffusers spaces the 128 time frequencies by 1/127 where DiT's code has 1/128, which moves the output by about 1e-3
+    (diffusers' own conversion of DiT-XL/2 does the same).
 
     Raises:
         CheckpointError: as `SiTTransformer2DModel.from_official`.

@@ -32,7 +32,7 @@ class SiTAttnProcessor:
     _attention_backend = None
     _parallel_config = None
 
-    def __call__(self, attn: SiTAttention, hidden_states: Tensor) -> Tensor:
+    def __call__(self, attn: Any, hidden_states: Tensor) -> Tensor:
         """`hidden_states` (B, L, D) -> (B, L, D), before the output projection."""
         if attn.fused_projections:
             projections = attn.to_qkv(hidden_states).chunk(3, dim=-1)
@@ -50,6 +50,7 @@ class SiTAttention(nn.Module, AttentionModuleMixin):
 
     _default_processor_cls = SiTAttnProcessor
     _available_processors: ClassVar[list[type]] = [SiTAttnProcessor]
+    processor: Any
 
     def __init__(self, dim: int, heads: int) -> None:
         super().__init__()
@@ -61,11 +62,12 @@ class SiTAttention(nn.Module, AttentionModuleMixin):
         self.to_k = nn.Linear(dim, dim)
         self.to_v = nn.Linear(dim, dim)
         self.to_out = nn.ModuleList([nn.Linear(dim, dim), nn.Identity()])
-        self.set_processor(SiTAttnProcessor())
+        self.processor = SiTAttnProcessor()
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """(B, L, D) -> (B, L, D)."""
-        return self.to_out[0](self.processor(self, hidden_states))
+        attended: Tensor = self.processor(self, hidden_states)
+        return self.to_out[0](attended)
 
 
 def modulate(hidden_states: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -81,7 +83,7 @@ class SiTBlock(nn.Module):
         self.norm1 = nn.LayerNorm(dim, eps=NORM_EPS, elementwise_affine=False)
         self.attn = SiTAttention(dim, heads)
         self.norm2 = nn.LayerNorm(dim, eps=NORM_EPS, elementwise_affine=False)
-        self.ff = FeedForward(dim, inner_dim=int(dim * mlp_ratio), activation_fn="gelu-approximate")
+        self.ff = FeedForward(dim, inner_dim=round(dim * mlp_ratio), activation_fn="gelu-approximate")
         self.modulation = nn.Linear(dim, 6 * dim)
 
     def forward(self, hidden_states: Tensor, temb: Tensor) -> Tensor:
@@ -96,8 +98,8 @@ class SiTBlock(nn.Module):
 class SiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
     """Velocity network of SiT (arXiv 2401.08740). At depth 1 with doubled input channels it is FlowTurbo's refiner.
 
-    It speaks SiT's own convention (`flow_convention`): time t in [0, 1] with t = 1 data, output data - noise. `SiTPipeline`
-    translates for diffusers' schedulers.
+    It speaks SiT's own convention (`flow_convention`): time t in [0, 1] with t = 1 data, output data - noise.
+    `SiTPipeline` translates for diffusers' schedulers.
 
     Args:
         sample_size: height and width S of the (latent) image; a multiple of `patch_size`.
@@ -110,8 +112,8 @@ class SiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapter
         mlp_ratio: hidden width of the feed-forward as a multiple of D.
         num_classes: classes 0 .. num_classes - 1; index `num_classes` is the null label where there is one.
         null_class: whether the label table has a row for the null label, which classifier-free guidance needs.
-        learn_sigma: the last layer computes twice `out_channels` and the second half is dropped (a DiT inheritance that the
-            released SiT-XL/2 has).
+        learn_sigma: the last layer computes twice `out_channels` and the second half is dropped (a DiT inheritance
+            that the released SiT-XL/2 has).
 
     Raises:
         ValueError: sizes that do not fit each other.
@@ -173,11 +175,12 @@ class SiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapter
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
         nn.init.xavier_uniform_(self.patch_embed.weight.view(self.patch_embed.weight.shape[0], -1))
-        nn.init.zeros_(self.patch_embed.bias)
+        if self.patch_embed.bias is not None:
+            nn.init.zeros_(self.patch_embed.bias)
         for weight in (self.label_embed.weight, self.time_embed.linear_1.weight, self.time_embed.linear_2.weight):
             nn.init.normal_(weight, std=0.02)
-        zeroed = [block.modulation for block in self.transformer_blocks] + [self.modulation_out, self.proj_out]
-        for linear in zeroed:
+        blocks: Any = self.transformer_blocks
+        for linear in [*(block.modulation for block in blocks), self.modulation_out, self.proj_out]:
             nn.init.zeros_(linear.weight)
 
     @property
@@ -256,11 +259,11 @@ class SiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapter
         """Load a checkpoint in the layout of the official SiT and DiT repositories.
 
         Args:
-            path_or_state_dict: a `.pt` or `.safetensors` file, or a state dict. `.pt` files are read by torch's restricted
-                loader; of a training checkpoint `ema` is taken, else `model`, else the flat dictionary.
+            path_or_state_dict: a `.pt` or `.safetensors` file, or a state dict. `.pt` files are read by torch's
+                restricted loader; of a training checkpoint `ema` is taken, else `model`, else the flat dictionary.
             which: take this entry of a training checkpoint instead.
-            overrides: constructor arguments that the weights do not tell, above all `num_attention_heads` for a width that no
-                published size has, and `out_channels` for a refiner.
+            overrides: constructor arguments that the weights do not tell, above all `num_attention_heads` for a width
+                that no published size has, and `out_channels` for a refiner.
 
         Raises:
             CheckpointError: a truncated, foreign or hostile file, or weights that do not fit; nothing is changed.
@@ -272,5 +275,7 @@ class SiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapter
         return model.eval()
 
     def to_official(self) -> dict[str, Tensor]:
-        """This network's weights under the official key names (a new dict; tensors are shared where they are unchanged)."""
+        """This network's weights under the official key names (a new dict; tensors are shared where they are
+        unchanged).
+        """
         return official.sit_to_official(self.state_dict())

@@ -74,9 +74,9 @@ class Progress:
 def train(model: nn.Module, loss: Loss, config: LoopConfig, folder: Path) -> Iterator[Progress]:
     """Train `model` in place, yielding after every step; at the end the model holds the averaged (EMA) weights.
 
-    Every random number of a step comes from a generator seeded by (seed, step, process), so a run that was killed and started
-    again with the same arguments ends with the same weights as one that was not. The state lies in `folder` as `state.safetensors`
-    and `state.json` and is replaced atomically every `save_every` steps.
+    Every random number of a step comes from a generator seeded by (seed, step, process), so a run that was killed and
+    started again with the same arguments ends with the same weights as one that was not. The state lies in `folder` as
+    `state.safetensors` and `state.json` and is replaced atomically every `save_every` steps.
 
     Args:
         model: the network to train; parameters without gradient stay as they are.

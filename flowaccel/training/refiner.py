@@ -58,9 +58,10 @@ def refiner_terms(
         labels: (B,) classes.
         dropped: (B,) booleans: rows whose target and refiner are conditioned on the null label.
         null_label: the null class.
-        guidance_scale: feed the refiner velocities guided by this scale, which is what it sees when sampling; 1 feeds the
-            conditional one, as published.
-        drop_both: let dropped rows be fed the teacher's null velocity, as the paper says; the published code keeps the label.
+        guidance_scale: feed the refiner velocities guided by this scale, which is what it sees when sampling; 1 feeds
+            the conditional one, as published.
+        drop_both: let dropped rows be fed the teacher's null velocity, as the paper says; the published code keeps the
+            label.
         clamp: keep t + delta at or below 1; the published code lets it reach 1.12.
     """
     seen = torch.where(dropped, null_label, labels)
@@ -106,7 +107,9 @@ class RefinerObjective:
     per_sample_delta: bool = False
     """Draw one step length per image instead of one per batch: the same expectation, less gradient noise."""
     trajectory_steps: int = 0
-    """If positive, states come from the teacher's own guided Euler trajectories of so many steps instead of noised data."""
+    """If positive, states come from the teacher's own guided Euler trajectories of so many steps instead of noised
+    data.
+    """
 
     def __post_init__(self) -> None:
         if not 0 < self.delta_max <= 1:

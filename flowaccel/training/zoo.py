@@ -46,21 +46,21 @@ FEATURES_LOOP = LoopConfig(
 
 def build_sit_digits(out: Path) -> Iterator[Step]:
     """The digits pipeline: a SiT with 64 tokens and 12 blocks of width 64, and its velocity refiner."""
-    transformer = yield from train_sit_digits(out)
+    torch.manual_seed(SIT_DIGITS_LOOP.seed)
+    transformer = SiTTransformer2DModel(**SIT_DIGITS)
+    yield from train_sit_digits(transformer, out)
     labels = {str(digit): str(digit) for digit in range(10)}
     SiTPipeline(transformer, FlowRungeKuttaScheduler("heun"), id2label=labels).save_pretrained(out)
     transformer.float().requires_grad_(False)
     yield from train_refiner(transformer, out, out / FOLDER, REFINER_LOOP, **REFINER_OBJECTIVE)
 
 
-def train_sit_digits(out: Path, loop: LoopConfig = SIT_DIGITS_LOOP) -> Iterator[Step]:
-    """The generator alone; returns it rounded to bfloat16, as it is shipped."""
-    torch.manual_seed(loop.seed)
-    model = SiTTransformer2DModel(**SIT_DIGITS)
+def train_sit_digits(model: SiTTransformer2DModel, out: Path, loop: LoopConfig = SIT_DIGITS_LOOP) -> Iterator[Step]:
+    """Train the generator alone, in place; it ends rounded to bfloat16, as it is shipped."""
     objective = FlowObjective(data=digits("generator"), null_label=model.null_label, augment=shift_augment)
     for progress in train(model, objective, loop, out / "training"):
         yield "generator", progress, loop.steps
-    return model.to(torch.bfloat16)
+    model.to(torch.bfloat16)
 
 
 def train_refiner(

@@ -1,0 +1,157 @@
+"""FlowTurbo against Heun, Euler and AB2 on the digits model: quality, measured seconds, and what may be claimed from
+them.
+
+    python benchmarks/flowturbo.py                      # everything, about an hour on two CPU cores; resumes
+    python benchmarks/flowturbo.py --num-samples 200    # a quick look
+
+The claim: a FlowTurbo row is matched with the *cheapest* Heun row that equals it (neither is worse than the other: the
+upper end of either paired difference of the Frechet distance is at most 5% of the other row's value), and the time
+saved is against that row. Writes results.json, claims.json, table.md and figures to --out, and the first three to
+benchmarks/results/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import Progress
+
+from flowaccel import zoo
+from flowaccel.evaluation import Classes, Protocol, compare_rows, console_table, evaluate, markdown_table
+from flowaccel.pipelines import load_pipeline
+from flowaccel.recipe import Recipe, VelocityRefiner, preset
+
+RESULTS = Path(__file__).parent / "results"
+STEPS = 50
+HEUN = (2, 3, 4, 5, 6, 8, 10, 15)
+RECIPES = (
+    *(f"euler@{n}" for n in (4, 6, 8, 10, 12, 16)),
+    *(f"ab2@{n}" for n in (4, 6, 8, 10, 12, 16)),
+    *(f"flowturbo-{blocks}" for blocks in ("H1P2", "H1P3", "H1P4", "H1P6")),
+    *(
+        f"flowturbo-{blocks}"
+        for blocks in ("H1P1R1", "H1P2R1", "H1P3R1", "H1P3R2", "H2P3R1", "H1P5R3", "H2P4R2", "H2P8R2")
+    ),
+    *(f"flowturbo-{blocks}-{mode}" for blocks in ("H1P2R1", "H1P3R1", "H1P3R2") for mode in ("consistent", "single")),
+)
+
+
+def main() -> None:
+    """Run the benchmark."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--num-samples", type=int, default=2000)
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--pipe", default="zoo:sit-digits")
+    parser.add_argument("--refiner", type=Path, help="another refiner than the pipeline's own")
+    parser.add_argument("--recipes", nargs="*", default=RECIPES)
+    parser.add_argument("--heun", type=int, nargs="*", default=HEUN)
+    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--out", type=Path, default=Path("runs/flowturbo"))
+    parser.add_argument("--record", action="store_true", help="copy the results to benchmarks/results/")
+    arguments = parser.parse_args()
+
+    path = zoo.folder(arguments.pipe) if arguments.pipe.startswith(zoo.PREFIX) else arguments.pipe
+    pipe = load_pipeline(path)
+    protocol = Protocol(
+        conditions=Classes(tuple(range(10))),
+        steps=arguments.steps,
+        baseline_steps=tuple(arguments.heun),
+        num_samples=arguments.num_samples,
+        seed=arguments.seed,
+        metrics=("fid", "kid", "class_accuracy", "precision", "recall", "rel_l2"),
+        rounds=arguments.rounds,
+    )
+    recipes = [with_refiner(preset(name), arguments.refiner) for name in arguments.recipes]
+    with Progress() as bar:
+        tasks: dict[str, Any] = {}
+
+        def notify(stage: str, done: int, total: int) -> None:
+            tasks.setdefault(stage, bar.add_task(stage, total=total))
+            bar.update(tasks[stage], completed=done, total=total)
+
+        results = evaluate(pipe, recipes, protocol, arguments.out, notify)
+    found = claims(arguments.out, results)
+    (arguments.out / "claims.json").write_text(json.dumps(found, indent=1) + "\n")
+    (arguments.out / "table.md").write_text(markdown_table(results) + "\n\n" + claims_table(found) + "\n")
+    Console(width=150).print(console_table(results))
+    print(claims_table(found))
+    if arguments.record:
+        RESULTS.mkdir(exist_ok=True)
+        for name, target in (
+            ("results.json", "json"),
+            ("claims.json", "claims.json"),
+            ("table.md", "md"),
+            ("pareto.png", "png"),
+        ):
+            shutil.copyfile(arguments.out / name, RESULTS / f"flowturbo_sit-digits_cpu.{target}")
+
+
+def with_refiner(recipe: Recipe, folder: Path | None) -> Recipe:
+    """The recipe with its refiner taken from `folder`, if one is given."""
+    if folder is None:
+        return recipe
+    parts = [VelocityRefiner(folder) if isinstance(part, VelocityRefiner) else part for part in recipe.accelerators]
+    return Recipe(parts, recipe.name, recipe.num_inference_steps)
+
+
+def claims(run: Path, results: Any) -> list[dict[str, Any]]:
+    """For every row that is not Heun: the cheapest Heun row that equals it in Frechet distance, and the time saved
+    against it.
+    """
+    heun = sorted((row for row in results["rows"] if row["family"] == "baseline"), key=lambda row: row["nfe"])
+    return [claim(run, row, heun) for row in results["rows"] if row["family"] != "baseline"]
+
+
+def claim(run: Path, row: dict[str, Any], heun: list[dict[str, Any]]) -> dict[str, Any]:
+    """The match of one row."""
+    own: dict[str, Any] = {
+        "recipe": row["recipe"],
+        "nfe": row["nfe"],
+        "fid": row["metrics"]["fid"]["value"],
+        "match": None,
+    }
+    for other in heun:
+        compared = compare_rows(run, row["recipe"], other["recipe"])
+        reverse = compare_rows(run, other["recipe"], row["recipe"])
+        if compared["metrics"]["fid"]["not_worse"] and reverse["metrics"]["fid"]["not_worse"]:
+            clock = compared["wall_clock"]
+            return own | {
+                "match": other["recipe"],
+                "match_nfe": other["nfe"],
+                "match_fid": other["metrics"]["fid"]["value"],
+                "difference": compared["metrics"]["fid"]["difference"],
+                "difference_ci95": compared["metrics"]["fid"]["ci95"],
+                "time_saved": 1 - clock["ratio"],
+                "time_saved_ci95": sorted(1 - end for end in clock["ci95"]),
+            }
+    return own
+
+
+def claims_table(found: list[dict[str, Any]]) -> str:
+    """The claims as Markdown."""
+    lines = [
+        "| row | evaluations | Frechet distance | equal Heun row | its evaluations | paired difference | time saved |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for entry in found:
+        head = f"| {entry['recipe']} | {entry['nfe']:g} | {entry['fid']:.3f} |"
+        if entry["match"] is None:
+            lines.append(f"{head} none | | | |")
+            continue
+        low, high = entry["difference_ci95"]
+        saved = [100 * value for value in (entry["time_saved"], *entry["time_saved_ci95"])]
+        lines.append(
+            f"{head} {entry['match']} ({entry['match_fid']:.3f}) | {entry['match_nfe']:g} | "
+            f"{entry['difference']:+.3f} [{low:+.3f}, {high:+.3f}] | {saved[0]:.0f}% [{saved[1]:.0f}, {saved[2]:.0f}] |"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

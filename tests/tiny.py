@@ -1,0 +1,209 @@
+"""Pipelines and networks small enough to run in milliseconds, with random weights; nothing in them was trained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+)
+from torch import Tensor, nn
+
+from flowaccel import Recipe, Sampler, SiTPipeline, SiTTransformer2DModel, VelocityRefiner
+from flowaccel.accelerators.velocity_refiner import new_refiner
+from flowaccel.samplers import FlowRungeKuttaScheduler
+
+CONTEXT, POOLED, TOKENS = 16, 12, 5
+"""Width of the text embeddings, of the pooled ones, and length of the text, of the text-to-image pipelines."""
+
+
+def random_weights(module: nn.Module, seed: int, std: float = 0.08) -> None:
+    """Add noise to every trainable parameter, so that layers which start at zero count."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            if parameter.requires_grad:
+                parameter += std * torch.randn(parameter.shape, generator=generator)
+
+
+def sit_network(seed: int = 0, **config: Any) -> SiTTransformer2DModel:
+    """A SiT for 8x8 grey images and 10 classes."""
+    torch.manual_seed(seed)
+    sizes = {
+        "sample_size": 8,
+        "patch_size": 2,
+        "in_channels": 1,
+        "num_layers": 3,
+        "num_attention_heads": 2,
+        "attention_head_dim": 8,
+        "num_classes": 10,
+        "learn_sigma": False,
+    }
+    network = SiTTransformer2DModel(**{**sizes, **config}).eval()
+    random_weights(network, seed)
+    return network
+
+
+def sit_pipeline(seed: int = 0, **config: Any) -> SiTPipeline:
+    """A pipeline around `sit_network` with Heun's method; its images are noise, but each depends on class and seed."""
+    pipe = SiTPipeline(sit_network(seed, **config), FlowRungeKuttaScheduler("heun"))
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def autoencoder(latent_channels: int = 4) -> AutoencoderKL:
+    """A decoder that doubles the size."""
+    torch.manual_seed(5)
+    return AutoencoderKL(
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        layers_per_block=1,
+        latent_channels=latent_channels,
+        norm_num_groups=2,
+        sample_size=16,
+        scaling_factor=1.5,
+        shift_factor=0.06,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    ).eval()
+
+
+def sd3_pipeline(seed: int = 0, **config: Any) -> StableDiffusion3Pipeline:
+    """A stock `StableDiffusion3Pipeline` without text encoders: 16x16 images; call it with `sd3_arguments`."""
+    torch.manual_seed(seed)
+    sizes = {
+        "sample_size": 8,
+        "patch_size": 2,
+        "in_channels": 4,
+        "out_channels": 4,
+        "num_layers": 3,
+        "num_attention_heads": 2,
+        "attention_head_dim": 8,
+        "joint_attention_dim": CONTEXT,
+        "caption_projection_dim": 16,
+        "pooled_projection_dim": POOLED,
+        "pos_embed_max_size": 8,
+    }
+    transformer = SD3Transformer2DModel(**{**sizes, **config}).eval()
+    random_weights(transformer, seed)
+    pipe = StableDiffusion3Pipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=autoencoder(),
+        text_encoder=None,
+        tokenizer=None,
+        text_encoder_2=None,
+        tokenizer_2=None,
+        text_encoder_3=None,
+        tokenizer_3=None,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def sd3_arguments(batch: int = 1, steps: int = 5, scale: float = 4.0, seed: int = 3) -> dict[str, Any]:
+    """Arguments of a call; image i depends on i and `seed` alone."""
+    words = [embedding(TOKENS, CONTEXT, seed + i) for i in range(batch)]
+    pooled = [embedding(1, POOLED, 70 + seed + i)[0] for i in range(batch)]
+    return {
+        "prompt_embeds": torch.stack(words),
+        "pooled_prompt_embeds": torch.stack(pooled),
+        "negative_prompt_embeds": embedding(TOKENS, CONTEXT, 40).expand(batch, -1, -1),
+        "negative_pooled_prompt_embeds": embedding(1, POOLED, 41).expand(batch, -1),
+        "guidance_scale": scale,
+        "num_inference_steps": steps,
+        "height": 16,
+        "width": 16,
+        "generator": [torch.Generator().manual_seed(seed + i) for i in range(batch)],
+        "output_type": "pt",
+    }
+
+
+def flux_pipeline(seed: int = 0, **config: Any) -> FluxPipeline:
+    """A stock `FluxPipeline` without text encoders: 16x16 images; call it with `flux_arguments`."""
+    torch.manual_seed(seed)
+    sizes = {
+        "patch_size": 1,
+        "in_channels": 16,
+        "num_layers": 2,
+        "num_single_layers": 2,
+        "attention_head_dim": 8,
+        "num_attention_heads": 2,
+        "joint_attention_dim": CONTEXT,
+        "pooled_projection_dim": POOLED,
+        "guidance_embeds": True,
+        "axes_dims_rope": (2, 2, 4),
+    }
+    transformer = FluxTransformer2DModel(**{**sizes, **config}).eval()
+    random_weights(transformer, seed)
+    pipe = FluxPipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        vae=autoencoder(),
+        text_encoder=None,
+        tokenizer=None,
+        text_encoder_2=None,
+        tokenizer_2=None,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def flux_arguments(batch: int = 1, steps: int = 5, true_scale: float = 1.0, seed: int = 3) -> dict[str, Any]:
+    """Arguments of a call; `true_scale` above 1 adds a second, negative network call per evaluation."""
+    arguments = sd3_arguments(batch, steps, seed=seed) | {"guidance_scale": 3.5, "true_cfg_scale": true_scale}
+    if true_scale == 1:
+        del arguments["negative_prompt_embeds"], arguments["negative_pooled_prompt_embeds"]
+    return arguments
+
+
+def embedding(rows: int, width: int, seed: int) -> Tensor:
+    """(rows, width) of noise."""
+    return torch.randn(rows, width, generator=torch.Generator().manual_seed(seed))
+
+
+def random_refiner(network: nn.Module, seed: int = 11) -> nn.Module:
+    """An untrained refiner for `network` whose offsets are small but not zero."""
+    torch.manual_seed(seed)
+    refiner = new_refiner(network).eval()
+    random_weights(refiner, seed)
+    return refiner
+
+
+def flowturbo(refiner: Any, blocks: str = "H1P2R2", **options: Any) -> Recipe:
+    """FlowTurbo with a refiner."""
+    name = f"flowturbo-{blocks}"
+    return Recipe([Sampler("flowturbo", {"blocks": blocks, **options}), VelocityRefiner(refiner)], name=name)
+
+
+def save_sit_pipeline(folder: Path, seed: int = 0, **config: Any) -> Path:
+    """Write `sit_pipeline` and, beside its components, a refiner for it."""
+    pipe = sit_pipeline(seed, **config)
+    pipe.save_pretrained(folder)
+    random_refiner(pipe.transformer).save_pretrained(folder / "refiner")
+    return folder
+
+
+def snapshot(pipe: Any) -> dict[str, Any]:
+    """What must be the same after `restore`: the keys of `vars` of the pipeline and of every module, and the scheduler."""
+    keys = {
+        f"{name}.{path}": sorted(vars(module))
+        for name, component in pipe.components.items()
+        if isinstance(component, nn.Module)
+        for path, module in component.named_modules()
+    }
+    return {
+        "pipe": sorted(vars(pipe)),
+        "modules": keys,
+        "scheduler": id(pipe.scheduler),
+        "scheduler vars": sorted(vars(pipe.scheduler)),
+        "config": dict(pipe.config),
+    }
