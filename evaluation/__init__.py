@@ -21,8 +21,6 @@ from flowaccel.evaluation.metrics import not_worse as not_worse
 from flowaccel.evaluation.moments import Moments as Moments
 from flowaccel.evaluation.moments import frechet_distance as frechet_distance
 from flowaccel.evaluation.moments import frechet_infinity as frechet_infinity
-from flowaccel.evaluation.report import console_table as console_table
-from flowaccel.evaluation.report import markdown_table as markdown_table
 from flowaccel.evaluation.runner import DEFAULT_METRICS as DEFAULT_METRICS
 from flowaccel.evaluation.runner import Protocol as Protocol
 from flowaccel.evaluation.runner import evaluate as evaluate
@@ -30,6 +28,8 @@ from flowaccel.evaluation.schema import Results as Results
 from flowaccel.evaluation.schema import load_results as load_results
 from flowaccel.evaluation.schema import save_results as save_results
 from flowaccel.evaluation.store import sample_generator as sample_generator
+from flowaccel.evaluation.tables import console_table as console_table
+from flowaccel.evaluation.tables import markdown_table as markdown_table
 
 __all__ = [
     "DEFAULT_METRICS",

@@ -22,9 +22,10 @@ from .conditions import Conditions
 from .cost import CallCounter, count_macs, peak_memory_mb, reset_peak_memory, timed_stages
 from .environment import environment
 from .features import FeatureNetwork, fingerprint, load_features, load_reference
+from .figures import pareto, pareto_png, primary_metric, sample_grid
 from .latency import Timing, measure_latency
 from .metrics import RowSamples, find_metric, measure
-from .report import html_report, pareto, pareto_png, primary_metric, sample_grid
+from .report import html_report
 from .schema import SCHEMA_VERSION, Results, Row, save_results
 from .store import SampleStore, folder_name, generate, sample_generator
 

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from rich.console import Console
 
-from flowaccel.evaluation import report
+from flowaccel.evaluation import figures, report, tables
 from flowaccel.evaluation.schema import SCHEMA_VERSION, check_results
 
 HOSTILE = "<script>alert(1)</script>$x_{|[bold]`*"
@@ -65,7 +65,7 @@ def results() -> Any:
 
 def rendered(results: Any, width: int = 160) -> str:
     console = Console(width=width, record=True, file=io.StringIO())
-    console.print(report.console_table(results))
+    console.print(tables.console_table(results))
     return console.export_text()
 
 
@@ -84,23 +84,23 @@ def test_pareto_keeps_ties_and_drops_the_dominated() -> None:
         make_row("undefined", 1.0, None),
     ]
     del rows[6]["metrics"]["fid"]["stderr"]
-    assert report.pareto(rows, "fid") == {"best", "twin", "slow and good", "fast and poor"}
-    assert report.pareto(rows, "kid") == set()
+    assert figures.pareto(rows, "fid") == {"best", "twin", "slow and good", "fast and poor"}
+    assert figures.pareto(rows, "kid") == set()
 
 
 def test_pareto_knows_when_higher_is_better() -> None:
     rows: Any = [make_row("low", 10.0, 1.0, higher=True), make_row("high", 10.0, 2.0, higher=True)]
-    assert report.pareto(rows, "fid") == {"high"}
+    assert figures.pareto(rows, "fid") == {"high"}
 
 
 def test_primary_metric(results: Any) -> None:
     for entry in results["rows"]:
         entry["metrics"] = {"psnr": {}, "kid": {}, "rel_l2": {}}
-    assert report.primary_metric(results) == "kid"
+    assert figures.primary_metric(results) == "kid"
     for entry in results["rows"]:
         entry["metrics"] = {"psnr": {}}
     with pytest.raises(ValueError, match="pass metric= one of psnr"):
-        report.primary_metric(results)
+        figures.primary_metric(results)
 
 
 # --- tables
@@ -126,7 +126,7 @@ def test_console_table_folds_instead_of_cutting(results: Any) -> None:
 
 
 def test_only_certain_differences_are_bold(results: Any) -> None:
-    lines = report.markdown_table(results).splitlines()
+    lines = tables.markdown_table(results).splitlines()
     assert len(lines) == 2 + 4
     untouched, fewer_steps, heun, hostile = lines[2:]
     assert "**" not in untouched
@@ -137,7 +137,7 @@ def test_only_certain_differences_are_bold(results: Any) -> None:
 
 
 def test_markdown_escapes_names(results: Any) -> None:
-    line = report.markdown_table(results).splitlines()[-1]
+    line = tables.markdown_table(results).splitlines()[-1]
     assert len(re.findall(r"(?<!\\)\|", line)) == 7
     assert "<script>" not in line
     assert "&lt;script&gt;" in line
@@ -146,23 +146,23 @@ def test_markdown_escapes_names(results: Any) -> None:
 def test_absent_and_undefined_metrics(results: Any) -> None:
     results["rows"][1]["metrics"] = {}
     results["rows"][2]["metrics"]["fid"] |= {"value": None, "stderr": None, "ci95": None, "identical_fraction": 1.0}
-    lines = report.markdown_table(results).splitlines()
+    lines = tables.markdown_table(results).splitlines()
     assert lines[3].endswith("| - |")
     assert lines[4].endswith("| undefined<br>all identical |")
 
 
 def test_numbers_show_two_figures_of_their_uncertainty() -> None:
-    assert report._plus_minus(12.3456, 0.431) == "12.35 ± 0.84"
-    assert report._plus_minus(0.98123, 0.0041) == "0.9812 ± 0.0080"
-    assert report._plus_minus(154.2, 30.0) == "154 ± 59"
-    assert report._plus_minus(3.0, 0.0) == "3"
+    assert tables._plus_minus(12.3456, 0.431) == "12.35 ± 0.84"
+    assert tables._plus_minus(0.98123, 0.0041) == "0.9812 ± 0.0080"
+    assert tables._plus_minus(154.2, 30.0) == "154 ± 59"
+    assert tables._plus_minus(3.0, 0.0) == "3"
 
 
 # --- pictures
 
 
 def test_pareto_png(results: Any, tmp_path: Path) -> None:
-    report.pareto_png(results, tmp_path / "pareto.png")
+    figures.pareto_png(results, tmp_path / "pareto.png")
     with Image.open(tmp_path / "pareto.png") as image:
         assert image.size == (1600, 1040)
         assert len(image.convert("RGB").getcolors(1 << 20)) > 10
@@ -171,9 +171,9 @@ def test_pareto_png(results: Any, tmp_path: Path) -> None:
 def test_pareto_png_with_one_row_and_no_error(results: Any, tmp_path: Path) -> None:
     results["rows"] = results["rows"][:1]
     results["rows"][0]["metrics"]["fid"]["stderr"] = 0.0
-    report.pareto_png(results, tmp_path / "pareto.png", "fid")
+    figures.pareto_png(results, tmp_path / "pareto.png", "fid")
     with pytest.raises(ValueError, match="no row has a value of metric 'kid': choose one of fid"):
-        report.pareto_png(results, tmp_path / "pareto.png", "kid")
+        figures.pareto_png(results, tmp_path / "pareto.png", "kid")
 
 
 def test_labels_do_not_cover_each_other(results: Any) -> None:
@@ -183,20 +183,20 @@ def test_labels_do_not_cover_each_other(results: Any) -> None:
     rows: Any = [make_row(f"row number {index}", 20.0 + 0.3 * index, 2.0 + 0.01 * index) for index in range(6)]
     figure = Figure(figsize=(8, 5.2), dpi=100)
     canvas, axes = FigureCanvasAgg(figure), figure.add_subplot()
-    report._draw_rows(axes, rows, "fid", untouched="baseline")
-    report._dress(axes, rows, "fid")
+    figures._draw_rows(axes, rows, "fid", untouched="baseline")
+    figures._dress(axes, rows, "fid")
     canvas.draw()
-    report._place_labels(axes, canvas, rows, "fid")
+    figures._place_labels(axes, canvas, rows, "fid")
     boxes = [label.get_window_extent(canvas.get_renderer()) for label in axes.texts]
     assert len(boxes) == 6
-    assert sum(report._overlap(one, other) for index, one in enumerate(boxes) for other in boxes[:index]) < 1
+    assert sum(figures._overlap(one, other) for index, one in enumerate(boxes) for other in boxes[:index]) < 1
 
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_sample_grid(tmp_path: Path, channels: int) -> None:
     images = {"baseline": torch.zeros(4, channels, 8, 6, dtype=torch.uint8)}
     images["a row"] = images["baseline"] + 200
-    report.sample_grid(images, tmp_path / "grid.png", columns=3, scale=5)
+    figures.sample_grid(images, tmp_path / "grid.png", columns=3, scale=5)
     with Image.open(tmp_path / "grid.png") as image:
         assert image.height == 2 * (8 * 5 + 4) + 4
         assert image.getpixel((image.width - 10, 20)) == (0, 0, 0)
@@ -204,7 +204,7 @@ def test_sample_grid(tmp_path: Path, channels: int) -> None:
 
 
 def test_small_samples_are_enlarged(tmp_path: Path) -> None:
-    report.sample_grid({"a": torch.zeros(1, 1, 8, 8, dtype=torch.uint8)}, tmp_path / "grid.png")
+    figures.sample_grid({"a": torch.zeros(1, 1, 8, 8, dtype=torch.uint8)}, tmp_path / "grid.png")
     with Image.open(tmp_path / "grid.png") as image:
         assert image.height == 64 + 8
 
@@ -223,7 +223,7 @@ def test_small_samples_are_enlarged(tmp_path: Path) -> None:
 )
 def test_wrong_samples_are_explained(images: Any, message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
-        report.sample_grid(images, tmp_path / "grid.png")
+        figures.sample_grid(images, tmp_path / "grid.png")
 
 
 # --- HTML
