@@ -11,11 +11,12 @@ from typing import Any, ClassVar, Self
 
 import diffusers
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from flowaccel import models
 from flowaccel.accelerators.base import Accelerator, Detach
-from flowaccel.errors import WeightsNotFoundError
+from flowaccel.errors import CheckpointError, WeightsNotFoundError
 from flowaccel.hooks import denoiser, wrap
 from flowaccel.models import convention_of
 
@@ -196,13 +197,31 @@ def load_refiner(folder: Path) -> nn.Module:
 
     Raises:
         WeightsNotFoundError: no configuration in `folder`.
-        ValueError: a class that neither diffusers nor flowaccel has.
+        CheckpointError: not a network of diffusers or flowaccel, or its weights are damaged or missing.
     """
     config_file = folder / "config.json"
     if not config_file.is_file():
         raise WeightsNotFoundError(f"no refiner in {folder}: it has no config.json")
-    class_name = json.loads(config_file.read_text())["_class_name"]
-    network_class = getattr(models, class_name, None) or getattr(diffusers, class_name, None)
-    if network_class is None:
-        raise ValueError(f"{config_file} names the class {class_name!r}, which neither flowaccel nor diffusers has")
-    return network_class.from_pretrained(folder, use_safetensors=True)
+    try:
+        class_name = json.loads(config_file.read_text())["_class_name"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{config_file} is not the configuration of a network: {type(error).__name__}: {error}"
+        ) from error
+    network_class = getattr(models, str(class_name), None) or getattr(diffusers, str(class_name), None)
+    if not isinstance(network_class, type) or not issubclass(network_class, diffusers.ModelMixin):
+        raise CheckpointError(
+            f"{config_file} names the class {class_name!r}, which is no network that flowaccel or diffusers has"
+        )
+    try:
+        network, info = network_class.from_pretrained(folder, use_safetensors=True, output_loading_info=True)
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+        reason = str(error).split("\n")[0]
+        raise CheckpointError(f"cannot load the refiner in {folder} ({type(error).__name__}: {reason})") from error
+    misfits = [*info["missing_keys"], *info["unexpected_keys"]]
+    if misfits:
+        raise CheckpointError(
+            f"the weights in {folder} do not fit its config.json: {len(misfits)} entries missing or unexpected, "
+            f"{', '.join(sorted(misfits)[:3])} among them"
+        )
+    return network

@@ -40,7 +40,10 @@ def refiner(
     steps: Annotated[int, typer.Option(min=1)] = 30_000,
     batch_size: Annotated[int, typer.Option(min=1)] = 18,
     learning_rate: Annotated[float, typer.Option()] = 5e-5,
-    delta_max: Annotated[float, typer.Option(help="Step lengths are uniform in [0, this).")] = DELTA_MAX,
+    delta_min: Annotated[float, typer.Option(help="Shortest training step; 0 is the published recipe.")] = 0.0,
+    delta_max: Annotated[
+        float, typer.Option(help="Longest training step; the widths 1/N in mind should lie below.")
+    ] = DELTA_MAX,
     label_drop: Annotated[float, typer.Option(help="Share of rows trained on the null label.")] = 0.1,
     guidance_scale: Annotated[
         float, typer.Option(help="Feed velocities guided by this; 1 is the published recipe.")
@@ -72,6 +75,7 @@ def refiner(
             data=DATASETS[data]("generator"),
             null_label=teacher.null_label,
             batch_size=batch_size,
+            delta_min=delta_min,
             delta_max=delta_max,
             label_drop=label_drop,
             guidance_scale=guidance_scale,
