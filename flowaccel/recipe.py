@@ -21,6 +21,7 @@ from flowaccel.samplers import Blocks
 
 FILE_NAME = "flowaccel.json"
 SCHEMA = 1
+_KEYS = {"schema", "name", "num_inference_steps", "accelerators"}
 _ATTACHED = "_flowaccel_attached"
 
 
@@ -35,6 +36,7 @@ class Recipe:
 
     Raises:
         RecipeConflictError: two accelerators that exclude each other, or a step count that one of them contradicts.
+        ValueError: a name that is not text, or a step count that is not a whole number of at least 1.
     """
 
     accelerators: Sequence[Accelerator] = field(default_factory=tuple)
@@ -43,6 +45,11 @@ class Recipe:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "accelerators", tuple(self.accelerators))
+        if not isinstance(self.name, str):
+            raise ValueError(f"name must be text, got {self.name!r}")
+        steps = self.num_inference_steps
+        if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 1):
+            raise ValueError(f"num_inference_steps must be a whole number of at least 1, or None, got {steps!r}")
         kinds = [type(accelerator) for accelerator in self.accelerators]
         twice = next((kind for kind in kinds if kinds.count(kind) > 1), None)
         if twice is not None:
@@ -95,10 +102,17 @@ class Recipe:
         try:
             data = json.loads(file.read_text())
             schema, entries = data["schema"], [dict(entry) for entry in data["accelerators"]]
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        except (
+            KeyError,
+            TypeError,
+            ValueError,
+        ) as error:  # ValueError: not JSON, not UTF-8, or an entry of another kind
             raise ValueError(f"{file} is not a recipe: {type(error).__name__}: {error}") from error
         if schema != SCHEMA:
-            raise ValueError(f"{file} has recipe schema {schema}; this version of flowaccel reads {SCHEMA}")
+            raise ValueError(f"{file} has recipe schema {schema!r}; this version of flowaccel reads {SCHEMA}")
+        unknown = sorted(set(data) - _KEYS)
+        if unknown:
+            raise ValueError(f"{file} has unknown keys: {', '.join(unknown)}; known are {', '.join(sorted(_KEYS))}")
         return cls(
             accelerators=[_accelerator(entry, file.parent) for entry in entries],
             name=data.get("name", file.parent.name),
@@ -108,7 +122,7 @@ class Recipe:
 
 def _accelerator(entry: dict[str, Any], folder: Path) -> Accelerator:
     name = entry.pop("name", None)
-    if name not in ACCELERATORS:
+    if not isinstance(name, str) or name not in ACCELERATORS:
         raise ValueError(f"unknown accelerator {name!r} in the recipe; known are {sorted(ACCELERATORS)}")
     try:
         return ACCELERATORS[name].from_dict(entry, folder)
@@ -129,10 +143,10 @@ def preset(name: str) -> Recipe:
     Raises:
         ValueError: unknown name; the message names the nearest ones.
     """
-    stem, _, steps = name.partition("@")
-    if steps and not steps.isdigit():
-        raise ValueError(f"the part after @ must be a number of steps, got {name!r}")
-    count = int(steps) if steps else None
+    stem, at, steps = name.partition("@")
+    if at and not re.fullmatch(r"0*[1-9][0-9]*", steps):
+        raise ValueError(f"the part after @ must be a number of steps, at least 1, got {name!r}")
+    count = int(steps) if at else None
     if stem in SAMPLERS and stem != "flowturbo":
         return Recipe([Sampler(stem)], name=name, num_inference_steps=count)
     match = re.fullmatch(r"flowturbo-([^-]+)(?:-(released|consistent|single))?", stem)

@@ -193,7 +193,7 @@ def save_sit_pipeline(folder: Path, seed: int = 0, **config: Any) -> Path:
 
 
 def snapshot(pipe: Any) -> dict[str, Any]:
-    """What must be the same after `restore`: the keys of `vars` of the pipeline and of every module, and the scheduler."""
+    """What `restore` must bring back: the keys of `vars` of the pipeline and of every module, and the scheduler."""
     keys = {
         f"{name}.{path}": sorted(vars(module))
         for name, component in pipe.components.items()

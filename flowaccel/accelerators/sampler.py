@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from flowaccel.accelerators.base import Accelerator, Detach
+from flowaccel.errors import UnsupportedModelError
 from flowaccel.samplers import (
     FlowAdamsBashforthScheduler,
     FlowRungeKuttaScheduler,
@@ -25,6 +26,7 @@ SAMPLERS: dict[str, tuple[type[FlowSampler], dict[str, Any]]] = {
     "ab2": (FlowAdamsBashforthScheduler, {}),
     "sde": (FlowSDEScheduler, {}),
 }
+FLOW_PREDICTION = "flow_prediction"  # what diffusers' solvers for several kinds of models call it
 # what a FlowMatch scheduler may be configured to do that these samplers do not
 _UNSUPPORTED = (
     "shift_terminal",
@@ -54,7 +56,7 @@ class Sampler(Accelerator):
     options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.sampler not in SAMPLERS:
+        if not isinstance(self.sampler, str) or self.sampler not in SAMPLERS:
             raise ValueError(f"sampler must be one of {sorted(SAMPLERS)}, got {self.sampler!r}")
         scheduler_class, fixed = SAMPLERS[self.sampler]
         try:
@@ -71,6 +73,12 @@ class Sampler(Accelerator):
     def attach(self, pipe: Any) -> Detach:
         """Exchange `pipe.scheduler`; undone by putting the old object back."""
         replaced = pipe.scheduler
+        prediction = replaced.config.get("prediction_type", FLOW_PREDICTION)
+        if prediction != FLOW_PREDICTION and not replaced.config.get("use_flow_sigmas"):
+            raise UnsupportedModelError(
+                f"sampler {self.sampler!r} works on flow models, whose network predicts a velocity, but the pipeline "
+                f"has a {type(replaced).__name__} with prediction_type {prediction!r}"
+            )
         unsupported = [name for name in _UNSUPPORTED if replaced.config.get(name)]
         if unsupported:
             raise ValueError(

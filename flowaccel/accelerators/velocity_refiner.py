@@ -109,10 +109,11 @@ class VelocityRefiner(Accelerator):
     @classmethod
     def from_dict(cls, data: dict[str, Any], folder: Path | None = None) -> Self:
         """The inverse of `to_dict`; a relative path counts from `folder`."""
-        path = data.get("refiner")
-        if path is not None and folder is not None and (folder / path).is_dir():
-            path = folder / path
-        return cls(refiner=path)
+        accelerator = cls(**data)
+        path = accelerator.refiner
+        if isinstance(path, str) and folder is not None and (folder / path).is_dir():
+            return cls(refiner=folder / path)
+        return accelerator
 
     def save_parts(self, folder: Path) -> None:
         """Write a refiner that was given as a module to `folder/refiner`."""

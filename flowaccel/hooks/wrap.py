@@ -26,20 +26,32 @@ class Wrapped:
         def method(*args: Any, **kwargs: Any) -> Any:
             return around(original, *args, **kwargs) if self._armed else original(*args, **kwargs)
 
-        self._method = method
+        self._method: Any = method
+        self._method.flowaccel_wrapped = self
         setattr(owner, name, method)
 
     def remove(self) -> None:
         """Switch the wrapper off, and unlink it wherever that cannot drop somebody else's wrapper. Idempotent."""
         self._armed = False
         if self._owner.__dict__.get(self._name) is self._method:
-            if self._shadowed is None:
+            shadowed = self._live_below()
+            if shadowed is None:
                 delattr(self._owner, self._name)
             else:
-                setattr(self._owner, self._name, self._shadowed)
+                setattr(self._owner, self._name, shadowed)
         for neighbour in _NEIGHBOURS:
             if self._owner.__dict__.get(neighbour) is self._method:
                 setattr(self._owner, neighbour, self._method.__wrapped__)
+
+    def _live_below(self) -> Any:
+        """The instance's own method below this wrapper and below those of ours that were switched off meanwhile."""
+        below = self._shadowed
+        while True:
+            # Compared with the method itself, because `functools.wraps` copies the attribute to whoever wraps it.
+            wrapped = getattr(below, "flowaccel_wrapped", None)
+            if wrapped is None or wrapped._method is not below or wrapped._armed:
+                return below
+            below = wrapped._shadowed
 
 
 def wrap(owner: Any, name: str, around: Around) -> Wrapped:

@@ -1,4 +1,4 @@
-"""FlowTurbo's refiner on our own pipeline and on stock diffusers ones, down to the numbers that the scheduler receives."""
+"""FlowTurbo's refiner on our own pipeline and on stock diffusers ones, down to the numbers that the scheduler gets."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from accelerate import cpu_offload
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
@@ -17,6 +16,7 @@ from diffusers import SD3Transformer2DModel
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+import tiny
 from flowaccel import (
     CheckpointError,
     FlowTurboScheduler,
@@ -242,7 +242,7 @@ def test_without_the_accelerator_refiner_steps_run_the_base_network(family: Fami
 
 
 @every_family
-@pytest.mark.parametrize("mode", ["released", "single"])
+@pytest.mark.parametrize("mode", ["released", "consistent", "single"])
 def test_zero_refiner_makes_steps_of_the_carried_velocity(family: Family, mode: str) -> None:
     pipe = family.make()
     accelerate(pipe, tiny.flowturbo(new_refiner(pipe.transformer), BLOCKS, refiner_mode=mode))
@@ -547,30 +547,28 @@ def test_new_refiner_offset_is_exactly_zero(family: Family) -> None:
     assert all(torch.equal(output, torch.zeros_like(output)) for output in outputs)
 
 
-class Misfits:
-    """Refiners that do not fit `tiny.sit_network()`, and what the error says."""
-
-    CASES: dict[str, tuple[Callable[[], Any], str]] = {
-        "channels": (lambda: tiny.sit_network(in_channels=3, out_channels=1), "in_channels is 3, must be 2"),
-        "output": (lambda: tiny.sit_network(in_channels=2), "out_channels is None, must be 1"),
-        "size": (
-            lambda: tiny.random_refiner(tiny.sit_network(sample_size=16)),
-            "sample_size is 16, must be 8",
-        ),
-        "patch": (lambda: tiny.random_refiner(tiny.sit_network(patch_size=4)), "patch_size is 4, must be 2"),
-        "classes": (lambda: tiny.random_refiner(tiny.sit_network(num_classes=7)), "num_classes is 7, must be 10"),
-        "null class": (lambda: tiny.random_refiner(tiny.sit_network(null_class=False)), "null_class is False"),
-        "class": (
-            lambda: tiny.random_refiner(tiny.sd3_pipeline().transformer),
-            "the refiner is a SD3Transformer2DModel, the network a SiTTransformer2DModel",
-        ),
-        "not a network": (lambda: nn.Linear(2, 2), "the refiner is a Linear"),
-    }
+# refiners that do not fit `tiny.sit_network()`, and what the error says
+MISFITS: dict[str, tuple[Callable[[], Any], str]] = {
+    "channels": (lambda: tiny.sit_network(in_channels=3, out_channels=1), "in_channels is 3, must be 2"),
+    "output": (lambda: tiny.sit_network(in_channels=2), "out_channels is None, must be 1"),
+    "size": (
+        lambda: tiny.random_refiner(tiny.sit_network(sample_size=16)),
+        "sample_size is 16, must be 8",
+    ),
+    "patch": (lambda: tiny.random_refiner(tiny.sit_network(patch_size=4)), "patch_size is 4, must be 2"),
+    "classes": (lambda: tiny.random_refiner(tiny.sit_network(num_classes=7)), "num_classes is 7, must be 10"),
+    "null class": (lambda: tiny.random_refiner(tiny.sit_network(null_class=False)), "null_class is False"),
+    "class": (
+        lambda: tiny.random_refiner(tiny.sd3_pipeline().transformer),
+        "the refiner is a SD3Transformer2DModel, the network a SiTTransformer2DModel",
+    ),
+    "not a network": (lambda: nn.Linear(2, 2), "the refiner is a Linear"),
+}
 
 
-@pytest.mark.parametrize("case", Misfits.CASES)
+@pytest.mark.parametrize("case", MISFITS)
 def test_misfit_is_named_and_changes_nothing(case: str) -> None:
-    make, message = Misfits.CASES[case]
+    make, message = MISFITS[case]
     pipe = tiny.sit_pipeline()
     before = SIT.call(pipe)
     state = tiny.snapshot(pipe)
@@ -583,7 +581,7 @@ def test_misfit_is_named_and_changes_nothing(case: str) -> None:
 
 def test_every_misfit_is_named_at_once() -> None:
     pipe = tiny.sit_pipeline()
-    with pytest.raises(ValueError, match="sample_size is 16, must be 8; .*num_classes is 7, must be 10"):
+    with pytest.raises(ValueError, match=r"sample_size is 16, must be 8; .*num_classes is 7, must be 10"):
         accelerate(pipe, tiny.flowturbo(tiny.random_refiner(tiny.sit_network(sample_size=16, num_classes=7)), BLOCKS))
 
 

@@ -142,6 +142,9 @@ def test_dit_layout_as_the_stock_class() -> None:
     for block in network.transformer_blocks:
         block.norm1.emb.time_proj = Timesteps(256, flip_sin_to_cos=True, downscale_freq_shift=0)
     assert_close(output(), expected, 1e-5)
+    network.double()  # in which an eps of 1e-5 would show
+    precise = network(file["in/x"].double(), timestep=file["in/t"], class_labels=file["in/y"]).sample[:, :4]
+    assert_close(precise, file["out64/forward"], 1e-7)
 
 
 def test_dit_layout_refuses_what_sit_refuses() -> None:

@@ -98,6 +98,14 @@ def test_explicit_methods_on_one_step() -> None:
         assert_close(final, torch.tensor([value], dtype=torch.float64), 1e-12)
 
 
+def test_adams_bashforth_weighs_unequal_steps() -> None:
+    """After its first step, which is Euler's, it is exact for a velocity that is linear in sigma, on any grid."""
+    scheduler = FlowAdamsBashforthScheduler()
+    scheduler.set_timesteps(sigmas=[1.0, 0.7, 0.6, 0.1])
+    final = walk(scheduler, lambda sample, sigma: torch.full_like(sample, sigma), torch.zeros(1, dtype=torch.float64))
+    assert_close(final[-1], torch.tensor([-0.3 * 1.0 - 0.7**2 / 2], dtype=torch.float64), 1e-12)
+
+
 # --- the grid
 
 
@@ -272,13 +280,13 @@ def test_set_timesteps_forgets_the_begin_index(name: str) -> None:
 @EVERY
 def test_return_dict_and_dtypes(name: str) -> None:
     """The arithmetic is float32 at least; what comes back has the dtype of the network's output."""
+    start, output = torch.randn(1, 50), torch.randn(1, 50).bfloat16()
     samples = {}
     for dtype in (torch.float32, torch.bfloat16):
         scheduler = ready(name)
-        sample = prepared(scheduler, torch.full((1, 2), 3.0), torch.Generator().manual_seed(0))
-        output = torch.full((1, 2), 0.125, dtype=dtype)
+        sample = prepared(scheduler, start, torch.Generator().manual_seed(0))
         generator = torch.Generator().manual_seed(1)
-        stepped = scheduler.step(output, scheduler.timesteps[0], sample, generator).prev_sample
+        stepped = scheduler.step(output.to(dtype), scheduler.timesteps[0], sample, generator).prev_sample
         assert stepped.dtype == dtype
         samples[dtype] = stepped
     assert torch.equal(samples[torch.float32].bfloat16(), samples[torch.bfloat16])
