@@ -45,9 +45,8 @@ def main() -> None:
     """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--half", type=Path, help="state of the half-trained model")
-    parser.add_argument("--num-samples", type=int, default=2000)
+    parser.add_argument("--num-samples", type=int, default=1000)
     parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--half-samples", type=int, default=1000, help="for the comparison with the half-trained model")
     parser.add_argument("--record", action="store_true")
     arguments = parser.parse_args()
 
@@ -131,15 +130,14 @@ def against_half(arguments: Any, protocol: Protocol, whole: RowSamples, referenc
     config = SiTTransformer2DModel.load_config(zoo.folder("sit-digits") / "transformer")
     model = SiTTransformer2DModel.from_config(config)
     load_average(model, arguments.half)
-    count = arguments.half_samples
+    count = arguments.num_samples
     images = sample(SiTPipeline(model.eval(), FlowRungeKuttaScheduler("heun")), protocol, count)
     half = row("half", images, protocol, network)
-    first = row("trained", whole.images[:count], protocol, network)
-    compared = difference(half, first, "fid", reference)
+    compared = difference(half, whole, "fid", reference)
     return {
         "samples": count,
         "frechet_half": frechet_distance(Moments.of(half.features), reference.moments),
-        "frechet_trained": frechet_distance(Moments.of(first.features), reference.moments),
+        "frechet_trained": frechet_distance(Moments.of(whole.features), reference.moments),
         "difference": compared["difference"],
         "difference_ci95": compared["ci95"],
         "class_accuracy_half": accuracy(half),

@@ -10,7 +10,7 @@ from flowaccel.errors import MissingExtraError
 from flowaccel.extras import require
 
 # our names -> diffusers' backend names
-BACKENDS = {"sdpa": "native", "xformers": "xformers", "flash": "flash"}
+BACKENDS = {"sdpa": "native", "xformers": "xformers", "flash": "_native_flash"}
 
 
 def set_attention(pipe: Any, name: str) -> None:
@@ -25,8 +25,13 @@ def set_attention(pipe: Any, name: str) -> None:
     """
     if name not in BACKENDS:
         raise ValueError(f"attention must be one of {sorted(BACKENDS)}, got {name!r}")
-    _try_kernel(name, pipe.device, next(pipe.transformer.parameters()).dtype)
-    pipe.transformer.set_attention_backend(BACKENDS[name])
+    network = pipe.transformer if hasattr(pipe, "transformer") else pipe.unet
+    _try_kernel(name, pipe.device, next(network.parameters()).dtype)
+    try:
+        network.set_attention_backend(BACKENDS[name])
+    except (RuntimeError, ImportError, ValueError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise ValueError(f"diffusers refuses attention {name!r} for {type(network).__name__} ({reason})") from error
 
 
 def _try_kernel(name: str, device: torch.device, dtype: torch.dtype) -> None:

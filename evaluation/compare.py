@@ -25,8 +25,7 @@ def compare_rows(run: str | Path, a: str, b: str) -> dict[str, Any]:
         `{"a", "b", "metrics": {NAME: {"difference", "ci95", "stderr", "not_worse"}}, "wall_clock": {"ratio",
         "ci95"}}`; metrics that compare with the untouched row are left out where one of the two is that row.
         `not_worse`: the upper end of the difference is at most 5% of b's value. `ratio`: seconds of a / seconds of b,
-            median over rounds, below 1 where
-        a is faster.
+        median over rounds, below 1 where a is faster; `wall_clock` is absent where the file does not hold the rounds.
 
     Raises:
         FileNotFoundError: no result file there.
@@ -53,8 +52,11 @@ def compare_rows(run: str | Path, a: str, b: str) -> dict[str, Any]:
         for metric in protocol["metrics"]
         if find_metric(metric).against != "baseline" or BASELINE not in (a, b)
     }
-    ratio = _timing(results, a).ratio_to(_timing(results, b))
-    return {"a": a, "b": b, "metrics": compared, "wall_clock": {"ratio": ratio.value, "ci95": list(ratio.ci95)}}
+    found = {"a": a, "b": b, "metrics": compared}
+    if all("per_round" in row(results, name)["latency_ms_per_image"] for name in (a, b)):
+        ratio = _timing(results, a).ratio_to(_timing(results, b))
+        found["wall_clock"] = {"ratio": ratio.value, "ci95": list(ratio.ci95)}
+    return found
 
 
 def _timing(results: Results, name: str) -> Timing:

@@ -99,7 +99,7 @@ class Prompts(Conditions):
             ValueError: not UTF-8, or no prompt in it.
         """
         try:
-            lines = Path(path).read_text(encoding="utf-8").splitlines()
+            lines = Path(path).read_text(encoding="utf-8-sig").splitlines()  # a byte order mark is no text
         except UnicodeDecodeError as error:
             raise ValueError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start})") from error
         return cls(tuple(line.strip() for line in lines if line.strip()), source=Path(path).name)

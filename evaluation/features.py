@@ -20,6 +20,7 @@ from .metrics import ReferenceSet
 from .moments import Moments
 
 _BATCH = 500
+_IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +65,7 @@ def load_features(name: str) -> FeatureNetwork:
 
 def _import_network(name: str) -> nn.Module:
     module_name, _, attribute = name.partition(":")
-    if not attribute:
+    if not module_name or not attribute:
         raise ValueError(f"features must be zoo:NAME or MODULE:ATTRIBUTE, got {name!r}")
     try:
         network = getattr(importlib.import_module(module_name), attribute)()
@@ -105,24 +106,40 @@ def load_reference(name: str, network: FeatureNetwork, image_size: tuple[int, ..
     return ReferenceSet(name=name, features=features, moments=Moments.of(features))
 
 
-def _reference_images(name: str) -> Tensor:
-    if name.startswith(zoo.PREFIX):
-        stem = name.removeprefix(zoo.PREFIX)
-        if stem not in DATASETS:
-            raise ValueError(
-                f"unknown reference {name!r}; embedded ones are {', '.join(zoo.PREFIX + key for key in DATASETS)}"
-            )
-        return quantise(DATASETS[stem]("reference"))
-    folder = Path(name)
-    files = sorted(path for path in folder.glob("*") if path.suffix.lower() in {".png", ".jpg", ".jpeg", ".webp"})
+def check_reference(name: str) -> None:
+    """Raise ValueError unless `load_reference` knows where to look for `name`."""
+    if not name.startswith(zoo.PREFIX):
+        _image_files(name)
+    elif name.removeprefix(zoo.PREFIX) not in DATASETS:
+        known = ", ".join(zoo.PREFIX + key for key in DATASETS)
+        raise ValueError(f"unknown reference {name!r}; embedded ones are {known}")
+
+
+def _image_files(folder: str) -> list[Path]:
+    files = sorted(path for path in Path(folder).glob("*") if path.suffix.lower() in _IMAGE_SUFFIXES)
     if not files:
-        raise ValueError(f"reference must be zoo:SET or a folder with images; {name!r} has none")
-    arrays = [np.array(Image.open(path)) for path in files]
+        raise ValueError(f"reference must be zoo:SET or a folder with images; {folder!r} has none")
+    return files
+
+
+def _reference_images(name: str) -> Tensor:
+    check_reference(name)
+    if name.startswith(zoo.PREFIX):
+        return quantise(DATASETS[name.removeprefix(zoo.PREFIX)]("reference"))
+    arrays = [_read(path) for path in _image_files(name)]
     shapes = {array.shape for array in arrays}
     if len(shapes) > 1:
         raise ValueError(f"the images in {name} have different shapes: {sorted(shapes)[:4]}")
     stacked = torch.from_numpy(np.stack(arrays))
     return stacked.unsqueeze(1) if stacked.dim() == 3 else stacked.permute(0, 3, 1, 2)
+
+
+def _read(path: Path) -> np.ndarray:
+    try:
+        with Image.open(path) as image:
+            return np.array(image)
+    except (OSError, SyntaxError) as error:  # SyntaxError is what PIL raises on a broken chunk
+        raise ValueError(f"reference image {path} is damaged ({error})") from error
 
 
 def quantise(images: ImageSet) -> Tensor:

@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from flowaccel import Recipe, accelerated, is_accelerated
 
 from .conditions import Conditions
 from .cost import CallCounter, count_macs, peak_memory_mb, reset_peak_memory, timed_stages
 from .environment import environment
-from .features import FeatureNetwork, fingerprint, load_features, load_reference
+from .features import FeatureNetwork, check_reference, fingerprint, load_features, load_reference
 from .figures import pareto, pareto_png, primary_metric, sample_grid
 from .latency import Timing, measure_latency
 from .metrics import RowSamples, find_metric, measure
@@ -65,6 +65,8 @@ class Protocol:
         for name in ("steps", "num_samples", "batch_size", "latency_batch", "resamples"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.rounds < 2:
+            raise ValueError(f"rounds must be at least 2 (10 for an interval worth printing), got {self.rounds}")
         if self.num_samples < 2:
             raise ValueError("num_samples must be at least 2: a covariance needs two samples")
         for metric in self.metrics:
@@ -91,6 +93,8 @@ class _Run:
     out: Path
     notify: Notify
     network: FeatureNetwork = field(init=False)
+    weights: dict[str, str] = field(init=False)
+    """Fingerprints of the pipeline's networks."""
 
     @property
     def ids(self) -> list[int]:
@@ -152,6 +156,8 @@ def evaluate(
     loaded = [recipe.loaded(pipe) for recipe in recipes]
     run = _Run(pipe=pipe, protocol=protocol, rows=plan_rows(loaded, protocol), out=Path(out), notify=notify)
     run.network = load_features(protocol.features)
+    _check_early(run)
+    run.weights = {name: fingerprint(part) for name, part in pipe.components.items() if isinstance(part, nn.Module)}
     pipe.set_progress_bar_config(disable=True)
     _make_samples(run)
     samples = _read_samples(run)
@@ -185,6 +191,18 @@ def evaluate(
     return results
 
 
+def _check_early(run: _Run) -> None:
+    """Refuse now what would otherwise fail once all samples are made."""
+    check_reference(run.protocol.reference)
+    classless = run.protocol.conditions.labels([0]) is None or run.network.classify is None
+    for name in run.protocol.metrics:
+        if classless and "classes" in find_metric(name).needs:
+            raise ValueError(
+                f"metric {name!r} needs classes to sample for and a feature network with a classifier; "
+                f"leave it out of the metrics ({', '.join(run.protocol.metrics)})"
+            )
+
+
 def _make_samples(run: _Run) -> None:
     total = len(run.rows) * run.protocol.num_samples
     todo = {}
@@ -203,11 +221,11 @@ def _make_samples(run: _Run) -> None:
 
 def _manifest(run: _Run, row: RowSpec) -> dict[str, Any]:
     """Everything that a row's samples depend on, and nothing else."""
-    networks = {"network": _denoiser(run.pipe), **row.recipe.networks}
     return {
         "pipeline": type(run.pipe).__name__,
         "scheduler": _plain_config(run.pipe.scheduler),
-        "weights": {name: fingerprint(module) for name, module in networks.items()},
+        "dtype": str(_denoiser(run.pipe).dtype),
+        "weights": run.weights | {name: fingerprint(module) for name, module in row.recipe.networks.items()},
         "recipe": [{"name": a.name, **a.to_dict()} for a in row.recipe.accelerators],
         "steps": row.steps,
         "guidance_scale": run.protocol.guidance_scale,
@@ -222,7 +240,7 @@ def _plain_config(scheduler: Any) -> dict[str, Any]:
     }
 
 
-def _denoiser(pipe: Any) -> torch.nn.Module:
+def _denoiser(pipe: Any) -> Any:
     return pipe.transformer if hasattr(pipe, "transformer") else pipe.unet
 
 

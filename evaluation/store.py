@@ -92,8 +92,9 @@ class SampleStore:
     def _read(self, sample_id: int) -> Tensor:
         path = self._path(sample_id)
         try:
-            array = np.array(Image.open(path))
-        except OSError as error:
+            with Image.open(path) as image:
+                array = np.array(image)
+        except (OSError, SyntaxError) as error:  # SyntaxError is what PIL raises on a broken chunk
             raise ValueError(f"sample {path} is missing or damaged ({error}); delete it and run again") from error
         return torch.from_numpy(array if array.ndim == 3 else array[:, :, None]).permute(2, 0, 1)
 

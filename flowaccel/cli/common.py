@@ -39,7 +39,7 @@ def resolve_device(name: str) -> str:
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.empty(0, device=name)
+        torch.zeros(1, device=name).item()
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {name!r} cannot be used here: {str(error).splitlines()[0]}") from error
     return name
@@ -69,7 +69,7 @@ def open_recipe(name: str) -> Recipe:
 
 def say(message: str) -> None:
     """A remark for the person at the terminal."""
-    console.print(message, highlight=False)
+    console.print(message, markup=False, highlight=False, soft_wrap=True)
 
 
 def emit(data: Any, as_json: bool, otherwise: Callable[[], None]) -> None:
@@ -110,13 +110,13 @@ def friendly_errors(resume_hint: str = "") -> Iterator[None]:
         raise _exit(f"interrupted.{resume_hint}", 1) from None
     except (FlowaccelError, FileNotFoundError, ValueError, TypeError) as error:
         raise _exit(str(error), 2) from error
-    except OSError as error:
+    except (OSError, FloatingPointError) as error:
         raise _exit(f"{error}.{resume_hint}", 1) from error
 
 
 def _exit(message: str, code: int) -> typer.Exit:
     console.print("[red]error:[/red] ", end="")
-    console.print(message, markup=False, highlight=False)
+    console.print(message, markup=False, highlight=False, soft_wrap=True)  # paths stay whole, to be copied
     return typer.Exit(code)
 
 

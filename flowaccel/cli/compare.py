@@ -39,11 +39,11 @@ def compare(
                     f"[{interval[0]:+.4g}, {interval[1]:+.4g}]" if known else "",
                     "yes" if entry["not_worse"] else "no",
                 )
-            clock = found["wall_clock"]
-            low, high = clock["ci95"]
             Console().print(table)
-            Console().print(
-                f"seconds of {a} / seconds of {b}: {clock['ratio']:.3f} [{low:.3f}, {high:.3f}]", highlight=False
-            )
+            if "wall_clock" in found:
+                ratio, (low, high) = found["wall_clock"]["ratio"], found["wall_clock"]["ci95"]
+                Console().print(
+                    f"seconds of {a} / seconds of {b}: {ratio:.3f} [{low:.3f}, {high:.3f}]", highlight=False
+                )
 
         emit(found, as_json, show)

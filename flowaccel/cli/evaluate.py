@@ -120,14 +120,18 @@ def _merged(context: typer.Context, config: Path) -> dict[str, Any]:
         allowed = sorted(set(context.params) - {"config", "context", "as_json"})
         raise ValueError(f"{config} has unknown options {', '.join(unknown)}; allowed are {', '.join(allowed)}")
     typed = {name for name in context.params if str(context.get_parameter_source(name)).endswith("COMMANDLINE")}
-    values = {name: value for name, value in given.items() if name not in typed}
-    for name in ("baseline_steps", "metrics", "classes"):
-        if isinstance(values.get(name), (list, int)):
-            listed = values[name] if isinstance(values[name], list) else [values[name]]
-            values[name] = ",".join(str(value) for value in listed)
-    for name in ("prompts", "out"):
-        if values.get(name) is not None:
-            values[name] = Path(values[name])
-    if isinstance(values.get("recipe"), str):
-        values["recipe"] = [values["recipe"]]
-    return {**context.params, **values, "config": None, "context": context}
+    options = {option.name: option for option in context.command.params}
+    values = {
+        name: options[name].process_value(context, _as_typed(value, getattr(options[name], "multiple", False)))
+        for name, value in given.items()
+        if name not in typed and value is not None
+    }
+    merged = {**context.params, **values, "config": None, "context": context}
+    paths = {name: Path(merged[name]) for name in ("prompts", "out") if merged[name] is not None}
+    return merged | paths
+
+
+def _as_typed(value: Any, several: bool) -> Any:
+    """A YAML value as it would stand on the command line, so that it is checked as if it did."""
+    parts = [str(part) for part in value] if isinstance(value, list) else [str(value)]
+    return parts if several else ",".join(parts)

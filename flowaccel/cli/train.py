@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 
 from flowaccel.accelerators.velocity_refiner import new_refiner
@@ -50,6 +51,7 @@ def refiner(
     ] = 1.0,
     drop_both: Annotated[bool, typer.Option(help="Feed dropped rows the null velocity (the paper's text).")] = False,
     clamp: Annotated[bool, typer.Option(help="Keep t + delta at or below 1.")] = False,
+    inside: Annotated[bool, typer.Option(help="Draw t so that t + delta stays below 1.")] = False,
     per_sample_delta: Annotated[bool, typer.Option(help="One step length per image.")] = False,
     trajectory_steps: Annotated[
         int, typer.Option(min=0, help="Draw states from Euler trajectories of so many steps.")
@@ -81,12 +83,14 @@ def refiner(
             guidance_scale=guidance_scale,
             drop_both=drop_both,
             clamp=clamp,
+            inside=inside,
             per_sample_delta=per_sample_delta,
             trajectory_steps=trajectory_steps,
         )
         loop = LoopConfig(
             steps=steps, learning_rate=learning_rate, precision=precision, save_every=save_every, seed=seed
         )
+        torch.manual_seed(seed)
         network = new_refiner(teacher).to(teacher.device)
         loss = None
         with progress_bar() as notify:

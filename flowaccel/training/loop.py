@@ -8,19 +8,22 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from flowaccel.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
+
+_PARTS = ("parameter", "ema", "exp_avg", "exp_avg_sq")
 
 Loss = Callable[[nn.Module, torch.Generator], Tensor]
 
@@ -50,6 +53,8 @@ class LoopConfig:
     def __post_init__(self) -> None:
         if self.steps < 1:
             raise ValueError(f"steps must be at least 1, got {self.steps}")
+        if self.save_every < 1:
+            raise ValueError(f"save_every must be at least 1, got {self.save_every}")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay must be in [0, 1), got {self.ema_decay}")
         if self.precision not in ("no", "bf16", "fp16"):
@@ -76,7 +81,7 @@ def train(model: nn.Module, loss: Loss, config: LoopConfig, folder: Path) -> Ite
 
     Every random number of a step comes from a generator seeded by (seed, step, process), so a run that was killed and
     started again with the same arguments ends with the same weights as one that was not. The state lies in `folder` as
-    `state.safetensors` and `state.json` and is replaced atomically every `save_every` steps.
+    `state.safetensors` and is replaced atomically every `save_every` steps.
 
     Args:
         model: the network to train; parameters without gradient stay as they are.
@@ -85,14 +90,16 @@ def train(model: nn.Module, loss: Loss, config: LoopConfig, folder: Path) -> Ite
         folder: where the checkpoints go; an existing one is resumed.
 
     Raises:
-        CheckpointError: the folder holds the state of another model or configuration.
+        CheckpointError: the folder holds the state of another model, configuration or objective, or a damaged one.
         FloatingPointError: the loss is not finite.
+        OSError: the state could not be written; the one before stays.
     """
     accelerator = Accelerator(mixed_precision=config.precision)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=config.learning_rate, weight_decay=config.weight_decay)
     ema = EMAModel(trainable, decay=config.ema_decay)
-    start = _resume(folder, trainable, optimizer, ema, config)
+    settings = {**_settings(config), **_objective_settings(loss)}
+    start = _resume(folder, trainable, optimizer, ema, settings)
     prepared, optimizer = accelerator.prepare(model, optimizer)
     ema.to(accelerator.device)
     prepared.train()
@@ -111,7 +118,9 @@ def train(model: nn.Module, loss: Loss, config: LoopConfig, folder: Path) -> Ite
         ema.step(trainable)
         done = step + 1
         if accelerator.is_main_process and (done % config.save_every == 0 or done == config.steps):
-            _save(folder, trainable, optimizer, ema, done, config)
+            _save(folder, trainable, optimizer, ema, done, settings)
+            if done in config.keep:
+                shutil.copyfile(folder / "state.safetensors", folder / f"state-{done}.safetensors")
         yield Progress(step=done, loss=value.item(), learning_rate=config.rate_at(step))
     ema.copy_to(trainable)
     model.eval()
@@ -121,10 +130,16 @@ def _step_seed(seed: int, step: int, process: int) -> int:
     return (seed * 1_000_003 + step) * 1_009 + process
 
 
-def _fingerprint(config: LoopConfig) -> dict:
+def _settings(config: LoopConfig) -> dict[str, Any]:
     """What must agree for a resume: all but the length and the saving interval (a cosine's length matters)."""
     free = {"save_every", "keep"} if config.cosine else {"save_every", "keep", "steps"}
     return {key: value for key, value in asdict(config).items() if key not in free}
+
+
+def _objective_settings(loss: Loss) -> dict[str, Any]:
+    """The same of an objective: the plain values among its fields, where it is a dataclass."""
+    own = {entry.name: getattr(loss, entry.name) for entry in fields(loss)} if is_dataclass(loss) else {}
+    return {f"objective.{name}": value for name, value in own.items() if isinstance(value, (bool, int, float, str))}
 
 
 def _save(
@@ -133,7 +148,7 @@ def _save(
     optimizer: torch.optim.Optimizer,
     ema: EMAModel,
     step: int,
-    config: LoopConfig,
+    settings: dict[str, Any],
 ) -> None:
     tensors: dict[str, Tensor] = {}
     state = optimizer.state_dict()["state"]
@@ -142,15 +157,17 @@ def _save(
         tensors[f"{index}.ema"] = shadow
         tensors[f"{index}.exp_avg"] = state[index]["exp_avg"]
         tensors[f"{index}.exp_avg_sq"] = state[index]["exp_avg_sq"]
-    meta = {"step": step, "ema_steps": ema.optimization_step, "config": _fingerprint(config)}
+    meta = {"step": step, "ema_steps": ema.optimization_step, "config": settings}
     folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / f".state.{os.getpid()}.tmp"
-    save_file(
-        {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, temporary, {"state": json.dumps(meta)}
-    )
-    os.replace(temporary, folder / "state.safetensors")
-    if step in config.keep:
-        shutil.copyfile(folder / "state.safetensors", folder / f"state-{step}.safetensors")
+    plain = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
+    try:
+        save_file(plain, temporary, {"state": json.dumps(meta)})
+        os.replace(temporary, folder / "state.safetensors")
+    except SafetensorError as error:  # what a full disk becomes
+        raise OSError(f"cannot write {folder / 'state.safetensors'}: {error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def load_average(model: nn.Module, path: Path) -> None:
@@ -162,20 +179,23 @@ def load_average(model: nn.Module, path: Path) -> None:
 
 
 def _resume(
-    folder: Path, parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer, ema: EMAModel, config: LoopConfig
+    folder: Path,
+    parameters: list[nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    ema: EMAModel,
+    settings: dict[str, Any],
 ) -> int:
     """Load the state in `folder` if there is one; the number of steps already done."""
     path = folder / "state.safetensors"
     if not path.exists():
         return 0
-    with safe_open(path, "pt") as file:
-        meta = json.loads(file.metadata()["state"])
-    if meta["config"] != _fingerprint(config):
-        changed = {key: (meta["config"].get(key), value) for key, value in _fingerprint(config).items()}
-        changed = {key: pair for key, pair in changed.items() if pair[0] != pair[1]}
+    meta, tensors = _read(path)
+    there = meta["config"]
+    changed = {key: (there[key], value) for key, value in settings.items() if key in there and there[key] != value}
+    if changed:
         raise CheckpointError(f"{folder} holds a run with other settings (there, now): {changed}; use another --out")
-    tensors = load_file(path)
-    if len(tensors) != 4 * len(parameters):
+    wanted = {f"{index}.{part}": value.shape for index, value in enumerate(parameters) for part in _PARTS}
+    if {name: value.shape for name, value in tensors.items()} != wanted:
         raise CheckpointError(f"{folder} holds a run of another network; use another --out")
     with torch.no_grad():
         for index, (parameter, shadow) in enumerate(zip(parameters, ema.shadow_params, strict=True)):
@@ -193,3 +213,14 @@ def _resume(
     ema.optimization_step = meta["ema_steps"]
     logger.info("resumed %s at step %d", folder, meta["step"])
     return int(meta["step"])
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    try:
+        with safe_open(path, "pt") as file:
+            meta = json.loads((file.metadata() or {})["state"])
+        return {"step": meta["step"], "ema_steps": meta["ema_steps"], "config": dict(meta["config"])}, load_file(path)
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{path} is damaged or no training state ({type(error).__name__}: {error}); delete it to start again"
+        ) from error

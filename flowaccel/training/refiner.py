@@ -106,6 +106,8 @@ class RefinerObjective:
     guidance_scale: float = 1.0
     drop_both: bool = False
     clamp: bool = False
+    inside: bool = False
+    """Draw t from [0, 1 - delta), so that t + delta never passes the data and every length is seen at every end point."""
     per_sample_delta: bool = False
     """Draw one step length per image instead of one per batch: the same expectation, less gradient noise."""
     trajectory_steps: int = 0
@@ -132,6 +134,8 @@ class RefinerObjective:
         t = torch.rand(batch, generator=generator)
         unit = torch.rand(batch if self.per_sample_delta else 1, generator=generator)
         delta = self.delta_min + unit * (self.delta_max - self.delta_min)
+        if self.inside:
+            t = t * (1 - delta)
         dropped = torch.rand(batch, generator=generator) < self.label_drop
         device = next(refiner.parameters()).device
         images, labels, noise, t, delta, dropped = (

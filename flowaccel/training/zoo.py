@@ -37,14 +37,14 @@ SIT_DIGITS = {
 SIT_DIGITS_LOOP = LoopConfig(
     steps=4500, learning_rate=1e-3, warmup=200, cosine=True, weight_decay=0.01, save_every=250, keep=(2250,), seed=0
 )
-REFINER_LOOP = LoopConfig(steps=1500, learning_rate=1e-3, warmup=100, cosine=True, save_every=500, seed=0)
-# Trained for what is run: guided velocities, and steps of the lengths that 4 to 10 steps have.
+REFINER_LOOP = LoopConfig(steps=2000, learning_rate=2e-3, warmup=100, cosine=True, save_every=500, seed=0)
+# Trained for what is run: guided velocities, and steps of the lengths that 3 and 4 steps have.
 REFINER_OBJECTIVE: dict[str, Any] = {
     "batch_size": 64,
-    "delta_min": 0.08,
-    "delta_max": 0.26,
+    "delta_min": 0.22,
+    "delta_max": 0.4,
     "per_sample_delta": True,
-    "clamp": True,
+    "inside": True,
     "guidance_scale": 1.5,
 }
 FEATURES_LOOP = LoopConfig(

@@ -91,5 +91,13 @@ def folder(name: str) -> Path:
 
 
 def load_classifier(name: str) -> DigitsClassifier:
-    """A feature network of the zoo in float32, ready for evaluation."""
+    """A feature network of the zoo in float32, ready for evaluation.
+
+    Raises:
+        ValueError: no such entry, or one of another kind.
+        WeightsNotFoundError: the weights are not installed.
+    """
+    if entry(name).kind != "features":
+        known = ", ".join(PREFIX + found.name for found in ENTRIES.values() if found.kind == "features")
+        raise ValueError(f"{name} is a {entry(name).kind}, not a feature network; there are {known}")
     return DigitsClassifier.from_pretrained(folder(name)).float().eval()

@@ -1,0 +1,77 @@
+"""Classes and prompts, assigned to sample ids in turn."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from flowaccel.evaluation import Classes, Prompts
+
+
+def test_classes_in_turn() -> None:
+    classes = Classes((3, 1, 4))
+    assert classes.arguments(range(5)) == {"class_labels": [3, 1, 4, 3, 1]}
+    assert classes.arguments([7, 0]) == {"class_labels": [1, 3]}
+    assert torch.equal(classes.labels([7, 0]), torch.tensor([1, 3]))
+    assert len(classes) == 3
+    assert classes.name == "3 classes"
+    assert json.loads(json.dumps(classes.describe())) == {"classes": [3, 1, 4]}
+
+
+def test_prompts_in_turn() -> None:
+    prompts = Prompts(("a cat", "a dog"), source="pets.txt")
+    assert prompts.arguments([0, 1, 2]) == {"prompt": ["a cat", "a dog", "a cat"]}
+    assert prompts.labels([0, 1]) is None
+    assert len(prompts) == 2
+    assert prompts.name == "pets.txt, 2 prompts"
+
+
+def test_description_follows_the_prompts() -> None:
+    described = Prompts(("a", "b")).describe()
+    assert described["prompts"] == 2
+    assert described == Prompts(("a", "b"), source="other.txt").describe()
+    assert described["sha256"] != Prompts(("b", "a")).describe()["sha256"]
+    assert described["sha256"] != Prompts(("a", "c")).describe()["sha256"]
+
+
+@pytest.mark.parametrize("ending", ["\n", "\r\n"])
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+def test_file_with_one_prompt_a_line(ending: str, mark: str, tmp_path: Path) -> None:
+    path = tmp_path / "prompts.txt"
+    path.write_bytes((mark + ending.join(["zwei Kühe", "", "   ", "  a red circle ", "日本"])).encode())
+    prompts = Prompts.from_file(path)
+    assert prompts.prompts == ("zwei Kühe", "a red circle", "日本")
+    assert prompts.source == "prompts.txt"
+
+
+@pytest.mark.parametrize("content", [b"", b"\n\n   \n"])
+def test_empty_file(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "prompts.txt"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"prompts\.txt holds no prompt"):
+        Prompts.from_file(path)
+
+
+def test_file_in_another_encoding(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.txt"
+    path.write_bytes("a cat\nzwei Kühe".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"prompts\.txt is not UTF-8 text \(.* at byte 12\)"):
+        Prompts.from_file(path)
+
+
+def test_no_file(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        Prompts.from_file(tmp_path / "prompts.txt")
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [(lambda: Classes(()), "classes must name at least one class"), (lambda: Prompts(()), "prompts holds no prompt")],
+)
+def test_nothing_to_sample_for(make: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()
