@@ -1,7 +1,7 @@
 """FlowTurbo against Heun, Euler and AB2 on the digits model: quality, measured seconds, and what may be claimed from
 them.
 
-    python benchmarks/flowturbo.py                      # everything, about an hour on two CPU cores; resumes
+    python benchmarks/flowturbo.py                      # everything, about half an hour on two CPU cores; resumes
     python benchmarks/flowturbo.py --num-samples 200    # a quick look
 
 The claim: a FlowTurbo row is matched with the *cheapest* Heun row that equals it (neither is worse than the other: the
@@ -28,16 +28,16 @@ from flowaccel.recipe import Recipe, VelocityRefiner, preset
 
 RESULTS = Path(__file__).parent / "results"
 STEPS = 20
-HEUN = (1, 2, 3, 4, 5, 6, 8)
+HEUN = (1, 2, 3, 4, 5)
 MODES = ("", "-consistent", "-single")
 RECIPES = (
-    *(f"euler@{n}" for n in (2, 3, 4, 6, 8, 10)),
-    *(f"ab2@{n}" for n in (2, 3, 4, 5, 6, 8)),
+    *(f"euler@{n}" for n in (2, 3, 4, 6)),
+    *(f"ab2@{n}" for n in (2, 3, 4, 5)),
     *(f"flowturbo-{blocks}" for blocks in ("H1P1", "H1P2", "H1P3")),
     *(f"flowturbo-H1P1R1{mode}" for mode in MODES),
     *(f"flowturbo-H1P2R1{mode}" for mode in MODES),
-    *(f"flowturbo-{blocks}-consistent" for blocks in ("H1R1", "H1P1R2", "H1P2R2")),
-    *(f"flowturbo-{blocks}" for blocks in ("H2P4R2", "H1P5R3")),
+    "flowturbo-H1R1-consistent",
+    "flowturbo-H2P4R2",
 )
 
 
@@ -45,7 +45,7 @@ def main() -> None:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--num-samples", type=int, default=2000)
-    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--pipe", default="zoo:sit-digits")
     parser.add_argument("--refiner", type=Path, help="another refiner than the pipeline's own")

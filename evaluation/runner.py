@@ -22,9 +22,9 @@ from .conditions import Conditions
 from .cost import CallCounter, count_macs, peak_memory_mb, reset_peak_memory, timed_stages
 from .environment import environment
 from .features import FeatureNetwork, check_reference, fingerprint, load_features, load_reference
-from .figures import pareto, pareto_png, primary_metric, sample_grid
+from .figures import PARETO_METRICS, pareto, pareto_png, sample_grid
 from .latency import Timing, measure_latency
-from .metrics import RowSamples, find_metric, measure
+from .metrics import METRICS, RowSamples, find_metric, measure
 from .report import html_report
 from .schema import SCHEMA_VERSION, Results, Row, save_results
 from .store import SampleStore, folder_name, generate, sample_generator
@@ -390,15 +390,28 @@ def _describe(run: _Run) -> Any:  # the schema's Protocol
 
 
 def _mark_pareto(results: Results) -> None:
-    efficient = pareto(results["rows"], primary_metric(results))
+    metric = quality_axis(results)
+    efficient = set() if metric is None else pareto(results["rows"], metric)
     for row in results["rows"]:
         row["pareto"] = row["recipe"] in efficient
 
 
+def quality_axis(results: Results) -> str | None:
+    """The metric that the plot shows: a usual one if there is a value, else any, else None."""
+    shown = {name for row in results["rows"] for name, found in row["metrics"].items() if found["value"] is not None}
+    return next((name for name in (*PARETO_METRICS, *METRICS) if name in shown), None)
+
+
 def write_figures(results: Results, images: dict[str, Tensor], out: Path) -> None:
-    """`pareto.png`, `samples.png` and the self-contained `report.html` beside a result file."""
-    pareto_png(results, out / "pareto.png")
-    sample_grid(
-        {name: rows[:_GRID_SAMPLES] for name, rows in images.items()}, out / "samples.png", columns=_GRID_SAMPLES
-    )
-    html_report(results, out / "report.html", {"pareto": out / "pareto.png", "samples": out / "samples.png"})
+    """`pareto.png` (where a metric has a value), `samples.png` and the self-contained `report.html` beside a result
+    file.
+    """
+    figures = {"pareto": out / "pareto.png", "samples": out / "samples.png"}
+    metric = quality_axis(results)
+    if metric is None:
+        del figures["pareto"]
+    else:
+        pareto_png(results, figures["pareto"], metric)
+    shown = {name: rows[:_GRID_SAMPLES] for name, rows in images.items()}
+    sample_grid(shown, figures["samples"], columns=_GRID_SAMPLES)
+    html_report(results, out / "report.html", figures)

@@ -178,7 +178,7 @@ class SiTPipeline(DiffusionPipeline):
         if not given:
             raise ValueError("class_labels must name at least one class, got an empty list")
         ids = [self._label_id(label) for label in given]
-        wrong = [label for label in ids if not 0 <= label < count]
+        wrong = sorted({label for label in ids if not 0 <= label < count})
         if wrong:
             raise ValueError(f"class_labels must lie in 0 .. {count - 1}, got {wrong}")
         return ids

@@ -209,8 +209,9 @@ def load_refiner(folder: Path) -> nn.Module:
         raise CheckpointError(
             f"{config_file} is not the configuration of a network: {type(error).__name__}: {error}"
         ) from error
-    network_class = getattr(models, str(class_name), None) or getattr(diffusers, str(class_name), None)
-    if not isinstance(network_class, type) or not issubclass(network_class, diffusers.ModelMixin):
+    network_class: Any = getattr(models, str(class_name), None) or getattr(diffusers, str(class_name), None)
+    is_network = isinstance(network_class, type) and issubclass(network_class, diffusers.ModelMixin)
+    if not is_network:
         raise CheckpointError(
             f"{config_file} names the class {class_name!r}, which is no network that flowaccel or diffusers has"
         )

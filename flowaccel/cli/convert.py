@@ -11,6 +11,7 @@ import typer
 from safetensors.torch import save_file
 
 from flowaccel.cli.common import friendly_errors, say
+from flowaccel.errors import WeightsNotFoundError
 from flowaccel.models import SiTTransformer2DModel
 from flowaccel.models.official import dit_transformer_from_official
 
@@ -41,6 +42,8 @@ def convert(
         given = {"num_attention_heads": num_attention_heads, "out_channels": out_channels}
         overrides = {name: value for name, value in given.items() if value is not None}
         if to is Target.official:
+            if not (source / "config.json").is_file():
+                raise WeightsNotFoundError(f"no transformer in {source}: it has no config.json")
             out.parent.mkdir(parents=True, exist_ok=True)
             state = SiTTransformer2DModel.from_pretrained(source).to_official()
             save_file({key: value.contiguous() for key, value in state.items()}, out)

@@ -9,6 +9,7 @@ import typer
 
 from flowaccel.cli.common import (
     DeviceOption,
+    DtypeOption,
     JsonOption,
     SeedOption,
     emit,
@@ -24,16 +25,17 @@ from flowaccel.evaluation import Classes, Protocol
 from flowaccel.evaluation import evaluate as run_evaluation
 
 PIPE = "zoo:sit-digits"
-STEPS = 15
-BASELINE_STEPS = (5, 8)
-RECIPES = ("euler@10", "flowturbo-H1P3R2", "flowturbo-H2P4R2")
+STEPS = 10
+BASELINE_STEPS = (2, 3, 5)
+RECIPES = ("euler@6", "ab2@4", "flowturbo-H1P2", "flowturbo-H1P1R1-single", "flowturbo-H1P2R1-single")
 
 
 def demo(
     num_samples: Annotated[int, typer.Option(min=50, help="Images per row.")] = 400,
-    rounds: Annotated[int, typer.Option(min=2, help="Timed rounds of two calls per row.")] = 8,
+    rounds: Annotated[int, typer.Option(min=2, help="Timed rounds of two calls per row.")] = 6,
     seed: SeedOption = 0,
     device: DeviceOption = "auto",
+    dtype: DtypeOption = "float32",
     out: Annotated[Path | None, typer.Option(help="Run folder; a started one is resumed.")] = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -43,7 +45,7 @@ def demo(
     Example: flowaccel demo --out runs/demo
     """
     with friendly_errors(" What was made so far is kept; the same command goes on from there."):
-        pipeline = open_pipeline(PIPE, device)
+        pipeline = open_pipeline(PIPE, device, dtype)
         protocol = Protocol(
             conditions=Classes(tuple(range(10))),
             steps=STEPS,

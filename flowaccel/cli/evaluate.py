@@ -34,7 +34,9 @@ def evaluate(
     pipe: PipeArgument,
     config: Annotated[Path | None, typer.Option(help="YAML file with these options; the command line wins.")] = None,
     recipe: Annotated[list[str] | None, typer.Option(help="A recipe to compare; may be given several times.")] = None,
-    baseline_steps: Annotated[str, typer.Option(help="Also run the untouched pipeline with these steps: 10,20.")] = "",
+    baseline_steps: Annotated[
+        str, typer.Option(help="Fewer steps of the untouched pipeline, such as 10,20; default a quarter and a half.")
+    ] = "",
     steps: Annotated[int, typer.Option(min=1, help="Steps of the untouched pipeline.")] = 50,
     num_samples: Annotated[int, typer.Option(min=2, help="Images per row.")] = 2000,
     classes: Annotated[str | None, typer.Option(help="Class ids, such as 0-9; default all.")] = None,
@@ -69,7 +71,7 @@ def evaluate(
         protocol = Protocol(
             conditions=parse_conditions(pipeline, classes, None, prompts),
             steps=steps,
-            baseline_steps=_numbers("--baseline-steps", baseline_steps),
+            baseline_steps=_numbers("--baseline-steps", baseline_steps) or fewer_steps(steps),
             num_samples=num_samples,
             seed=seed,
             batch_size=batch_size,
@@ -91,6 +93,11 @@ def show(results: Results, folder: Path) -> None:
     """Print the table and say where the rest is."""
     Console().print(console_table(results))
     say(f"results.json, pareto.png, samples.png and report.html are in {folder}")
+
+
+def fewer_steps(steps: int) -> tuple[int, ...]:
+    """The competitors that every evaluation has: a quarter and a half of `steps`."""
+    return tuple(sorted({max(1, steps // 4), max(1, steps // 2)} - {steps}))
 
 
 def _numbers(option: str, text: str) -> tuple[int, ...]:

@@ -112,7 +112,7 @@ def parse_classes(text: str) -> tuple[int, ...]:
     found: list[int] = []
     for part in text.split(","):
         low, dash, high = part.strip().partition("-")
-        if not low.isdigit() or (dash and not high.isdigit()):
+        if not low.isdigit() or (dash and not (high.isdigit() and int(low) <= int(high))):
             raise ValueError(f"--classes must look like 0,3,5-7, got {text!r}")
         found += range(int(low), int(high or low) + 1)
     return tuple(found)

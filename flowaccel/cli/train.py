@@ -21,6 +21,8 @@ from flowaccel.cli.common import (
 )
 from flowaccel.cli.common import progress as progress_bar
 from flowaccel.data import DATASETS
+from flowaccel.errors import UnsupportedModelError
+from flowaccel.pipelines import SiTPipeline
 from flowaccel.training.loop import LoopConfig
 from flowaccel.training.loop import train as run_training
 from flowaccel.training.refiner import DELTA_MAX, RefinerObjective
@@ -71,7 +73,10 @@ def refiner(
     with friendly_errors(" The last checkpoint is kept; the same command goes on from there."):
         if data not in DATASETS:
             raise ValueError(f"--data must be one of {sorted(DATASETS)}, got {data!r}")
-        teacher = open_pipeline(pipe, device).transformer.eval().requires_grad_(False)
+        pipeline = open_pipeline(pipe, device)
+        if not isinstance(pipeline, SiTPipeline):
+            raise UnsupportedModelError(f"this trains refiners of a SiTPipeline only, got a {type(pipeline).__name__}")
+        teacher = pipeline.transformer.eval().requires_grad_(False)
         objective = RefinerObjective(
             teacher=teacher,
             data=DATASETS[data]("generator"),

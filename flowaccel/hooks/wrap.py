@@ -26,8 +26,8 @@ class Wrapped:
         def method(*args: Any, **kwargs: Any) -> Any:
             return around(original, *args, **kwargs) if self._armed else original(*args, **kwargs)
 
-        self._method: Any = method
-        self._method.flowaccel_wrapped = self
+        method.__dict__["flowaccel_wrapped"] = self
+        self._method = method
         setattr(owner, name, method)
 
     def remove(self) -> None:

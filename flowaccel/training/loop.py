@@ -138,7 +138,9 @@ def _settings(config: LoopConfig) -> dict[str, Any]:
 
 def _objective_settings(loss: Loss) -> dict[str, Any]:
     """The same of an objective: the plain values among its fields, where it is a dataclass."""
-    own = {entry.name: getattr(loss, entry.name) for entry in fields(loss)} if is_dataclass(loss) else {}
+    own: dict[str, Any] = (
+        {entry.name: getattr(loss, entry.name) for entry in fields(loss)} if is_dataclass(loss) else {}
+    )
     return {f"objective.{name}": value for name, value in own.items() if isinstance(value, (bool, int, float, str))}
 
 

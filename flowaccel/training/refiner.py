@@ -107,7 +107,9 @@ class RefinerObjective:
     drop_both: bool = False
     clamp: bool = False
     inside: bool = False
-    """Draw t from [0, 1 - delta), so that t + delta never passes the data and every length is seen at every end point."""
+    """Draw t from [0, 1 - delta), so that t + delta never passes the data and every length is seen at every end
+    point.
+    """
     per_sample_delta: bool = False
     """Draw one step length per image instead of one per batch: the same expectation, less gradient noise."""
     trajectory_steps: int = 0

@@ -384,6 +384,35 @@ def test_all_metrics_together(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("metrics", "axis"),
+    [
+        (("class_accuracy",), "class_accuracy"),
+        (("psnr",), "psnr"),
+        (("class_accuracy", "rel_l2"), "rel_l2"),
+        ((), None),
+    ],
+)
+def test_any_choice_of_metrics_ends_with_a_report(metrics: tuple[str, ...], axis: str | None, tmp_path: Path) -> None:
+    protocol = replace(PROTOCOL, metrics=metrics, baseline_steps=(), resamples=5)
+    results = run(tmp_path, protocol, recipes=[preset("euler@3")], figures=True)
+    assert runner.quality_axis(results) == axis
+    assert (tmp_path / "pareto.png").exists() == (axis is not None)
+    assert any(entry["pareto"] for entry in results["rows"]) == (axis is not None)
+    assert (tmp_path / "report.html").exists()
+    assert load_results(tmp_path)["rows"][1]["recipe"] == "euler@3"
+
+
+def test_the_untouched_pipeline_alone(tmp_path: Path) -> None:
+    """Errors against itself do not exist, so there is nothing to plot; the times are still worth having."""
+    protocol = replace(PROTOCOL, metrics=("rel_l2",), baseline_steps=())
+    results = run(tmp_path, protocol, recipes=[Recipe(name="same")], figures=True)
+    assert [entry["recipe"] for entry in results["rows"]] == ["baseline", "same"]
+    alone = evaluate(pipeline(), [], protocol, tmp_path / "alone")
+    assert alone["rows"][0]["metrics"] == {}
+    assert (tmp_path / "alone" / "report.html").exists()
+
+
+@pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"steps": 0}, "steps must be at least 1, got 0"),
