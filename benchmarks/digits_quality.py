@@ -53,7 +53,7 @@ def main() -> None:
     network = load_features("zoo:digits-features")
     reference = load_reference("zoo:digits", network)
     protocol = Protocol(conditions=Classes(tuple(range(10))), steps=arguments.steps)
-    pipe = SiTPipeline.from_pretrained(zoo.folder("sit-digits"), torch_dtype=torch.float32)
+    pipe = SiTPipeline.from_pretrained(zoo.folder("sit-digits"), dtype=torch.float32)
     images = sample(pipe, protocol, arguments.num_samples)
     whole = row("trained", images, protocol, network)
     held_out = digits("reference")

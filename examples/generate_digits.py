@@ -11,7 +11,7 @@ import flowaccel
 from flowaccel import zoo
 from flowaccel.pipelines import SiTPipeline
 
-pipe = SiTPipeline.from_pretrained(zoo.folder("sit-digits"), torch_dtype=torch.float32)
+pipe = SiTPipeline.from_pretrained(zoo.folder("sit-digits"), dtype=torch.float32)
 generators = [torch.Generator().manual_seed(seed) for seed in range(10)]
 before = pipe(list(range(10)), num_inference_steps=8, generator=generators, output_type="np").images
 
