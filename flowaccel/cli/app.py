@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import sys
+
 import typer
 
 from flowaccel.cli import compare, convert, demo, evaluate, generate, recipes, train, zoo
@@ -26,4 +29,5 @@ app.add_typer(zoo.app, name="zoo")
 
 def main() -> None:
     """Entry point of the console script."""
+    sys.path.append(os.getcwd())  # `--features my_module:Network` names a module beside the user's data
     app()

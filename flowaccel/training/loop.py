@@ -94,7 +94,9 @@ def train(model: nn.Module, loss: Loss, config: LoopConfig, folder: Path) -> Ite
         FloatingPointError: the loss is not finite.
         OSError: the state could not be written; the one before stays.
     """
-    accelerator = Accelerator(mixed_precision=config.precision)
+    # The model stays on the device that the caller chose: its objective may hold other networks there.
+    on_cpu = next(model.parameters()).device.type == "cpu"
+    accelerator = Accelerator(mixed_precision=config.precision, cpu=on_cpu)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=config.learning_rate, weight_decay=config.weight_decay)
     ema = EMAModel(trainable, decay=config.ema_decay)
