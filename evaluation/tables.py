@@ -9,6 +9,7 @@ import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Literal
 
 from rich import box
 from rich.table import Table
@@ -47,6 +48,7 @@ METRIC_GLOSSARY = {
 }
 
 _NARROW = ("MACs", "ms/image")
+_NAME_WIDTH = 24
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,9 +61,6 @@ class Cell:
     """Ends the second line where a difference is certain: better, worse, slower."""
     bold: bool = False
     """The interval in the note excludes the untouched pipeline."""
-
-
-# --- tables ----------------------------------------------------------------------------------------------------------
 
 
 def console_table(results: Results) -> Table:
@@ -79,7 +78,9 @@ def console_table(results: Results) -> Table:
         caption_justify="left",
     )
     for index, name in enumerate(header):  # Text, not str: a name is not markup
-        table.add_column(Text(name), justify="left" if index == 0 else "right", overflow="fold", vertical="top")
+        whole = index == 0 and max(len(line[0].text) for line in body) <= _NAME_WIDTH  # short names stay on one line
+        justify: Literal["left", "right"] = "left" if index == 0 else "right"
+        table.add_column(Text(name), justify=justify, overflow="fold", vertical="top", no_wrap=whole)
     for line in body:
         table.add_row(*(_rich_cell(cell, header[index] not in _NARROW) for index, cell in enumerate(line)))
     return table

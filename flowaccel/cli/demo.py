@@ -52,6 +52,7 @@ def demo(
             baseline_steps=BASELINE_STEPS,
             num_samples=num_samples,
             seed=seed,
+            metrics=("fid", "class_accuracy"),
             rounds=rounds,
         )
         folder = output_folder(out, "demo")
