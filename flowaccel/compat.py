@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+from diffusers.hooks._helpers import TransformerBlockRegistry
 from diffusers.pipelines import pipeline_loading_utils
 
 
@@ -20,3 +23,31 @@ def register_components(library: str) -> None:
             "DiffusionPipeline": ["save_pretrained", "from_pretrained"],
         },
     )
+
+
+def block_output_order(block_class: type) -> tuple[str, ...]:
+    """What diffusers' own caches know of a block class: the order of its outputs, `()` where they do not know it."""
+    try:
+        known = TransformerBlockRegistry.get(block_class)
+    except ValueError:
+        return ()
+    places = {
+        known.return_hidden_states_index: "hidden",
+        known.return_encoder_hidden_states_index: "encoder",
+    }
+    places.pop(None, None)
+    return tuple(places[index] for index in sorted(places))
+
+
+def foreign_cache(network: Any) -> str | None:
+    """Which other framework caches in `network` and how to switch it off, or None."""
+    if getattr(network, "_cache_config", None) is not None:
+        kind = type(network._cache_config).__name__
+        return f"diffusers' own {kind}; call disable_cache() on it first"
+    if getattr(network, "_is_cached", False):
+        return "cache-dit or para-attn; call cache_dit.disable_cache(pipe), or load the pipeline anew, first"
+    for module in network.modules():
+        for name, hook in getattr(module.__dict__.get("_diffusers_hook"), "hooks", {}).items():
+            if hook._is_stateful:
+                return f"the diffusers hook {name!r}; remove it first"
+    return None

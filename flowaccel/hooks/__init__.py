@@ -1,7 +1,39 @@
 """The only place, with `flowaccel.compat`, that touches the insides of diffusers."""
 
+from flowaccel.hooks.blocks import Block as Block
+from flowaccel.hooks.families import FAMILIES as FAMILIES
+from flowaccel.hooks.families import BlockList as BlockList
+from flowaccel.hooks.families import Family as Family
+from flowaccel.hooks.families import denoiser as denoiser
+from flowaccel.hooks.families import family_of as family_of
+from flowaccel.hooks.families import networks as networks
+from flowaccel.hooks.families import register_family as register_family
+from flowaccel.hooks.session import Call as Call
+from flowaccel.hooks.session import CallRecord as CallRecord
+from flowaccel.hooks.session import Run as Run
+from flowaccel.hooks.session import Session as Session
+from flowaccel.hooks.session import close_session as close_session
+from flowaccel.hooks.session import open_session as open_session
+from flowaccel.hooks.session import session_of as session_of
 from flowaccel.hooks.wrap import Wrapped as Wrapped
-from flowaccel.hooks.wrap import denoiser as denoiser
 from flowaccel.hooks.wrap import wrap as wrap
 
-__all__ = ["Wrapped", "denoiser", "wrap"]
+__all__ = [
+    "FAMILIES",
+    "Block",
+    "BlockList",
+    "Call",
+    "CallRecord",
+    "Family",
+    "Run",
+    "Session",
+    "Wrapped",
+    "close_session",
+    "denoiser",
+    "family_of",
+    "networks",
+    "open_session",
+    "register_family",
+    "session_of",
+    "wrap",
+]

@@ -2,56 +2,81 @@
 
 from __future__ import annotations
 
+import copy
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import nn
 
 Around = Callable[..., Any]
-# where other wrappers (accelerate's offload hooks) keep the method that they wrapped
-_NEIGHBOURS = ("_old_forward",)
+
+
+class _Method:
+    """What stands in the place of the wrapped method."""
+
+    def __init__(self, wrapped: Wrapped, original: Callable[..., Any]) -> None:
+        functools.update_wrapper(self, original)
+        self._wrapped, self._original = wrapped, original
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self._wrapped.armed:
+            return self._wrapped.around(self._original, *args, **kwargs)
+        return self._original(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """The method below, bound to the copied owner: a copy (an EMA, a teacher) must not run the original."""
+        return copy.deepcopy(self._original, memo)
 
 
 class Wrapped:
     """A method of one instance, surrounded; made by `wrap`."""
 
     def __init__(self, owner: Any, name: str, around: Around) -> None:
-        self._owner, self._name = owner, name
+        self.owner, self.name, self.around = owner, name, around
+        self.armed = True
         self._shadowed = owner.__dict__.get(name)
-        original = getattr(owner, name)
-        self._armed = True
+        self._method = _Method(self, getattr(owner, name))
+        setattr(owner, name, self._method)
 
-        @functools.wraps(original)
-        def method(*args: Any, **kwargs: Any) -> Any:
-            return around(original, *args, **kwargs) if self._armed else original(*args, **kwargs)
-
-        method.__dict__["flowaccel_wrapped"] = self
-        self._method = method
-        setattr(owner, name, method)
+    @property
+    def reachable(self) -> bool:
+        """Whether a call of the method still comes by here; who removes a wrapper of theirs may take ours along."""
+        return any(method is self._method for method in _layers(self.owner.__dict__.get(self.name)))
 
     def remove(self) -> None:
         """Switch the wrapper off, and unlink it wherever that cannot drop somebody else's wrapper. Idempotent."""
-        self._armed = False
-        if self._owner.__dict__.get(self._name) is self._method:
+        self.armed = False
+        if self.owner.__dict__.get(self.name) is self._method:
             shadowed = self._live_below()
             if shadowed is None:
-                delattr(self._owner, self._name)
+                delattr(self.owner, self.name)
             else:
-                setattr(self._owner, self._name, shadowed)
-        for neighbour in _NEIGHBOURS:
-            if self._owner.__dict__.get(neighbour) is self._method:
-                setattr(self._owner, neighbour, self._method.__wrapped__)
+                setattr(self.owner, self.name, shadowed)
+        for holder, attribute in _kept_by_neighbours(self.owner):
+            if getattr(holder, attribute) is self._method:
+                setattr(holder, attribute, self._method._original)
 
     def _live_below(self) -> Any:
         """The instance's own method below this wrapper and below those of ours that were switched off meanwhile."""
         below = self._shadowed
-        while True:
-            # Compared with the method itself, because `functools.wraps` copies the attribute to whoever wraps it.
-            wrapped = getattr(below, "flowaccel_wrapped", None)
-            if wrapped is None or wrapped._method is not below or wrapped._armed:
-                return below
-            below = wrapped._shadowed
+        while isinstance(below, _Method) and not below._wrapped.armed:
+            below = below._wrapped._shadowed
+        return below
+
+
+def _layers(method: Any) -> Iterator[Any]:
+    while method is not None:
+        yield method
+        method = getattr(method, "__wrapped__", None)
+
+
+def _kept_by_neighbours(owner: Any) -> Iterator[tuple[Any, str]]:
+    """Where others keep the method that they wrapped: accelerate's offload hooks and diffusers' hook registry."""
+    if "_old_forward" in owner.__dict__:
+        yield owner, "_old_forward"
+    for reference in getattr(owner.__dict__.get("_diffusers_hook"), "_fn_refs", ()):
+        yield from ((reference, "forward"), (reference, "original_forward"))
 
 
 def wrap(owner: Any, name: str, around: Around) -> Wrapped:
@@ -68,14 +93,9 @@ def wrap(owner: Any, name: str, around: Around) -> Wrapped:
     return Wrapped(owner, name, around)
 
 
-def denoiser(pipe: Any) -> Any:
-    """The network that a pipeline calls at every step: its `transformer` or `unet`.
+def entry_point(module: nn.Module) -> str:
+    """The method to wrap on a module: `forward`, or what `module.compile()` put before it.
 
-    Raises:
-        TypeError: the pipeline has neither.
+    A wrapper of `forward` would be traced into the compiled graph; around the compiled call it stays outside.
     """
-    for name in ("transformer", "unet"):
-        network = getattr(pipe, name, None)
-        if isinstance(network, nn.Module):
-            return network
-    raise TypeError(f"{type(pipe).__name__} has neither a transformer nor a unet to accelerate")
+    return "forward" if module.__dict__.get("_compiled_call_impl") is None else "_compiled_call_impl"

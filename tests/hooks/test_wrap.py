@@ -15,7 +15,7 @@ from diffusers.hooks import ModelHook as DiffusersHook
 from torch import Tensor, nn
 
 import tiny
-from flowaccel.hooks import denoiser, wrap
+from flowaccel.hooks import wrap
 
 
 class Doubler(nn.Module):
@@ -219,16 +219,3 @@ def test_a_name_that_is_not_there(module: Doubler) -> None:
     with pytest.raises(AttributeError, match="backwards"):
         wrap(module, "backwards", adding(1))
     assert set(vars(module)) == keys
-
-
-def test_denoiser_is_the_transformer_or_the_unet() -> None:
-    pipe = tiny.sit_pipeline()
-    assert denoiser(pipe) is pipe.transformer
-
-    class WithUnet:
-        transformer = None
-        unet = nn.Linear(1, 1)
-
-    assert denoiser(WithUnet()) is WithUnet.unet
-    with pytest.raises(TypeError, match="object has neither a transformer nor a unet"):
-        denoiser(object())

@@ -1,0 +1,515 @@
+"""Run, step, sigma, branch and images of every network call of one pipeline, derived once for all accelerators.
+
+A run starts when the pipeline's scheduler gets `set_timesteps`. It ends with the scheduler's last step, when the
+pipeline's progress bar closes, or when something raises; where all of these are missing, the next start ends it. All
+state hangs on the run, so that none outlives it. Only instances are wrapped, never classes.
+"""
+
+from __future__ import annotations
+
+import gc
+import inspect
+import time
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from flowaccel.compat import foreign_cache
+from flowaccel.errors import RecipeConflictError
+from flowaccel.hooks.blocks import BlockAround, BlockHooks
+from flowaccel.hooks.families import Family, family_of, networks, unwrapped
+from flowaccel.hooks.wrap import Wrapped, entry_point, wrap
+
+COND, UNCOND, EXTRA = "cond", "uncond", "extra"
+COMPUTED, REUSED = "computed", "reused"
+_ATTACHED = "_flowaccel_session"
+
+CallAround = Callable[[Callable[..., Any], "Call"], Any]
+"""`around(proceed, call)` returns the network's return value; `proceed()` runs the network as it was called, and
+`proceed(arguments)` with other arguments (a dictionary like `call.arguments`)."""
+
+
+@dataclass
+class CallRecord:
+    """What one network call did, for the report; plain numbers and text."""
+
+    step: int
+    network: str
+    branches: tuple[str, ...]
+    rows: int
+    what: str
+    """`computed`, `reused`, or what an accelerator says that it did instead of the network's work."""
+    seconds: float
+    """Host clock; on a GPU the call may return before it is done."""
+
+
+@dataclass
+class Run:
+    """One walk of the pipeline through its scheduler's timesteps."""
+
+    index: int
+    """How many runs the session saw before."""
+    timesteps: tuple[float, ...] = ()
+    """The scheduler's timesteps, those that image to image leaves out included."""
+    sigmas: tuple[float, ...] = ()
+    """Noise level at each of them: the scheduler's sigma (flow models: in [0, 1]) where it has one, else
+    sqrt((1 - a) / a) with a the cumulative alpha."""
+    begin: int | None = None
+    """Position in `timesteps` of the first network call; None before it."""
+    images: int | None = None
+    """Images in the batch; None before the first network call."""
+    steps_done: int = 0
+    state: dict[Any, Any] = field(default_factory=dict)
+    """What accelerators remember during the run, each under keys of its own; cleared when the run ends."""
+    records: list[CallRecord] = field(default_factory=list)
+    started: float = field(default_factory=time.perf_counter)
+    seconds: float = 0.0
+    ended: bool = False
+    failed: bool = False
+    """Whether an exception ended it."""
+
+    @property
+    def num_steps(self) -> int:
+        """How many evaluations the run is going to make (guidance does not count twice)."""
+        return len(self.timesteps) - (self.begin or 0)
+
+    def end(self, failed: bool = False) -> None:
+        """Forget all state; what was recorded stays for the report. Idempotent."""
+        if not self.ended:
+            self.ended, self.failed = True, failed
+            self.seconds = time.perf_counter() - self.started
+            self.state.clear()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Call:
+    """One network call.
+
+    Row r of the batch belongs to image `r % images` and to branch `branches[r // images]`.
+    """
+
+    run: Run
+    network: str
+    """Component name, `transformer` or `transformer_2`."""
+    module: nn.Module
+    family: Family
+    step: int
+    """Index of this evaluation in the run, 0 .. `run.num_steps` - 1."""
+    timestep: float
+    """The scheduler's timestep."""
+    sigma: float
+    """Noise level, see `Run.sigmas`."""
+    branches: tuple[str, ...]
+    """`("cond",)` or `("uncond",)` for one branch, both in their order for a batch that holds both, and `("extra",)`
+    for calls beyond guidance."""
+    images: int
+    arguments: dict[str, Any]
+    """What the network was called with, by name."""
+    record: CallRecord
+
+    @property
+    def rows(self) -> int:
+        """Rows of the batch."""
+        return self.images * len(self.branches)
+
+    def rows_of(self, branch: str) -> slice:
+        """The rows of one branch.
+
+        Raises:
+            ValueError: the call does not hold that branch.
+        """
+        start = self.branches.index(branch) * self.images
+        return slice(start, start + self.images)
+
+    def spread(self, per_image: Tensor) -> Tensor:
+        """(images, ...) -> (rows, ...): what is decided for an image holds for all of its rows."""
+        return per_image.repeat(len(self.branches), *[1] * (per_image.dim() - 1))
+
+    def take(self, rows: Tensor) -> dict[str, Any]:
+        """The arguments of a call for some of the rows only: `rows` are their indices. What all rows share is kept."""
+        return {
+            name: value if name in self.family.shared else self._take(name, value, rows)
+            for name, value in self.arguments.items()
+        }
+
+    def _take(self, name: str, value: Any, rows: Tensor) -> Any:
+        if isinstance(value, Tensor):
+            return value[rows] if value.dim() and value.shape[0] == self.rows else value
+        if isinstance(value, dict):
+            return {key: self._take(key, entry, rows) for key, entry in value.items()}
+        if isinstance(value, (list, tuple)) and name in self.family.lists:
+            return type(value)(value[int(row)] for row in rows)
+        if isinstance(value, (list, tuple)):
+            return type(value)(self._take(name, entry, rows) for entry in value)
+        return value
+
+
+class Session:
+    """Everything that is wrapped for one accelerated pipeline; made by `open_session`."""
+
+    def __init__(self, pipe: Any) -> None:
+        self._pipe = weakref.ref(pipe)  # what wraps the network must not keep a dropped pipeline alive
+        self._call_arounds: list[CallAround] = []
+        self._networks: dict[str, _Network] = {}
+        self._scheduler: Any = None
+        self._scheduler_wraps: list[Wrapped] = []
+        self._latent_rows: int | None = None
+        self._runs = 0
+        self._blocks = BlockHooks(lambda: self._networks.values())
+        self.run: Run | None = None
+        """The present run, or the last one."""
+
+    @property
+    def pipe(self) -> Any:
+        """The pipeline; None once it was dropped."""
+        return self._pipe()
+
+    # -- what accelerators use
+
+    def on_call(self, around: CallAround) -> Callable[[], None]:
+        """Surround every network call of a run with `around(proceed, call)`; returns what undoes it.
+
+        The one that was added last is outermost. Calls outside of a run are not surrounded.
+        """
+        self._call_arounds.append(around)
+        return lambda: self._call_arounds.remove(around)
+
+    def on_block(self, around: BlockAround) -> Callable[[], None]:
+        """Surround every block of every network call of a run with `around(proceed, call, block)`; returns what undoes
+        it.
+
+        Raises:
+            UnsupportedModelError: the network's blocks are not known and cannot be derived.
+            RecipeConflictError: the network was compiled as a whole.
+        """
+        return self._blocks.add(around)
+
+    # -- wrapping
+
+    def follow(self) -> None:
+        """Wrap what the user or an accelerator put in the place of a network or the scheduler since, and what lost its
+        wrapper.
+
+        Raises:
+            RecipeConflictError: another framework caches in a network, or another pipeline's session is on it.
+        """
+        present = networks(self.pipe)
+        for name in list(self._networks):
+            if present.get(name) is not self._networks[name].module or not self._networks[name].in_place:
+                self._networks.pop(name).unwrap()
+        for name, module in present.items():
+            _refuse_foreign_cache(name, module)
+            if name not in self._networks:
+                _refuse_second_session(name, module)
+                self._networks[name] = _Network(name, module, self._around_network)
+                _SESSIONS[module] = weakref.ref(self)
+        self._blocks.refresh()
+        self._follow_scheduler()
+
+    def methods_of_pipe(self) -> list[tuple[str, Callable[..., Any]]]:
+        """The pipeline's own methods to surround, and by what."""
+        arounds = {"progress_bar": self._around_progress_bar, "prepare_latents": self._around_latents}
+        return [(name, around) for name, around in arounds.items() if callable(getattr(self.pipe, name, None))]
+
+    def _follow_scheduler(self) -> None:
+        if self._scheduler is self.pipe.scheduler and all(wrapped.reachable for wrapped in self._scheduler_wraps):
+            return
+        self._unwrap_scheduler()
+        self._scheduler = self.pipe.scheduler
+        self._scheduler_wraps = [
+            wrap(self._scheduler, "set_timesteps", self._around_set_timesteps),
+            wrap(self._scheduler, "step", self._around_step),
+        ]
+
+    def _unwrap_scheduler(self) -> None:
+        for wrapped in self._scheduler_wraps:
+            wrapped.remove()
+        self._scheduler, self._scheduler_wraps = None, []
+
+    def close(self) -> None:
+        """Take every wrapper off. Idempotent."""
+        self._end()
+        self._blocks.clear()
+        for network in self._networks.values():
+            network.unwrap()
+        self._networks.clear()
+        self._unwrap_scheduler()
+
+    # -- lifecycle
+
+    def _start(self) -> Run:
+        self._end()
+        self.follow()
+        self.run = Run(index=self._runs)
+        self._runs += 1
+        return self.run
+
+    def _end(self, failed: bool = False) -> None:
+        if self.run is not None:
+            self.run.end(failed)
+
+    def _active(self) -> Run | None:
+        return None if self.run is None or self.run.ended else self.run
+
+    def _around_set_timesteps(self, set_timesteps: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        self._end()
+        returned = set_timesteps(*args, **kwargs)
+        if self.pipe is not None:
+            self._start()
+        return returned
+
+    def _around_step(self, step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        run = self._active()
+        try:
+            returned = step(*args, **kwargs)
+        except BaseException:
+            self._end(failed=True)
+            raise
+        if run is not None and run.begin is not None:
+            run.steps_done += 1
+            if run.steps_done >= run.num_steps:
+                run.end()
+        return returned
+
+    def _around_progress_bar(self, progress_bar: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        bar, run = progress_bar(*args, **kwargs), self.run
+        if run is None or not hasattr(bar, "close"):
+            return bar
+
+        def close(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            # Of the run that opened it alone: an aborted run's bar may be collected during the next one.
+            run.end(failed=run.steps_done < run.num_steps)
+            return original(*args, **kwargs)
+
+        wrap(bar, "close", close)
+        return bar
+
+    def _around_latents(self, prepare_latents: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        returned = prepare_latents(*args, **kwargs)
+        latents = returned[0] if isinstance(returned, tuple) else returned
+        self._latent_rows = latents.shape[0] if isinstance(latents, Tensor) else None
+        return returned
+
+    # -- network calls
+
+    def _around_network(self, network: _Network, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        pipe = self.pipe
+        if pipe is not None and pipe.scheduler is not self._scheduler:  # exchanged since: its set_timesteps went unseen
+            self._start()
+        run = self._active()
+        if pipe is None or run is None:
+            return forward(*args, **kwargs)
+        try:
+            call = self._describe(run, network, network.bind(args, kwargs))
+            return self._call(call, forward, args, kwargs)
+        except BaseException:
+            self._end(failed=True)
+            raise
+
+    def _call(self, call: Call, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        record, started = call.record, time.perf_counter()
+
+        def compute(arguments: dict[str, Any] | None = None) -> Any:
+            record.what = COMPUTED
+            return forward(*args, **kwargs) if arguments is None else forward(**arguments)
+
+        proceed = compute
+        for around in self._call_arounds:
+            proceed = _surrounded(around, proceed, call)
+        with self._blocks.during(call):
+            output = proceed()
+        record.seconds = time.perf_counter() - started
+        call.run.records.append(record)
+        return output
+
+    def _describe(self, run: Run, network: _Network, arguments: dict[str, Any]) -> Call:
+        if run.begin is None:
+            run.timesteps, run.sigmas = _levels(self.pipe.scheduler)
+            run.begin = _begin(self.pipe.scheduler, run.timesteps, arguments.get("timestep"), network.family)
+        step = run.steps_done
+        position = min(run.begin + step, len(run.timesteps) - 1)
+        branches, images = self._branches(run, network, arguments, step)
+        return Call(
+            run=run,
+            network=network.name,
+            module=network.module,
+            family=network.family,
+            step=step,
+            timestep=run.timesteps[position],
+            sigma=run.sigmas[position],
+            branches=branches,
+            images=images,
+            arguments=arguments,
+            record=CallRecord(
+                step=step,
+                network=network.name,
+                branches=branches,
+                rows=images * len(branches),
+                what=REUSED,
+                seconds=0.0,
+            ),
+        )
+
+    def _branches(
+        self, run: Run, network: _Network, arguments: dict[str, Any], step: int
+    ) -> tuple[tuple[str, ...], int]:
+        rows = _rows(arguments[network.sample])
+        if run.images is None:
+            run.images = self._latent_rows or _images(arguments, network, rows)
+            self._latent_rows = None
+        if any(arguments.get(name) is not None for name in network.family.extra):
+            return (EXTRA,), rows
+        if rows == 2 * run.images:
+            return (COND, UNCOND) if network.family.guidance == "cond_uncond" else (UNCOND, COND), run.images
+        earlier = sum(record.step == step and EXTRA not in record.branches for record in run.records[-8:])
+        return ((COND, UNCOND)[earlier],) if earlier < 2 else (EXTRA,), rows
+
+
+class _Network:
+    """A wrapped network."""
+
+    def __init__(self, name: str, module: nn.Module, around: Callable[..., Any]) -> None:
+        self.name, self.module, self.family = name, module, family_of(module)
+        self._signature = inspect.signature(unwrapped(module).forward)
+        self.sample = next(iter(self._signature.parameters))
+        self._entry = entry_point(module)
+
+        def surround(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            return around(self, forward, args, kwargs)
+
+        self._wrapped = wrap(module, self._entry, surround)
+
+    @property
+    def in_place(self) -> bool:
+        """Whether calls still come by here, and do so outside of what `module.compile()` traces."""
+        return self._wrapped.reachable and self._entry == entry_point(self.module)
+
+    def bind(self, args: Any, kwargs: Any) -> dict[str, Any]:
+        """The arguments of a call by name."""
+        return dict(self._signature.bind(*args, **kwargs).arguments)
+
+    def unwrap(self) -> None:
+        """Take the wrapper off."""
+        self._wrapped.remove()
+        _SESSIONS.pop(self.module, None)
+
+
+_SESSIONS: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Session]] = weakref.WeakKeyDictionary()
+
+
+def _refuse_second_session(name: str, module: nn.Module) -> None:
+    session = _SESSIONS.get(module, lambda: None)()
+    if session is None:
+        return
+    gc.collect()  # a pipeline and its own wrappers refer to each other
+    if session.pipe is None:  # dropped without `restore`
+        session.close()
+        return
+    raise RecipeConflictError(
+        f"the {name} is shared with a {type(session.pipe).__name__} that is accelerated; call flowaccel.restore on "
+        "that pipeline first, or leave this one as it is: the shared network is accelerated in both"
+    )
+
+
+def _refuse_foreign_cache(name: str, module: nn.Module) -> None:
+    found = foreign_cache(module)
+    if found is not None:
+        raise RecipeConflictError(
+            f"the {name} is already cached by another framework, and two caches on one network corrupt each other: "
+            f"found {found}"
+        )
+
+
+def _surrounded(around: CallAround, proceed: Callable[..., Any], call: Call) -> Callable[..., Any]:
+    return lambda arguments=None: around(proceed if arguments is None else lambda: proceed(arguments), call)
+
+
+def _rows(sample: Any) -> int:
+    return len(sample) if isinstance(sample, (list, tuple)) else sample.shape[0]
+
+
+def _images(arguments: dict[str, Any], network: _Network, rows: int) -> int:
+    """Images in a batch whose pipeline did not tell by `prepare_latents`: half the rows where the second half repeats
+    the sample, and does so for the null class if there are classes."""
+    labels, sample, half = arguments.get("class_labels"), arguments[network.sample], rows // 2
+    if rows % 2 or not isinstance(sample, Tensor) or not torch.equal(sample[:half], sample[half:]):
+        return rows
+    if isinstance(labels, Tensor):
+        config = unwrapped(network.module).config
+        null = config.get("num_classes", config.get("num_embeds_ada_norm"))
+        return half if bool((labels[half:] == null).all()) else rows
+    return half
+
+
+def _levels(scheduler: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    timesteps = tuple(float(value) for value in scheduler.timesteps)
+    sigmas = getattr(scheduler, "sigmas", None)
+    if isinstance(sigmas, Tensor) and len(sigmas) >= len(timesteps):
+        return timesteps, tuple(float(value) for value in sigmas[: len(timesteps)])
+    alphas = getattr(scheduler, "alphas_cumprod", None)
+    if isinstance(alphas, Tensor):
+        kept = [float(alphas[min(int(value), len(alphas) - 1)]) for value in timesteps]
+        return timesteps, tuple(((1 - alpha) / alpha) ** 0.5 for alpha in kept)
+    scale = scheduler.config.get("num_train_timesteps", 1000)
+    return timesteps, tuple(value / scale for value in timesteps)
+
+
+def _begin(scheduler: Any, timesteps: tuple[float, ...], timestep: Any, family: Family) -> int:
+    """Where in the scheduler's timesteps the run begins: image to image leaves out the first ones."""
+    if getattr(scheduler, "begin_index", None) is not None:
+        return int(scheduler.begin_index)
+    if timestep is None or family.derived:
+        return 0
+    scale = scheduler.config.get("num_train_timesteps", 1000)
+    value = float(torch.as_tensor(timestep).float().max())  # tokens of a given first frame have timestep 0
+    value = {"timestep": value, "sigma": value * scale, "one_minus_sigma": (1 - value) * scale}[family.time]
+    return min(range(len(timesteps)), key=lambda index: abs(timesteps[index] - value))
+
+
+class _Attached(NamedTuple):
+    """What hangs on the pipeline."""
+
+    session: Session
+    wraps: list[Wrapped]
+
+
+def open_session(pipe: Any) -> Session:
+    """Start observing a pipeline; `close_session` undoes it.
+
+    Raises:
+        TypeError: the pipeline has no network to accelerate.
+        RecipeConflictError: another framework caches in its network, or the network is another accelerated pipeline's.
+    """
+    session = Session(pipe)
+    try:
+        session.follow()
+    except BaseException:
+        session.close()
+        raise
+    pipe.__dict__[_ATTACHED] = _Attached(session, [wrap(pipe, *method) for method in session.methods_of_pipe()])
+    return session
+
+
+def close_session(pipe: Any) -> None:
+    """Take everything off that `open_session` put on. Idempotent."""
+    attached = pipe.__dict__.pop(_ATTACHED, None)
+    if attached is not None:
+        attached.session.close()
+        for wrapped in attached.wraps:
+            wrapped.remove()
+
+
+def session_of(pipe: Any) -> Session:
+    """The session of a pipeline.
+
+    Raises:
+        ValueError: the pipeline has none; `flowaccel.accelerate` opens it.
+    """
+    attached = pipe.__dict__.get(_ATTACHED)
+    if attached is None:
+        raise ValueError(f"this {type(pipe).__name__} is not accelerated; call flowaccel.accelerate(pipe, ...)")
+    return attached.session

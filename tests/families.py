@@ -1,0 +1,340 @@
+"""One tiny pipeline of random weights for every model family that the hooks know, through its real pipeline class."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import (
+    AuraFlowPipeline,
+    AuraFlowTransformer2DModel,
+    AutoencoderKLWan,
+    CogView4Pipeline,
+    CogView4Transformer2DModel,
+    DDIMScheduler,
+    DiTPipeline,
+    DiTTransformer2DModel,
+    FlowMatchEulerDiscreteScheduler,
+    FluxImg2ImgPipeline,
+    PixArtSigmaPipeline,
+    PixArtTransformer2DModel,
+    UniPCMultistepScheduler,
+    WanPipeline,
+    WanTransformer3DModel,
+)
+from torch import Tensor
+
+import tiny
+
+STEPS = 4
+TEXT, WIDTH = 5, 16
+"""Text tokens and the width of their embeddings."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A pipeline and how to call it."""
+
+    name: str
+    family: str
+    make: Callable[..., Any]
+    """`make(seed=0)` -> a fresh pipeline."""
+    arguments: Callable[..., dict[str, Any]]
+    """`arguments(batch=1, steps=STEPS, seed=3, guided=True)`; image i of a batch depends on i + seed alone."""
+    branches: tuple[tuple[str, ...], ...]
+    """The branches of the network calls of one guided step."""
+    networks: tuple[str, ...] = ("transformer",)
+    begins_at: int = 0
+    """Steps of the scheduler's grid that are left out."""
+
+    def __call__(self, pipe: Any, **options: Any) -> Tensor:
+        """The images or frames of one call, as one tensor with a leading batch axis."""
+        output = pipe(**self.arguments(**options))
+        made = output.frames if hasattr(output, "frames") else output.images
+        return torch.as_tensor(made)
+
+
+def generators(batch: int, seed: int) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(seed + i) for i in range(batch)]
+
+
+def words(batch: int, seed: int) -> Tensor:
+    return torch.stack([tiny.embedding(TEXT, WIDTH, seed + i) for i in range(batch)])
+
+
+def silent(pipe: Any) -> Any:
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def prepared(network: Any, seed: int) -> Any:
+    tiny.random_weights(network, seed, std=0.05)
+    return network.eval()
+
+
+def sit_arguments(batch: int = 1, steps: int = STEPS, seed: int = 3, guided: bool = True) -> dict[str, Any]:
+    return {
+        "class_labels": [(seed + i) % 10 for i in range(batch)],
+        "num_inference_steps": steps,
+        "guidance_scale": 3.0 if guided else 1.0,
+        "generator": generators(batch, seed),
+        "output_type": "pt",
+    }
+
+
+def euler_sit(seed: int = 0) -> Any:
+    pipe = tiny.sit_pipeline(seed)
+    pipe.scheduler = FlowMatchEulerDiscreteScheduler()
+    return pipe
+
+
+def dit_pipeline(seed: int = 0) -> Any:
+    torch.manual_seed(seed)
+    transformer = DiTTransformer2DModel(
+        sample_size=8,
+        patch_size=2,
+        in_channels=4,
+        out_channels=8,
+        num_layers=3,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        num_embeds_ada_norm=1000,
+    )
+    return silent(DiTPipeline(prepared(transformer, seed), tiny.autoencoder(), DDIMScheduler()))
+
+
+def dit_arguments(batch: int = 1, steps: int = STEPS, seed: int = 3, guided: bool = True) -> dict[str, Any]:
+    return {
+        "class_labels": [seed + i for i in range(batch)],
+        "num_inference_steps": steps,
+        "guidance_scale": 3.0 if guided else 1.0,
+        "generator": generators(batch, seed),
+        "output_type": "np",
+    }
+
+
+def sd3_arguments(batch: int = 1, steps: int = STEPS, seed: int = 3, guided: bool = True) -> dict[str, Any]:
+    return tiny.sd3_arguments(batch, steps, scale=4.0 if guided else 1.0, seed=seed)
+
+
+def flux_arguments(batch: int = 1, steps: int = STEPS, seed: int = 3, guided: bool = True) -> dict[str, Any]:
+    return tiny.flux_arguments(batch, steps, true_scale=2.0 if guided else 1.0, seed=seed)
+
+
+def flux_img2img(seed: int = 0) -> Any:
+    pipe = tiny.flux_pipeline(seed)
+    return silent(FluxImg2ImgPipeline(**pipe.components))
+
+
+def flux_img2img_arguments(batch: int = 1, steps: int = 2 * STEPS, **options: Any) -> dict[str, Any]:
+    seed = options.get("seed", 3)
+    image = torch.stack([torch.rand(3, 16, 16, generator=one) for one in generators(batch, 100 + seed)])
+    return flux_arguments(batch, steps, **options) | {"image": image, "strength": 0.5}
+
+
+def pixart_pipeline(seed: int = 0) -> Any:
+    torch.manual_seed(seed)
+    transformer = PixArtTransformer2DModel(
+        sample_size=8,
+        patch_size=2,
+        in_channels=4,
+        out_channels=8,
+        num_layers=3,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        cross_attention_dim=16,
+        caption_channels=WIDTH,
+        use_additional_conditions=False,
+    )
+    return silent(
+        PixArtSigmaPipeline(
+            tokenizer=None,
+            text_encoder=None,
+            vae=tiny.autoencoder(),
+            transformer=prepared(transformer, seed),
+            scheduler=DDIMScheduler(),
+        )
+    )
+
+
+def pixart_arguments(batch: int = 1, steps: int = STEPS, seed: int = 3, guided: bool = True) -> dict[str, Any]:
+    mask = torch.ones(batch, TEXT)
+    mask[:, -2:] = 0
+    return {
+        "prompt": None,
+        "negative_prompt": None,
+        "prompt_embeds": words(batch, seed),
+        "prompt_attention_mask": mask,
+        "negative_prompt_embeds": words(1, 40).expand(batch, -1, -1),
+        "negative_prompt_attention_mask": mask,
+        "guidance_scale": 4.0 if guided else 1.0,
+        "num_inference_steps": steps,
+        "height": 16,
+        "width": 16,
+        "use_resolution_binning": False,
+        "generator": generators(batch, seed),
+        "output_type": "pt",
+    }
+
+
+def wan_network(seed: int = 0) -> Any:
+    torch.manual_seed(seed)
+    network = WanTransformer3DModel(
+        patch_size=(1, 2, 2),
+        num_attention_heads=2,
+        attention_head_dim=12,
+        in_channels=16,
+        out_channels=16,
+        text_dim=WIDTH,
+        freq_dim=32,
+        ffn_dim=32,
+        num_layers=2,
+        cross_attn_norm=True,
+        qk_norm="rms_norm_across_heads",
+        rope_max_seq_len=32,
+    )
+    return prepared(network, seed)
+
+
+def wan_pipeline(seed: int = 0, both: bool = False) -> Any:
+    torch.manual_seed(seed)
+    vae = AutoencoderKLWan(base_dim=3, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1).eval()
+    return silent(
+        WanPipeline(
+            tokenizer=None,
+            text_encoder=None,
+            vae=vae,
+            scheduler=UniPCMultistepScheduler(
+                prediction_type="flow_prediction", use_flow_sigmas=True, num_train_timesteps=1000, flow_shift=3.0
+            ),
+            transformer=wan_network(seed),
+            transformer_2=wan_network(seed + 1) if both else None,
+            boundary_ratio=0.875 if both else None,
+        )
+    )
+
+
+def wan_arguments(batch: int = 1, steps: int = STEPS, seed: int = 3, guided: bool = True) -> dict[str, Any]:
+    return {
+        "prompt_embeds": words(batch, seed),
+        "negative_prompt_embeds": words(1, 40).expand(batch, -1, -1),
+        "guidance_scale": 3.0 if guided else 1.0,
+        "num_inference_steps": steps,
+        "height": 16,
+        "width": 16,
+        "num_frames": 5,
+        "generator": generators(batch, seed),
+        "output_type": "pt",
+    }
+
+
+def cogview4_pipeline(seed: int = 0) -> Any:
+    torch.manual_seed(seed)
+    transformer = CogView4Transformer2DModel(
+        patch_size=2,
+        in_channels=4,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        out_channels=4,
+        text_embed_dim=WIDTH,
+        time_embed_dim=8,
+        condition_dim=4,
+        sample_size=8,
+        rope_axes_dim=(4, 4),
+    )
+    return silent(
+        CogView4Pipeline(
+            tokenizer=None,
+            text_encoder=None,
+            vae=tiny.autoencoder(),
+            transformer=prepared(transformer, seed),
+            scheduler=FlowMatchEulerDiscreteScheduler(base_shift=0.25, max_shift=0.75, use_dynamic_shifting=True),
+        )
+    )
+
+
+def cogview4_arguments(batch: int = 1, steps: int = STEPS, seed: int = 3, guided: bool = True) -> dict[str, Any]:
+    return {
+        "prompt_embeds": words(batch, seed),
+        "negative_prompt_embeds": words(1, 40).expand(batch, -1, -1),
+        "guidance_scale": 4.0 if guided else 1.0,
+        "num_inference_steps": steps,
+        "height": 16,
+        "width": 16,
+        "generator": generators(batch, seed),
+        "output_type": "pt",
+    }
+
+
+def auraflow_pipeline(seed: int = 0) -> Any:
+    torch.manual_seed(seed)
+    transformer = AuraFlowTransformer2DModel(
+        sample_size=8,
+        patch_size=2,
+        in_channels=4,
+        num_mmdit_layers=1,
+        num_single_dit_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=WIDTH,
+        caption_projection_dim=16,
+        out_channels=4,
+        pos_embed_max_size=16,
+    )
+    return silent(
+        AuraFlowPipeline(
+            tokenizer=None,
+            text_encoder=None,
+            vae=tiny.autoencoder(),
+            transformer=prepared(transformer, seed),
+            scheduler=FlowMatchEulerDiscreteScheduler(),
+        )
+    )
+
+
+def auraflow_arguments(batch: int = 1, steps: int = STEPS, seed: int = 3, guided: bool = True) -> dict[str, Any]:
+    mask = torch.ones(batch, TEXT)
+    return {
+        "prompt_embeds": words(batch, seed),
+        "prompt_attention_mask": mask,
+        "negative_prompt": None,
+        "negative_prompt_embeds": words(1, 40).expand(batch, -1, -1),
+        "negative_prompt_attention_mask": mask,
+        "guidance_scale": 4.0 if guided else 1.0,
+        "num_inference_steps": steps,
+        "height": 16,
+        "width": 16,
+        "generator": generators(batch, seed),
+        "output_type": "pt",
+    }
+
+
+COND_UNCOND = (("cond", "uncond"),)
+UNCOND_COND = (("uncond", "cond"),)
+SPLIT = (("cond",), ("uncond",))
+
+CASES = {
+    case.name: case
+    for case in (
+        Case("sit", "sit", euler_sit, sit_arguments, COND_UNCOND),
+        Case("dit", "dit", dit_pipeline, dit_arguments, COND_UNCOND),
+        Case("sd3", "sd3", tiny.sd3_pipeline, sd3_arguments, UNCOND_COND),
+        Case("flux", "flux", tiny.flux_pipeline, flux_arguments, SPLIT),
+        Case("flux_img2img", "flux", flux_img2img, flux_img2img_arguments, SPLIT, begins_at=STEPS),
+        Case("pixart", "pixart", pixart_pipeline, pixart_arguments, UNCOND_COND),
+        Case("wan21", "wan", wan_pipeline, wan_arguments, SPLIT),
+        Case(
+            "wan22",
+            "wan",
+            lambda seed=0: wan_pipeline(seed, both=True),
+            wan_arguments,
+            SPLIT,
+            networks=("transformer", "transformer_2"),
+        ),
+        Case("cogview4", "cogview4", cogview4_pipeline, cogview4_arguments, SPLIT),
+        Case("auraflow", "auraflow", auraflow_pipeline, auraflow_arguments, UNCOND_COND),
+    )
+}
