@@ -93,7 +93,7 @@ class BlockHooks:
 
     def refresh(self) -> None:
         """Wrap the blocks of the present networks, where anybody surrounds blocks; unwrap all others."""
-        wanted = {}
+        wanted: dict[nn.Module, Block] = {}
         for network in self._networks() if self._arounds else ():
             _refuse_whole_graph(network.module)
             wanted |= {block.module: block for block in _blocks_of(network.module, network.family)}

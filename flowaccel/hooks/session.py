@@ -439,7 +439,8 @@ def _images(arguments: dict[str, Any], network: _Network, rows: int) -> int:
     if rows % 2 or not isinstance(sample, Tensor) or not torch.equal(sample[:half], sample[half:]):
         return rows
     if isinstance(labels, Tensor):
-        config = unwrapped(network.module).config
+        inner: Any = unwrapped(network.module)
+        config = inner.config
         null = config.get("num_classes", config.get("num_embeds_ada_norm"))
         return half if bool((labels[half:] == null).all()) else rows
     return half
