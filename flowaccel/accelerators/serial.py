@@ -138,9 +138,10 @@ def encode(value: Any, parts: dict[str, Part], path: str = "") -> dict[str, Any]
 
 def encode_component(value: Any, parts: dict[str, Part], path: str) -> dict[str, Any]:
     """A component, as `{"name": ..., FIELD: ...}`; raises as `encode` does."""
-    if not dataclasses.is_dataclass(value) or not isinstance(getattr(value, "name", None), str):
+    name = getattr(value, "name", None)
+    if not dataclasses.is_dataclass(value) or not isinstance(name, str):
         raise TypeError(f"{path}: must hold a frozen dataclass with a class variable `name`, got {value!r}")
-    return {"name": value.name, **encode(value, parts, path)}
+    return {"name": name, **encode(value, parts, path)}
 
 
 def decode(registry: Mapping[str, type], data: Any, path: str, source: Source) -> Any:

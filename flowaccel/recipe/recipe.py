@@ -90,14 +90,13 @@ class Recipe:
         object.__setattr__(self, "num_inference_steps", self._agreed_steps())
 
     def _agreed_steps(self) -> int | None:
-        asked = {repr(a.name): a.num_inference_steps for a in self.accelerators} | {
-            "the recipe": self.num_inference_steps
-        }
-        asked = {name: steps for name, steps in asked.items() if steps is not None}
+        wishes = [("the recipe", self.num_inference_steps)]
+        wishes += [(repr(accelerator.name), accelerator.num_inference_steps) for accelerator in self.accelerators]
+        asked = {who: steps for who, steps in wishes if steps is not None}
         if len(set(asked.values())) > 1:
-            who = ", ".join(f"{name} for {steps}" for name, steps in asked.items())
+            listed = ", ".join(f"{who} for {steps}" for who, steps in asked.items())
             raise RecipeConflictError(
-                f"recipe {self.name!r} asks for different numbers of steps: {sorted(set(asked.values()))} ({who})"
+                f"recipe {self.name!r} asks for different numbers of steps: {sorted(set(asked.values()))} ({listed})"
             )
         return next(iter(asked.values()), None)
 

@@ -302,7 +302,7 @@ def test_no_file(tmp_path: Path) -> None:
         (lambda: Recipe([VelocityRefiner(), VelocityRefiner()]), "holds 'velocity_refiner' twice"),
         (
             lambda: Recipe([Sampler("flowturbo", {"blocks": "H2"})], name="two", num_inference_steps=3),
-            r"recipe 'two' asks for different numbers of steps: \[2, 3\] \('sampler' for 2, the recipe for 3\)",
+            r"recipe 'two' asks for different numbers of steps: \[2, 3\] \(the recipe for 3, 'sampler' for 2\)",
         ),
     ],
 )
