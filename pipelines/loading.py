@@ -13,10 +13,13 @@ from flowaccel.errors import UnsupportedModelError, WeightsNotFoundError
 from flowaccel.pipelines.sit import SiTPipeline
 
 _OWN = {kind.__name__: kind for kind in (SiTPipeline,)}
+# Each would read pickled weights or run code that came with the weights.
+_REFUSED = {"use_safetensors": False, "trust_remote_code": True}
+_OF_THE_HUB = ("revision", "cache_dir", "local_files_only", "token", "force_download", "proxies")
 
 
 def load_pipeline(
-    path: str | Path, *, torch_dtype: torch.dtype | None = None, device: str | None = None
+    path: str | Path, *, torch_dtype: torch.dtype | None = None, device: str | None = None, **kwargs: Any
 ) -> DiffusionPipeline:
     """The pipeline in a folder or on the Hub, as an instance of the class that its `model_index.json` names.
 
@@ -24,18 +27,24 @@ def load_pipeline(
         path: a folder with `model_index.json`, or a Hub id.
         torch_dtype: dtype of the weights; None means float32.
         device: where to put it; None leaves it on the CPU.
+        kwargs: further arguments of diffusers' `from_pretrained`: components (`transformer=...`,
+            `text_encoder_3=None`), `variant`, `revision`, `cache_dir`, `local_files_only` and others.
 
     Raises:
         WeightsNotFoundError: neither a pipeline folder nor to be had from the Hub.
         UnsupportedModelError: its class is no pipeline of diffusers or flowaccel.
+        ValueError: an argument that would read pickles or run foreign code.
     """
     folder = Path(path)
     if folder.exists() and not (folder / "model_index.json").is_file():
         raise WeightsNotFoundError(f"{path} is not a pipeline: it has no model_index.json")
+    _check_safe(kwargs)
     try:
-        pipeline_class = _pipeline_class(path, DiffusionPipeline.load_config(str(path)))
+        of_the_hub = {name: kwargs[name] for name in _OF_THE_HUB if name in kwargs}
+        pipeline_class = _pipeline_class(path, DiffusionPipeline.load_config(str(path), **of_the_hub))
         # Without use_safetensors diffusers falls back to pickled weights where the safetensors file is missing.
-        pipe = pipeline_class.from_pretrained(str(path), dtype=torch_dtype or torch.float32, use_safetensors=True)
+        options = {**kwargs, "dtype": torch_dtype or torch.float32, "use_safetensors": True}
+        pipe = pipeline_class.from_pretrained(str(path), **options)
     except OSError as error:
         reason = str(error).split("\n")[0]
         if folder.exists():
@@ -45,6 +54,20 @@ def load_pipeline(
             "pipeline folder, or download it first on a machine with network"
         ) from error
     return pipe if device is None else pipe.to(device)
+
+
+def _check_safe(kwargs: dict[str, Any]) -> None:
+    for name, refused in _REFUSED.items():
+        if kwargs.get(name) is refused:
+            raise ValueError(
+                f"{name}={refused} is not allowed: flowaccel reads safetensors and JSON only and runs no foreign code; "
+                "leave it out"
+            )
+    if kwargs.get("custom_pipeline") is not None:
+        raise ValueError(
+            "custom_pipeline is not allowed: flowaccel runs no code that comes with weights; load the pipeline with "
+            "diffusers and call flowaccel.accelerate(pipe, recipe)"
+        )
 
 
 def _pipeline_class(path: str | Path, index: Any) -> Any:

@@ -37,7 +37,7 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "hooks": frozenset({"compat"}),
     "samplers": frozenset({"compat"}),
     "accelerators": frozenset({"hooks", "gates", "predictors", "modules", "models", "samplers", "compat"}),
-    "recipe": frozenset({"accelerators", "samplers"}),
+    "recipe": frozenset({"accelerators", "samplers", "hooks"}),
     "pipelines": frozenset({"recipe", "samplers", "models", "compat"}),
     "data": frozenset({"models"}),
     "zoo": frozenset({"models"}),

@@ -5,20 +5,28 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 from torch import nn
+
+from flowaccel.accelerators import serial
+from flowaccel.accelerators.serial import Part
 
 Detach = Callable[[], None]
 
 
 @dataclass(frozen=True)
 class Accelerator(ABC):
-    """Abstract base. A subclass is final: a frozen dataclass that defines the methods below."""
+    """Abstract base. A subclass is final: a frozen dataclass with a `name`, entered in `ACCELERATORS`.
+
+    Its fields are its configuration, and are written to recipes as they are; fields with components or learned parts
+    are declared with `serial.component` and `serial.learned`.
+    """
 
     name: ClassVar[str]
     """The name in recipes."""
+    kind: ClassVar[Literal["scheduler", "variant", "hook"]] = "hook"
+    """What it exchanges: the scheduler, the network (a variant), or nothing (a hook, which leaves all in place)."""
 
     @abstractmethod
     def attach(self, pipe: Any) -> Detach:
@@ -28,29 +36,40 @@ class Accelerator(ABC):
             ValueError: the accelerator does not fit the pipeline; nothing was changed.
         """
 
-    @abstractmethod
     def to_dict(self) -> dict[str, Any]:
-        """The configuration as JSON-serialisable data, without learned parts."""
+        """The configuration as JSON-serialisable data; a learned part is the name of its sub-folder."""
+        return serial.encode(self, {})
 
-    @classmethod
-    @abstractmethod
-    def from_dict(cls, data: dict[str, Any], folder: Path | None = None) -> Self:
-        """The inverse of `to_dict`; `folder` is where `save_parts` wrote, if anywhere."""
+    @property
+    def parts(self) -> dict[str, Part]:
+        """The learned parts that it holds, by the sub-folder that they are written to."""
+        parts: dict[str, Part] = {}
+        serial.encode(self, parts)
+        return parts
 
-    def loaded(self, pipe: Any) -> Accelerator:
+    @property
+    def fitted(self) -> bool:
+        """Whether it holds what was trained or fitted on one network and fits no other; then its recipe names that
+        network.
+        """
+        return bool(self.parts)
+
+    @property
+    def tags(self) -> frozenset[str]:
+        """What the rules of `flowaccel.accelerators.rules` know it by: its name and its kind."""
+        return frozenset({self.name, self.kind})
+
+    def loaded(self, pipe: Any) -> Self:
         """This accelerator with its learned parts in memory, so that attaching it costs nothing; without any,
         itself.
         """
-        return self
+        loaded: Self = serial.load_parts(self)
+        return loaded
 
     @property
     def networks(self) -> dict[str, nn.Module]:
         """The networks that it calls besides the pipeline's own, by name; known once `loaded`."""
-        return {}
-
-    def save_parts(self, folder: Path) -> None:
-        """Write learned parts below `folder`; without any, nothing."""
-        return None
+        return {name: part.value for name, part in self.parts.items() if isinstance(part.value, nn.Module)}
 
     @property
     def num_inference_steps(self) -> int | None:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 from flowaccel.accelerators.base import Accelerator, Detach
 from flowaccel.errors import UnsupportedModelError
@@ -51,6 +50,7 @@ class Sampler(Accelerator):
     """
 
     name: ClassVar[str] = "sampler"
+    kind = "scheduler"
 
     sampler: str = "flowturbo"
     options: dict[str, Any] = field(default_factory=dict)
@@ -58,17 +58,26 @@ class Sampler(Accelerator):
     def __post_init__(self) -> None:
         if not isinstance(self.sampler, str) or self.sampler not in SAMPLERS:
             raise ValueError(f"sampler must be one of {sorted(SAMPLERS)}, got {self.sampler!r}")
-        scheduler_class, fixed = SAMPLERS[self.sampler]
         try:
-            scheduler_class(**fixed, **self.options)
+            self._scheduler()
         except TypeError as error:
             raise ValueError(f"options of sampler {self.sampler!r}: {error}") from error
 
     @property
     def num_inference_steps(self) -> int | None:
         """FlowTurbo's H + P + R; None for samplers that take any number of steps."""
+        return getattr(self._scheduler(), "default_num_inference_steps", None)
+
+    @property
+    def tags(self) -> frozenset[str]:
+        """Those of every accelerator, and whether there are R steps for a refiner."""
+        blocks = getattr(self._scheduler(), "blocks", None)
+        refines = blocks is not None and blocks.refine > 0
+        return super().tags | {f"sampler {'with' if refines else 'without'} R steps"}
+
+    def _scheduler(self) -> FlowSampler:
         scheduler_class, fixed = SAMPLERS[self.sampler]
-        return getattr(scheduler_class(**fixed, **self.options), "default_num_inference_steps", None)
+        return scheduler_class(**fixed, **self.options)
 
     def attach(self, pipe: Any) -> Detach:
         """Exchange `pipe.scheduler`; undone by putting the old object back."""
@@ -92,15 +101,6 @@ class Sampler(Accelerator):
             pipe.scheduler = replaced
 
         return detach
-
-    def to_dict(self) -> dict[str, Any]:
-        """`{"sampler": ..., "options": {...}}`."""
-        return {"sampler": self.sampler, "options": dict(self.options)}
-
-    @classmethod
-    def from_dict(cls, data: dict[str, Any], folder: Path | None = None) -> Self:
-        """The inverse of `to_dict`."""
-        return cls(**data)
 
 
 _GRID_FIELDS = (

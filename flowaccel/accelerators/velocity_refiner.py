@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import diffusers
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from flowaccel import models
 from flowaccel.accelerators.base import Accelerator, Detach
+from flowaccel.accelerators.serial import learned
 from flowaccel.errors import CheckpointError, WeightsNotFoundError
 from flowaccel.hooks import denoiser, wrap
 from flowaccel.models import convention_of
@@ -54,7 +55,7 @@ class VelocityRefiner(Accelerator):
 
     name: ClassVar[str] = "velocity_refiner"
 
-    refiner: nn.Module | str | Path | None = None
+    refiner: nn.Module | str | Path | None = learned(FOLDER, lambda folder: load_refiner(folder), default=None)
 
     def __post_init__(self) -> None:
         if not isinstance(self.refiner, (nn.Module, str, Path, type(None))):
@@ -96,29 +97,6 @@ class VelocityRefiner(Accelerator):
     def loaded(self, pipe: Any) -> VelocityRefiner:
         """With the refiner as a module."""
         return VelocityRefiner(self.resolve(pipe))
-
-    @property
-    def networks(self) -> dict[str, nn.Module]:
-        """`{"refiner": ...}`."""
-        return {"refiner": self.refiner} if isinstance(self.refiner, nn.Module) else {}
-
-    def to_dict(self) -> dict[str, Any]:
-        """`{"refiner": folder}`, where a module is written to the recipe's own folder by `save_parts`."""
-        return {"refiner": FOLDER if isinstance(self.refiner, nn.Module) else self.refiner and str(self.refiner)}
-
-    @classmethod
-    def from_dict(cls, data: dict[str, Any], folder: Path | None = None) -> Self:
-        """The inverse of `to_dict`; a relative path counts from `folder`."""
-        accelerator = cls(**data)
-        path = accelerator.refiner
-        if isinstance(path, str) and folder is not None and (folder / path).is_dir():
-            return cls(refiner=folder / path)
-        return accelerator
-
-    def save_parts(self, folder: Path) -> None:
-        """Write a refiner that was given as a module to `folder/refiner`."""
-        if isinstance(self.refiner, nn.Module):
-            self.refiner.save_pretrained(folder / FOLDER)  # type: ignore[operator]
 
 
 def _refine(refiner: Any, network: Any, arguments: dict[str, Any], refinement: Any) -> Any:

@@ -573,7 +573,7 @@ def test_recipes() -> None:
     assert json.loads(shown.stdout)["num_inference_steps"] == 8
     assert "unknown recipe 'rk5': did you mean 'rk4'" in fails("recipes", "rk5")
     Path("broken.json").write_text("{}")
-    assert "broken.json is not a recipe: KeyError: 'schema'" in fails("recipes", "broken.json")
+    assert "broken.json: not a recipe: schema must be 1, got None" in fails("recipes", "broken.json")
 
 
 # zoo

@@ -8,7 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -29,7 +29,7 @@ from flowaccel import (
     is_accelerated,
     restore,
 )
-from flowaccel.recipe import FILE_NAME, PRESETS, SCHEMA, preset, resolve
+from flowaccel.recipe import FILE_NAME, PRESETS, SCHEMA, Base, preset, resolve
 from flowaccel.samplers import FlowAdamsBashforthScheduler, FlowRungeKuttaScheduler, FlowTurboScheduler
 
 
@@ -126,7 +126,7 @@ def test_heun_preset_is_heun() -> None:
 
 
 def test_resolve_takes_whatever_names_a_recipe(tmp_path: Path) -> None:
-    sampler, refiner = Sampler("flowturbo", {"blocks": "H1R1"}), VelocityRefiner("somewhere")
+    sampler, refiner = Sampler("flowturbo", {"blocks": "H1R1"}), VelocityRefiner()
     recipe = Recipe([sampler, refiner], name="mine")
     recipe.save_pretrained(tmp_path)
     assert resolve(recipe) is recipe
@@ -141,7 +141,9 @@ def test_resolve_takes_whatever_names_a_recipe(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("wrong", [None, 3, ["heun"], [Sampler("heun"), None], Sampler, {"sampler": "heun"}])
 def test_resolve_refuses_the_rest(wrong: Any) -> None:
-    with pytest.raises(TypeError, match="recipe must be a Recipe, an accelerator, a list of them, a preset name or a"):
+    with pytest.raises(
+        TypeError, match="recipe must be a Recipe, an accelerator, a list of them, a preset name, a path"
+    ):
         resolve(wrong)
 
 
@@ -152,7 +154,7 @@ def test_resolve_refuses_the_rest(wrong: Any) -> None:
         Recipe([Sampler("rk4", {"shift": 3.0})], name="shifted", num_inference_steps=6),
         Recipe([Sampler("sde", {"last_step_size": 0.1})]),
         preset("flowturbo-H2P4R2-single"),
-        Recipe([Sampler("flowturbo", {"blocks": "H1R1"}), VelocityRefiner("/somewhere/else")], name="given"),
+        Recipe([Sampler("flowturbo", {"blocks": "H1R1"}), VelocityRefiner()], name="based", base=Base("Net", "0123")),
     ],
     ids=lambda recipe: recipe.name,
 )
@@ -230,32 +232,49 @@ def entry(**fields: Any) -> dict[str, Any]:
     [
         ("{", "is not a recipe: JSONDecodeError"),
         ("", "is not a recipe: JSONDecodeError"),
-        ([], "is not a recipe: TypeError"),
-        (3, "is not a recipe: TypeError"),
-        ({}, "is not a recipe: KeyError: 'schema'"),
-        ({"schema": SCHEMA}, "is not a recipe: KeyError: 'accelerators'"),
-        ({"schema": SCHEMA, "accelerators": None}, "is not a recipe: TypeError"),
-        ({"schema": SCHEMA, "accelerators": ["heun"]}, "is not a recipe: ValueError"),
-        ({"schema": SCHEMA + 1, "accelerators": []}, f"has recipe schema {SCHEMA + 1}; this version .* reads {SCHEMA}"),
-        ({"schema": "1", "accelerators": []}, "has recipe schema '1'"),
-        ({"schema": SCHEMA, "accelerators": [], "acelerators": []}, "has unknown keys: acelerators; known are"),
+        ("[" * 100_000, "is not a recipe: RecursionError"),
+        ([], r"is not a recipe: it holds '\[\]', not an object"),
+        (3, "is not a recipe: it holds '3', not an object"),
+        ({}, "not a recipe: schema must be 1, got None"),
+        ({"schema": "1", "accelerators": []}, "not a recipe: schema must be 1, got '1'"),
+        ({"schema": True, "accelerators": []}, "not a recipe: schema must be 1, got True"),
+        (
+            {"schema": SCHEMA + 1, "steps": [], "accelerators": {}},
+            rf"written by a newer flowaccel \(recipe schema {SCHEMA + 1}; this one reads up to {SCHEMA}\); upgrade",
+        ),
+        ({"schema": SCHEMA}, "accelerators: must be a list, got None"),
+        ({"schema": SCHEMA, "accelerators": {}}, "accelerators: must be a list, got {}"),
+        (
+            {"schema": SCHEMA, "acelerators": []},
+            r"flowaccel\.json: acelerators: unknown; did you mean 'accelerators'\? allowed: schema, name, num_inf",
+        ),
         ({"schema": SCHEMA, "accelerators": [], "num_inference_steps": "4"}, "num_inference_steps must be .*, got '4'"),
         ({"schema": SCHEMA, "accelerators": [], "num_inference_steps": 0}, "num_inference_steps must be .*, got 0"),
         ({"schema": SCHEMA, "accelerators": [], "name": 3}, "name must be text, got 3"),
+        ({"schema": SCHEMA, "accelerators": [], "base": "SiT"}, "base: must look like .*, got 'SiT'"),
+        ({"schema": SCHEMA, "accelerators": [], "base": {"class": "SiT"}}, 'base: must hold "class" and "config"'),
         (
-            entry(name="feature_cache"),
-            r"unknown accelerator 'feature_cache' .*known are \['sampler', 'velocity_refiner'\]",
+            {"schema": SCHEMA, "accelerators": [], "base": {"clas": "SiT", "config": "0"}},
+            r"base\.clas: unknown; did you mean 'class'\? allowed: class, config",
         ),
-        (entry(sampler="heun"), "unknown accelerator None"),
-        (entry(name=["sampler"]), r"unknown accelerator \['sampler'\]"),
-        (entry(name="sampler", sampler="huen"), "sampler must be one of .*, got 'huen'"),
-        (entry(name="sampler", sampler=["heun"]), r"sampler must be one of .*, got \['heun'\]"),
-        (entry(name="sampler", sampler="heun", steps=3), "accelerator 'sampler' in the recipe: .*unexpected.*'steps'"),
+        ({"schema": SCHEMA, "accelerators": ["heun"]}, r"accelerators\[0\]: must look like .*, got 'heun'"),
+        (
+            entry(name="velocity_refinr"),
+            r"accelerators\[0\]\.name: unknown 'velocity_refinr'; did you mean 'velocity_refiner'\? allowed: ",
+        ),
+        (entry(sampler="heun"), r"accelerators\[0\]: must look like"),
+        (entry(name=["sampler"]), r"accelerators\[0\]: must look like"),
+        (entry(name="sampler", sampler="huen"), r"accelerators\[0\]: sampler must be one of .*, got 'huen'"),
+        (entry(name="sampler", sampler=["heun"]), r"accelerators\[0\]: sampler must be one of .*, got \['heun'\]"),
+        (
+            entry(name="sampler", sampler="heun", option={}),
+            r"accelerators\[0\]\.option: unknown; did you mean 'options'\? allowed: name, sampler, options$",
+        ),
         (entry(name="sampler", options={"bloks": "H1"}), "options of sampler 'flowturbo': .*unexpected.*'bloks'"),
         (entry(name="sampler", options={"blocks": 3}), "options of sampler 'flowturbo'"),
         (entry(name="sampler", options=None), "options of sampler 'flowturbo'"),
-        (entry(name="velocity_refiner", refinr="x"), "accelerator 'velocity_refiner' in the recipe: .*'refinr'"),
-        (entry(name="velocity_refiner", refiner=3), "accelerator 'velocity_refiner' in the recipe: refiner must be"),
+        (entry(name="velocity_refiner", refinr="x"), r"accelerators\[0\]\.refinr: unknown; did you mean 'refiner'"),
+        (entry(name="velocity_refiner", refiner=3), r"accelerators\[0\]\.refiner: must be the name of a folder beside"),
     ],
 )
 def test_bad_file_says_what_is_wrong(data: Any, message: str, tmp_path: Path) -> None:
@@ -279,11 +298,11 @@ def test_no_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Recipe([Sampler("heun"), Sampler("euler")]), "holds 'sampler' twice; one of a kind works at a time"),
+        (lambda: Recipe([Sampler("heun"), Sampler("euler")]), "holds 'sampler' twice: one of a kind works at a time"),
         (lambda: Recipe([VelocityRefiner(), VelocityRefiner()]), "holds 'velocity_refiner' twice"),
         (
             lambda: Recipe([Sampler("flowturbo", {"blocks": "H2"})], name="two", num_inference_steps=3),
-            r"recipe 'two' asks for different numbers of steps: \[2, 3\]",
+            r"recipe 'two' asks for different numbers of steps: \[2, 3\] \(the recipe for 3, 'sampler' for 2\)",
         ),
     ],
 )
@@ -387,13 +406,6 @@ class Refusing(Accelerator):
     def attach(self, pipe: Any) -> Any:
         self.seen.append((type(pipe.scheduler), "forward" in vars(pipe.transformer)))
         raise Refusal
-
-    def to_dict(self) -> dict[str, Any]:
-        return {}
-
-    @classmethod
-    def from_dict(cls, data: dict[str, Any], folder: Path | None = None) -> Self:
-        return cls()
 
 
 def test_a_failing_accelerator_detaches_those_before_it() -> None:

@@ -1,0 +1,102 @@
+"""Preset names, and everything else that names a recipe."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from flowaccel.accelerators import Accelerator, Sampler, VelocityRefiner
+from flowaccel.accelerators.sampler import SAMPLERS
+from flowaccel.errors import WeightsNotFoundError
+from flowaccel.recipe.recipe import Recipe
+from flowaccel.recipe.storage import holds_recipe, is_hub_id
+from flowaccel.samplers import Blocks
+
+PRESETS = {
+    **{name: f"the {name} sampler" for name in SAMPLERS if name != "flowturbo"},
+    "flowturbo-BLOCKS": "FlowTurbo with BLOCKS such as H2P4R2; append -consistent or -single for other refiner steps",
+}
+"""Preset names and what they are. `@N` after a name asks for N steps."""
+
+
+def preset(name: str) -> Recipe:
+    """The recipe of a preset name, such as `heun@8` or `flowturbo-H2P4R2`.
+
+    Raises:
+        ValueError: unknown name; the message names the nearest ones.
+    """
+    stem, at, steps = name.partition("@")
+    if at and not re.fullmatch(r"0*[1-9][0-9]*", steps):
+        raise ValueError(f"the part after @ must be a number of steps, at least 1, got {name!r}")
+    count = int(steps) if at else None
+    if stem in SAMPLERS and stem != "flowturbo":
+        return Recipe([Sampler(stem)], name=name, num_inference_steps=count)
+    match = re.fullmatch(r"flowturbo-([^-]+)(?:-(released|consistent|single))?", stem)
+    if match:
+        options = {"blocks": match[1], "refiner_mode": match[2] or "released"}
+        sampler = Sampler("flowturbo", options)
+        parts: list[Accelerator] = [sampler] if _refines_nothing(match[1]) else [sampler, VelocityRefiner()]
+        return Recipe(parts, name=name, num_inference_steps=count)
+    near = difflib.get_close_matches(stem, PRESETS, n=2, cutoff=0.4)
+    hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
+    raise ValueError(
+        f"unknown recipe {name!r}: {hint}presets are {', '.join(PRESETS)}; or give a recipe file or folder, "
+        "or a Hub id (OWNER/NAME)"
+    )
+
+
+def _refines_nothing(blocks: str) -> bool:
+    return Blocks.parse(blocks).refine == 0
+
+
+RecipeLike = Recipe | Accelerator | Sequence[Accelerator] | str | Path
+
+
+def resolve(recipe: RecipeLike) -> Recipe:
+    """Whatever names a recipe, as a `Recipe`: itself, an accelerator, a list of them, or a text or path.
+
+    A text is, in this order, a file or folder, a preset name, or a Hub id (OWNER/NAME).
+
+    Raises:
+        ValueError, TypeError, FileNotFoundError: it names none.
+    """
+    if isinstance(recipe, Recipe):
+        return recipe
+    if isinstance(recipe, Accelerator):
+        return Recipe([recipe], name=recipe.name)
+    if isinstance(recipe, Path) or (isinstance(recipe, str) and Path(recipe).exists()):
+        return Recipe.from_pretrained(recipe)
+    if isinstance(recipe, str):
+        return _from_hub(recipe) if is_hub_id(recipe) else preset(recipe)  # no preset has a slash
+    parts = [part for part in recipe if isinstance(part, Accelerator)] if isinstance(recipe, (list, tuple)) else None
+    if parts is not None and len(parts) == len(recipe):
+        return Recipe(parts)
+    raise TypeError(
+        f"recipe must be a Recipe, an accelerator, a list of them, a preset name, a path or a Hub id, got {recipe!r}"
+    )
+
+
+def _from_hub(repo_id: str) -> Recipe:
+    try:
+        return Recipe.from_pretrained(repo_id)
+    except WeightsNotFoundError as error:
+        raise WeightsNotFoundError(
+            f"cannot get recipe {repo_id!r}: there is no file or folder of that name here, no preset ("
+            f"{', '.join(PRESETS)}), and on the Hub: {error}"
+        ) from error
+
+
+def saved_recipe(path_or_id: str | Path, **hub: Any) -> Recipe | None:
+    """The recipe that lies beside the components of a saved pipeline, or None.
+
+    Args:
+        path_or_id: the pipeline's folder, or its Hub id.
+        hub: `revision`, `cache_dir`, `local_files_only` and `token`, for the Hub.
+
+    Raises:
+        ValueError, FileNotFoundError: there is one, and it cannot be read; or the Hub cannot be asked.
+    """
+    return Recipe.from_pretrained(path_or_id, **hub) if holds_recipe(path_or_id, **hub) else None
