@@ -19,9 +19,11 @@ from flowaccel.models import DigitsClassifier as DigitsClassifier
 from flowaccel.models import SiTTransformer2DModel as SiTTransformer2DModel
 from flowaccel.pipelines import SiTPipeline as SiTPipeline
 from flowaccel.recipe import Recipe as Recipe
+from flowaccel.recipe import Report as Report
 from flowaccel.recipe import accelerate as accelerate
 from flowaccel.recipe import accelerated as accelerated
 from flowaccel.recipe import is_accelerated as is_accelerated
+from flowaccel.recipe import report as report
 from flowaccel.recipe import restore as restore
 from flowaccel.samplers import FlowAdamsBashforthScheduler as FlowAdamsBashforthScheduler
 from flowaccel.samplers import FlowRungeKuttaScheduler as FlowRungeKuttaScheduler
@@ -44,6 +46,7 @@ __all__ = [
     "MissingExtraError",
     "Recipe",
     "RecipeConflictError",
+    "Report",
     "Sampler",
     "SiTPipeline",
     "SiTTransformer2DModel",
@@ -53,5 +56,6 @@ __all__ = [
     "accelerate",
     "accelerated",
     "is_accelerated",
+    "report",
     "restore",
 ]

@@ -168,6 +168,11 @@ class Session:
         """The pipeline; None once it was dropped."""
         return self._pipe()
 
+    @property
+    def families(self) -> tuple[str, ...]:
+        """The families of the pipeline's networks."""
+        return tuple(dict.fromkeys(network.family.name for network in self._networks.values()))
+
     # -- what accelerators use
 
     def on_call(self, around: CallAround) -> Callable[[], None]:

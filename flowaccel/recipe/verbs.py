@@ -5,14 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from flowaccel.errors import RecipeConflictError
-from flowaccel.hooks import wrap
+from flowaccel.hooks import close_session, open_session, wrap
 from flowaccel.recipe.presets import RecipeLike, resolve
 from flowaccel.recipe.recipe import Recipe
 
 _ATTACHED = "_flowaccel_attached"
+
+
+class _Attached(NamedTuple):
+    """What hangs on an accelerated pipeline."""
+
+    recipe: Recipe
+    undo: ExitStack
 
 
 def accelerate(pipe: Any, recipe: RecipeLike) -> Any:
@@ -37,12 +44,15 @@ def accelerate(pipe: Any, recipe: RecipeLike) -> Any:
     chosen = resolve(recipe).loaded(pipe)
     before = dict(pipe.components)
     with ExitStack() as undo:
+        undo.callback(close_session, pipe)
+        session = open_session(pipe)
         for accelerator in chosen.accelerators:
             undo.callback(accelerator.attach(pipe))
+        session.follow()  # what was exchanged
         after = pipe.components
         exchanged = {name: (old, after[name]) for name, old in before.items() if after[name] is not old}
         undo.callback(wrap(pipe, "save_pretrained", _saving(pipe, chosen, exchanged)).remove)
-        pipe.__dict__[_ATTACHED] = undo.pop_all()
+        pipe.__dict__[_ATTACHED] = _Attached(chosen, undo.pop_all())
     return pipe
 
 
@@ -56,8 +66,14 @@ def restore(pipe: Any) -> Any:
     `pipe`.
     """
     if is_accelerated(pipe):
-        pipe.__dict__.pop(_ATTACHED).close()
+        pipe.__dict__.pop(_ATTACHED).undo.close()
     return pipe
+
+
+def recipe_of(pipe: Any) -> Recipe:
+    """The recipe that is in force on `pipe`, an empty one if none is."""
+    attached = pipe.__dict__.get(_ATTACHED)
+    return Recipe() if attached is None else attached.recipe
 
 
 @contextmanager

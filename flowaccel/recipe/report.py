@@ -1,0 +1,137 @@
+"""What the last run of an accelerated pipeline did, and why nothing was saved if so."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from flowaccel.hooks import CallRecord, Run, session_of
+from flowaccel.recipe.recipe import Recipe
+from flowaccel.recipe.verbs import recipe_of
+
+COMPUTED = "computed"
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepReport:
+    """One evaluation of the run, with all its network calls."""
+
+    step: int
+    timestep: float
+    """The scheduler's."""
+    sigma: float
+    calls: tuple[CallRecord, ...]
+
+    @property
+    def seconds(self) -> float:
+        """Spent in its network calls, by the host's clock."""
+        return sum(call.seconds for call in self.calls)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What one run did. Seconds are the host's clock: on a GPU they end when the work is queued, so measure with
+    `flowaccel evaluate`.
+    """
+
+    pipeline: str
+    recipe: str
+    families: tuple[str, ...]
+    images: int
+    num_steps: int
+    """Evaluations that the run was to make (guidance does not count twice); fewer were made if it ended early."""
+    steps: tuple[StepReport, ...]
+    seconds: float
+    """From the start of the run to its end."""
+    failed: bool
+    """Whether it ended early: an exception, or `pipe._interrupt`."""
+    unsaved: str | None
+    """Why no network call was saved; None if some were."""
+
+    @property
+    def calls(self) -> list[CallRecord]:
+        """All network calls in order."""
+        return [call for step in self.steps for call in step.calls]
+
+    def count(self, what: str) -> int:
+        """Network calls that were `what`: `computed`, `reused`, `refined` and so on."""
+        return sum(call.what == what for call in self.calls)
+
+    def rows(self, what: str) -> int:
+        """Rows of those calls."""
+        return sum(call.rows for call in self.calls if call.what == what)
+
+    def __str__(self) -> str:
+        """A table with a line per evaluation."""
+        counts = ", ".join(f"{number} {what}" for what, number in Counter(c.what for c in self.calls).items())
+        title = f"{self.pipeline}, recipe {self.recipe!r}: {self.images} images, {len(self.steps)} evaluations"
+        lines = [
+            f"{title} in {self.seconds:.3f} s; {len(self.calls)} network calls ({counts or 'none'})",
+            f"{'step':>4}  {'timestep':>9}  {'sigma':>7}  {'ms':>8}  calls",
+        ]
+        for step in self.steps:
+            calls = ", ".join(_describe(call) for call in step.calls)
+            lines.append(
+                f"{step.step:>4}  {step.timestep:>9.2f}  {step.sigma:>7.4f}  {1000 * step.seconds:>8.2f}  {calls}"
+            )
+        if self.failed:
+            lines.append(f"The run ended early, after {len(self.steps)} of {self.num_steps} evaluations.")
+        if self.unsaved is not None:
+            lines.append(f"No network call was saved: {self.unsaved}.")
+        return "\n".join(lines)
+
+
+def _describe(call: CallRecord) -> str:
+    network = "" if call.network == "transformer" else f" on {call.network}"
+    return f"{'+'.join(call.branches)} {call.what}{network}"
+
+
+def report(pipe: Any) -> Report:
+    """What the last run of an accelerated pipeline did; print it for a table.
+
+    Raises:
+        ValueError: the pipeline is not accelerated, or has not run since.
+    """
+    session, recipe = session_of(pipe), recipe_of(pipe)
+    run = session.run
+    if run is None:
+        raise ValueError(f"this {type(pipe).__name__} has not run since flowaccel.accelerate; call it first")
+    return Report(
+        pipeline=type(pipe).__name__,
+        recipe=recipe.name,
+        families=session.families,
+        images=run.images or 0,
+        num_steps=run.num_steps,
+        steps=tuple(_steps(run)),
+        seconds=run.seconds,
+        failed=run.failed,
+        unsaved=_unsaved(recipe, run.records),
+    )
+
+
+def _steps(run: Run) -> list[StepReport]:
+    begin = run.begin or 0
+    return [
+        StepReport(
+            step=step,
+            timestep=run.timesteps[begin + step],
+            sigma=run.sigmas[begin + step],
+            calls=tuple(record for record in run.records if record.step == step),
+        )
+        for step in sorted({record.step for record in run.records})
+    ]
+
+
+def _unsaved(recipe: Recipe, records: Sequence[CallRecord]) -> str | None:
+    if any(record.what != COMPUTED for record in records):
+        return None
+    if not records:
+        return "no network call was seen; compiled blocks call the network in ways that are not observed"
+    if not recipe.accelerators:
+        return "the recipe is empty"
+    if all(accelerator.kind != "hook" for accelerator in recipe.accelerators):
+        return "the recipe saves steps or the work within a call, not calls"
+    names = ", ".join(repr(accelerator.name) for accelerator in recipe.accelerators)
+    return f"{names} had every call computed"
