@@ -10,15 +10,14 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import diffusers
-import torch
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import nn
 
 from flowaccel import models
 from flowaccel.accelerators.base import Accelerator, Detach
 from flowaccel.errors import CheckpointError, WeightsNotFoundError
 from flowaccel.hooks import denoiser, wrap
-from flowaccel.models import convention_of
+from flowaccel.models import convention_of, refined
 
 FOLDER = "refiner"
 # what the refiner must share with its base, because both are called with the same arguments
@@ -61,9 +60,9 @@ class VelocityRefiner(Accelerator):
             raise TypeError(f"refiner must be a module, a folder or None, got {type(self.refiner).__name__}")
 
     def attach(self, pipe: Any) -> Detach:
-        """Wrap the network's `forward` on this instance."""
-        network = denoiser(pipe)
-        _check_scheduler(pipe.scheduler)
+        """Wrap the network's `forward` on this instance, and tell the scheduler which refiner it has."""
+        network, scheduler = denoiser(pipe), pipe.scheduler
+        _check_scheduler(scheduler)
         refiner = self.resolve(pipe)
         check_refiner(refiner, network)
         if refiner.dtype != network.dtype:  # asked first, because diffusers warns at every cast
@@ -75,9 +74,20 @@ class VelocityRefiner(Accelerator):
             refinement = getattr(pipe.scheduler, "refinement", None)
             if refinement is None:
                 return forward(*args, **kwargs)
-            return _refine(refiner, network, signature.bind(*args, **kwargs).arguments, refinement)
+            arguments = signature.bind(*args, **kwargs).arguments
+            device = arguments["hidden_states"].device
+            if refiner.device != device:  # not at attach: an offloaded network is not where it computes
+                refiner.to(device)
+            return refined(refiner, convention_of(network), arguments, refinement.feed, refinement.base)
 
-        return wrap(network, "forward", around).remove
+        wrapped = wrap(network, "forward", around)
+        scheduler.refiner = refiner
+
+        def detach() -> None:
+            wrapped.remove()
+            scheduler.__dict__.pop("refiner", None)
+
+        return detach
 
     def resolve(self, pipe: Any = None) -> nn.Module:
         """The refiner as a module, loaded if a folder was given."""
@@ -119,25 +129,6 @@ class VelocityRefiner(Accelerator):
         """Write a refiner that was given as a module to `folder/refiner`."""
         if isinstance(self.refiner, nn.Module):
             self.refiner.save_pretrained(folder / FOLDER)  # type: ignore[operator]
-
-
-def _refine(refiner: Any, network: Any, arguments: dict[str, Any], refinement: Any) -> Any:
-    """The network's return value at an R evaluation."""
-    convention = convention_of(network)
-    hidden_states: Tensor = arguments["hidden_states"]
-
-    def rows(velocity: Tensor) -> Tensor:
-        """diffusers' velocity (B, ...) -> the network's, for every row of its batch (k * B, ...)."""
-        copies = hidden_states.shape[0] // velocity.shape[0]
-        return (convention.velocity_sign * velocity).repeat(copies, *[1] * (velocity.dim() - 1)).to(hidden_states)
-
-    if refiner.device != hidden_states.device:  # not at attach: an offloaded network is not where it computes
-        refiner.to(hidden_states.device)
-    channel_axis = 1 if hidden_states.dim() == 4 else -1  # images (B, C, H, W), or packed tokens (B, L, C)
-    stacked = torch.cat([hidden_states, rows(refinement.feed)], dim=channel_axis)
-    output = refiner(**{**arguments, "hidden_states": stacked, "return_dict": True})
-    output.sample = rows(refinement.base) + output.sample
-    return output if arguments.get("return_dict", True) else (output.sample,)
 
 
 def _check_scheduler(scheduler: Any) -> None:
