@@ -11,8 +11,9 @@ from diffusers import DiffusionPipeline
 
 from flowaccel.errors import UnsupportedModelError, WeightsNotFoundError
 from flowaccel.pipelines.sit import SiTPipeline
+from flowaccel.pipelines.sit_image import SiTImg2ImgPipeline, SiTInpaintPipeline
 
-_OWN = {kind.__name__: kind for kind in (SiTPipeline,)}
+_OWN = {kind.__name__: kind for kind in (SiTPipeline, SiTImg2ImgPipeline, SiTInpaintPipeline)}
 
 
 def load_pipeline(

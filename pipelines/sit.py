@@ -193,9 +193,14 @@ class SiTBase(DiffusionPipeline):
                 # own.
                 velocity = field.velocity(latents, timestep / self.scheduler.config.num_train_timesteps)
                 state = torch.cat([latents] * run.copies)
+                last = index + 1 == len(timesteps)
                 state = self.scheduler.step(velocity, timestep, state, return_dict=False, **options)[0]
                 latents = state[: run.batch]
-                if run.project is not None and not own and getattr(self.scheduler, "state_in_first_order", True):
+                if (
+                    run.project is not None
+                    and not own
+                    and (last or getattr(self.scheduler, "state_in_first_order", True))
+                ):
                     latents = run.project(latents, levels[index + 1] / self.scheduler.config.num_train_timesteps)
                 latents = self._call_back(run, index, timestep, latents)
                 progress_bar.update()
