@@ -17,6 +17,8 @@ from flowaccel.errors import UnsupportedModelError as UnsupportedModelError
 from flowaccel.errors import WeightsNotFoundError as WeightsNotFoundError
 from flowaccel.models import DigitsClassifier as DigitsClassifier
 from flowaccel.models import SiTTransformer2DModel as SiTTransformer2DModel
+from flowaccel.pipelines import SiTImg2ImgPipeline as SiTImg2ImgPipeline
+from flowaccel.pipelines import SiTInpaintPipeline as SiTInpaintPipeline
 from flowaccel.pipelines import SiTPipeline as SiTPipeline
 from flowaccel.recipe import Recipe as Recipe
 from flowaccel.recipe import Report as Report
@@ -48,6 +50,8 @@ __all__ = [
     "RecipeConflictError",
     "Report",
     "Sampler",
+    "SiTImg2ImgPipeline",
+    "SiTInpaintPipeline",
     "SiTPipeline",
     "SiTTransformer2DModel",
     "UnsupportedModelError",

@@ -11,8 +11,9 @@ from diffusers import DiffusionPipeline
 
 from flowaccel.errors import UnsupportedModelError, WeightsNotFoundError
 from flowaccel.pipelines.sit import SiTPipeline
+from flowaccel.pipelines.sit_image import SiTImg2ImgPipeline, SiTInpaintPipeline
 
-_OWN = {kind.__name__: kind for kind in (SiTPipeline,)}
+_OWN = {kind.__name__: kind for kind in (SiTPipeline, SiTImg2ImgPipeline, SiTInpaintPipeline)}
 # Each would read pickled weights or run code that came with the weights.
 _REFUSED = {"use_safetensors": False, "trust_remote_code": True}
 _OF_THE_HUB = ("revision", "cache_dir", "local_files_only", "token", "force_download", "proxies")

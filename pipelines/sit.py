@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -16,22 +17,37 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from flowaccel.models import SiTTransformer2DModel, convention_of
+from flowaccel.pipelines.sit_blocks import Channels, CompiledBlocks, GuidedField, bare_field, step_times
+from flowaccel.pipelines.sit_blocks import guide as guide
+from flowaccel.samplers import FlowSampler
+from flowaccel.samplers.base import Project
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 DEFAULT_STEPS = 50
 
 
-class SiTPipeline(DiffusionPipeline):
-    """Class-conditional generation with a `SiTTransformer2DModel` (arXiv 2401.08740).
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """What one call was asked for, checked."""
 
-    Works with flowaccel's samplers and with diffusers' own FlowMatch schedulers.
+    labels: Tensor
+    """(B,), or (2B,) with the null labels last where the run is guided."""
+    batch: int
+    scale: float
+    channels: Channels
+    generator: torch.Generator | list[torch.Generator] | None
+    callback: Callable[[Any, int, Tensor, dict], dict | None] | None
+    project: Project | None = None
+    """What is done to the state at the end of every step; its rows are those of one or two batches."""
 
-    Args:
-        transformer: the velocity network.
-        scheduler: a flow scheduler in diffusers' convention.
-        vae: decoder of the latent space; leave it out for a network that works on pixels.
-        id2label: names of the classes, so that they can be asked for by name; several names are separated by commas.
-    """
+    @property
+    def copies(self) -> int:
+        """Rows of the network's batch for each image: 2 where the run is guided."""
+        return self.labels.shape[0] // self.batch
+
+
+class SiTBase(DiffusionPipeline):
+    """What the SiT pipelines share: components, checks, the denoising loop in its eager and its compiled form."""
 
     model_cpu_offload_seq = "transformer->vae"
     _optional_components: ClassVar[list[str]] = ["vae"]
@@ -53,6 +69,7 @@ class SiTPipeline(DiffusionPipeline):
         self.register_to_config(id2label=id2label)
         self.image_processor = VaeImageProcessor(do_convert_rgb=False)
         self._interrupt = False
+        self._blocks: CompiledBlocks | None = None
 
     @property
     def labels(self) -> dict[str, int]:
@@ -62,106 +79,170 @@ class SiTPipeline(DiffusionPipeline):
 
     @property
     def interrupt(self) -> bool:
-        """Set by callbacks (`pipe._interrupt = True`) to skip the remaining evaluations."""
+        """Set by callbacks (`pipe._interrupt = True`) to skip the remaining evaluations (compiled: steps)."""
         return self._interrupt
 
-    @torch.no_grad()
-    def __call__(
+    def compile_blocks(
         self,
-        class_labels: int | str | list[int | str],
-        num_inference_steps: int | None = None,
-        guidance_scale: float = 1.5,
-        guidance_channels: int | Literal["all"] = 3,
-        generator: torch.Generator | list[torch.Generator] | None = None,
-        latents: Tensor | None = None,
-        output_type: Literal["pil", "np", "pt", "latent"] = "pil",
-        return_dict: bool = True,
-        callback_on_step_end: Callable[[Any, int, Tensor, dict], dict | None] | None = None,
-        callback_on_step_end_tensor_inputs: list[str] | None = None,
-    ) -> ImagePipelineOutput | tuple:
-        """Generate one image per class label.
+        backend: str | Callable[..., Any] = "inductor",
+        mode: str | None = None,
+        options: dict[str, Any] | None = None,
+    ) -> None:
+        """From now on run whole H, P, R and Euler steps as compiled functions: sample-aware compilation (FlowTurbo,
+        arXiv 2409.18128, section 3.3).
+
+        Each kind of step becomes one static graph of network, guidance and solver update, made at its first use.
+        Times, step width and guidance scale are tensors in it, so other steps, block counts and scales use the same
+        graph; another batch size, dtype, `guidance_channels` or guidance on or off makes another. Works with
+        `FlowTurboScheduler` and with `FlowRungeKuttaScheduler`'s `euler` and `heun`; other schedulers raise a
+        ValueError when the pipeline is called. `flowaccel.accelerate` and `restore` may come before or after.
+
+        The networks run without whatever is wrapped around their `forward` (an attached `VelocityRefiner` is known to
+        the scheduler and takes part). `callback_on_step_end` and the progress bar count steps instead of evaluations,
+        and the callback always sees the state between two steps.
+
+            >>> pipe.compile_blocks()
+            >>> images = pipe([3, 1, 4]).images  # compiles, then fast
+            >>> pipe.decompile_blocks()
 
         Args:
-            class_labels: class ids or names; one or a list of B.
-            num_inference_steps: steps of the scheduler; `None` takes the scheduler's own number where it has one
-                (FlowTurbo), else 50.
-            guidance_scale: classifier-free guidance s >= 1 in null + s * (conditional - null); 1 switches it off and
-                halves the work.
-            guidance_channels: how many of the leading latent channels are guided. The SiT code guides 3 of 4 and lets
-                the rest follow the conditional velocity; its published numbers are made so. `"all"` guides every
-                channel.
-            generator: one generator, or one per image (an image then does not depend on its batch).
-            latents: (B, C, S, S) starting noise instead of drawn one.
-            output_type: `pil`, `np` (B, H, W, C) in [0, 1], `pt` (B, C, H, W) in [0, 1], or `latent` (B, C, S, S).
-            return_dict: return an `ImagePipelineOutput` rather than a 1-tuple.
-            callback_on_step_end: `callback(pipe, index, timestep, tensors)` after every evaluation; may return
-                `{"latents": ...}`.
-            callback_on_step_end_tensor_inputs: which tensors the callback gets; only `latents`.
-
-        Raises:
-            ValueError: a bad class, scale, channel count, shape, step count or output type; each names what is allowed.
+            backend, mode, options: of `torch.compile`.
         """
+        self._blocks = CompiledBlocks(backend=backend, mode=mode, options=options)
+
+    def decompile_blocks(self) -> None:
+        """Undo `compile_blocks`; does nothing without it."""
+        self._blocks = None
+
+    def _request(
+        self,
+        class_labels: int | str | list[int | str],
+        guidance_scale: float,
+        guidance_channels: Channels,
+        generator: torch.Generator | list[torch.Generator] | None,
+        output_type: str,
+        callback: Callable[[Any, int, Tensor, dict], dict | None] | None,
+        callback_inputs: list[str] | None,
+    ) -> Run:
+        """Check what all calls have in common, before anything is computed."""
         label_ids = self._label_ids(class_labels)
         guided = self._check_guidance(guidance_scale, guidance_channels)
-        self._check_rest(output_type, generator, len(label_ids), callback_on_step_end_tensor_inputs)
+        self._check_rest(output_type, generator, len(label_ids), callback_inputs)
+        self._check_compiled()
         self._interrupt = False
         if len(label_ids) == 1 and isinstance(generator, torch.Generator):
             generator = [generator]  # so that guidance, which doubles the batch, does not draw twice the noise
-        device, batch = self._execution_device, len(label_ids)
-        labels = torch.tensor(label_ids, device=device)
+        labels = torch.tensor(label_ids, device=self._execution_device)
         if guided:
             labels = torch.cat([labels, torch.full_like(labels, self.transformer.null_label)])
-        latents = self._starting_latents(latents, batch, generator, device)
+        return Run(
+            labels=labels,
+            batch=len(label_ids),
+            scale=guidance_scale,
+            channels=guidance_channels,
+            generator=generator,
+            callback=callback,
+        )
 
+    def _step_count(self, num_inference_steps: int | None) -> int:
         if num_inference_steps is None:
             num_inference_steps = getattr(self.scheduler, "default_num_inference_steps", DEFAULT_STEPS)
-        self.scheduler.set_timesteps(num_inference_steps, device=device)
+        return num_inference_steps
+
+    def _set_timesteps(self, steps: int, first_step: int = 0) -> Tensor:
+        """Prepare the scheduler for the steps from `first_step` on; the timesteps of their evaluations."""
+        if isinstance(self.scheduler, FlowSampler):
+            self.scheduler.set_timesteps(steps, device=self._execution_device, first_step=first_step)
+            return self.scheduler.timesteps
+        self.scheduler.set_timesteps(steps, device=self._execution_device)
+        if first_step:
+            self.scheduler.set_begin_index(first_step * self.scheduler.order)
+        return self.scheduler.timesteps[first_step * self.scheduler.order :]
+
+    def _denoise(self, run: Run, latents: Tensor, timesteps: Tensor) -> Tensor:
+        """From `latents` (B, C, S, S) at the first timestep to the finished ones."""
+        return (
+            self._denoise_eager(run, latents, timesteps) if self._blocks is None else self._denoise_fused(run, latents)
+        )
+
+    def _denoise_eager(self, run: Run, latents: Tensor, timesteps: Tensor) -> Tensor:
+        field = GuidedField(
+            network=self.transformer,
+            refiner=None,
+            convention=convention_of(self.transformer),
+            dtype=self.transformer.dtype,
+            labels=run.labels,
+            scale=run.scale,
+            channels=run.channels,
+        )
         # Only stochastic samplers draw noise; stock ones would draw it for the doubled batch from a list that is half
         # as long.
-        stochastic = hasattr(self.scheduler, "prepare_sample")
-        noise_source = {"generator": generator} if stochastic else {}
-        if stochastic:
-            latents = self.scheduler.prepare_sample(latents, generator)
-        # Both halves go through the scheduler, since unguided channels of the null half carry a velocity of their own.
-        state = torch.cat([latents, latents]) if guided else latents
-        timesteps = self.scheduler.timesteps
+        options: dict[str, Any] = {}
+        if hasattr(self.scheduler, "prepare_sample"):
+            options["generator"] = run.generator
+            latents = self.scheduler.prepare_sample(latents, run.generator)
+        own = isinstance(self.scheduler, FlowSampler)
+        if own:
+            options["project"] = run.project
+        levels = [*timesteps.tolist(), 0.0]
         with self.progress_bar(total=len(timesteps)) as progress_bar:
             for index, timestep in enumerate(timesteps):
                 if self.interrupt:
                     continue
-                if guided:
-                    state = torch.cat([state[:batch], state[:batch]])
-                velocity = self._velocity(state, timestep, labels)
-                if guided:
-                    velocity = guide(velocity, guidance_scale, guidance_channels)
-                state = self.scheduler.step(velocity, timestep, state, return_dict=False, **noise_source)[0]
-                if callback_on_step_end is not None:
-                    state = self._call_back(callback_on_step_end, index, timestep, state, batch)
+                # All rows go through the scheduler, since unguided channels of the null half carry a velocity of their
+                # own.
+                velocity = field.velocity(latents, timestep / self.scheduler.config.num_train_timesteps)
+                state = torch.cat([latents] * run.copies)
+                last = index + 1 == len(timesteps)
+                state = self.scheduler.step(velocity, timestep, state, return_dict=False, **options)[0]
+                latents = state[: run.batch]
+                if (
+                    run.project is not None
+                    and not own
+                    and (last or getattr(self.scheduler, "state_in_first_order", True))
+                ):
+                    latents = run.project(latents, levels[index + 1] / self.scheduler.config.num_train_timesteps)
+                latents = self._call_back(run, index, timestep, latents)
                 progress_bar.update()
-        images = self._decode(state[:batch], output_type)
+        return latents
+
+    def _denoise_fused(self, run: Run, latents: Tensor) -> Tensor:
+        blocks, scheduler = self._blocks, self.scheduler
+        assert blocks is not None
+        refiner = getattr(scheduler, "refiner", None)
+        if refiner is not None and refiner.device != latents.device:
+            refiner.to(latents.device)
+        field = bare_field(self.transformer, refiner, run.labels, run.scale, run.channels)
+        times = [step_times(scheduler, step.step, latents.device) for step in scheduler.fused_steps]
+        carried: Tensor | None = None
+        with self.progress_bar(total=len(times)) as progress_bar:
+            for index, (step, (sigma, end, width)) in enumerate(zip(scheduler.fused_steps, times, strict=True)):
+                if self.interrupt:
+                    continue
+                latents, carried = blocks.run_step(step, field, latents, (sigma, end, width), carried)
+                if run.project is not None:
+                    latents = run.project(latents, scheduler.grid[step.step + 1])
+                latents = self._call_back(run, index, sigma * scheduler.config.num_train_timesteps, latents)
+                progress_bar.update()
+        return latents
+
+    def _call_back(self, run: Run, index: int, timestep: Tensor, latents: Tensor) -> Tensor:
+        if run.callback is None:
+            return latents
+        return (run.callback(self, index, timestep, {"latents": latents}) or {}).get("latents", latents)
+
+    def _result(self, latents: Tensor, output_type: str, return_dict: bool) -> ImagePipelineOutput | tuple:
+        images = self._decode(latents, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
-    def _velocity(self, state: Tensor, timestep: Tensor, labels: Tensor) -> Tensor:
-        """The network's velocity in diffusers' convention, float32."""
-        convention = convention_of(self.transformer)
-        sigma = timestep / self.scheduler.config.num_train_timesteps
-        time = convention.network_time(sigma).expand(state.shape[0])
-        output = self.transformer(state.to(self.transformer.dtype), time, labels, return_dict=False)[0]
-        return convention.velocity_sign * output.to(state.dtype)
-
-    def _call_back(self, callback: Callable, index: int, timestep: Tensor, state: Tensor, batch: int) -> Tensor:
-        given = state[:batch]
-        latents = (callback(self, index, timestep, {"latents": given}) or {}).get("latents", given)
-        return state if latents is given else torch.cat([latents] * (state.shape[0] // batch))
-
-    def _starting_latents(self, latents: Tensor | None, batch: int, generator: Any, device: torch.device) -> Tensor:
-        config = self.transformer.config
-        shape = (batch, config.in_channels, config.sample_size, config.sample_size)
+    def _noise(self, latents: Tensor | None, run: Run) -> Tensor:
+        config, device = self.transformer.config, self._execution_device
+        shape = (run.batch, config.in_channels, config.sample_size, config.sample_size)
         if latents is None:
-            return randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
+            return randn_tensor(shape, generator=run.generator, device=device, dtype=torch.float32)
         if tuple(latents.shape) != shape:
-            raise ValueError(f"latents must have shape {shape} for {batch} labels, got {tuple(latents.shape)}")
+            raise ValueError(f"latents must have shape {shape} for {run.batch} labels, got {tuple(latents.shape)}")
         return latents.to(device, torch.promote_types(latents.dtype, torch.float32))
 
     def _decode(self, latents: Tensor, output_type: str) -> Any:
@@ -224,22 +305,80 @@ class SiTPipeline(DiffusionPipeline):
                 f"callback_on_step_end_tensor_inputs may only name {self._callback_tensor_inputs}, got {inputs}"
             )
 
+    def _check_compiled(self) -> None:
+        if self._blocks is None:
+            return
+        if getattr(self.scheduler, "fused_steps", None) is None:
+            solver = self.scheduler.config.get("solver")
+            raise ValueError(
+                "compiled blocks need a FlowTurboScheduler, or a FlowRungeKuttaScheduler with solver 'euler' or "
+                f"'heun', but the pipeline has a {type(self.scheduler).__name__}{f' ({solver})' if solver else ''}; "
+                "exchange the scheduler, or call decompile_blocks()"
+            )
+        if hasattr(self.transformer, "_hf_hook"):
+            raise ValueError(
+                "compiled blocks do not work with offloading, whose hooks they bypass; "
+                "keep the transformer on its device, or call decompile_blocks()"
+            )
 
-def guide(velocity: Tensor, scale: float, channels: int | Literal["all"]) -> Tensor:
-    """Classifier-free guidance of the leading channels of a doubled batch [conditional; null].
+
+class SiTPipeline(SiTBase):
+    """Class-conditional generation with a `SiTTransformer2DModel` (arXiv 2401.08740).
+
+    Works with flowaccel's samplers and with diffusers' own FlowMatch schedulers.
 
     Args:
-        velocity: (2B, C, ...) outputs of the conditional and of the null half.
-        scale: s in null + s * (conditional - null).
-        channels: how many leading channels are guided; both halves get the guided value there and keep their own
-            beyond.
-
-    Returns:
-        (2B, C, ...).
+        transformer: the velocity network.
+        scheduler: a flow scheduler in diffusers' convention.
+        vae: decoder of the latent space; leave it out for a network that works on pixels.
+        id2label: names of the classes, so that they can be asked for by name; several names are separated by commas.
     """
-    conditional, null = velocity.chunk(2)
-    guided = null + scale * (conditional - null)
-    if channels == "all" or channels >= velocity.shape[1]:
-        return torch.cat([guided, guided])
-    rest = slice(int(channels), None)
-    return torch.cat([torch.cat([guided[:, :channels], half[:, rest]], dim=1) for half in (conditional, null)])
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        class_labels: int | str | list[int | str],
+        num_inference_steps: int | None = None,
+        guidance_scale: float = 1.5,
+        guidance_channels: int | Literal["all"] = 3,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: Tensor | None = None,
+        output_type: Literal["pil", "np", "pt", "latent"] = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[[Any, int, Tensor, dict], dict | None] | None = None,
+        callback_on_step_end_tensor_inputs: list[str] | None = None,
+    ) -> ImagePipelineOutput | tuple:
+        """Generate one image per class label.
+
+        Args:
+            class_labels: class ids or names; one or a list of B.
+            num_inference_steps: steps of the scheduler; `None` takes the scheduler's own number where it has one
+                (FlowTurbo), else 50.
+            guidance_scale: classifier-free guidance s >= 1 in null + s * (conditional - null); 1 switches it off and
+                halves the work.
+            guidance_channels: how many of the leading latent channels are guided. The SiT code guides 3 of 4 and lets
+                the rest follow the conditional velocity; its published numbers are made so. `"all"` guides every
+                channel.
+            generator: one generator, or one per image (an image then does not depend on its batch).
+            latents: (B, C, S, S) starting noise instead of drawn one.
+            output_type: `pil`, `np` (B, H, W, C) in [0, 1], `pt` (B, C, H, W) in [0, 1], or `latent` (B, C, S, S).
+            return_dict: return an `ImagePipelineOutput` rather than a 1-tuple.
+            callback_on_step_end: `callback(pipe, index, timestep, tensors)` after every evaluation, or after every step
+                where blocks are compiled; may return `{"latents": ...}`.
+            callback_on_step_end_tensor_inputs: which tensors the callback gets; only `latents`.
+
+        Raises:
+            ValueError: a bad class, scale, channel count, shape, step count or output type; each names what is allowed.
+        """
+        run = self._request(
+            class_labels,
+            guidance_scale,
+            guidance_channels,
+            generator,
+            output_type,
+            callback_on_step_end,
+            callback_on_step_end_tensor_inputs,
+        )
+        noise = self._noise(latents, run)
+        timesteps = self._set_timesteps(self._step_count(num_inference_steps))
+        return self._result(self._denoise(run, noise, timesteps), output_type, return_dict)

@@ -1,6 +1,7 @@
 """Schedulers for flow models, usable in any diffusers flow pipeline."""
 
 from flowaccel.samplers.base import FlowSampler as FlowSampler
+from flowaccel.samplers.base import FusedStep as FusedStep
 from flowaccel.samplers.flowturbo import Blocks as Blocks
 from flowaccel.samplers.flowturbo import FlowTurboScheduler as FlowTurboScheduler
 from flowaccel.samplers.ode import FlowAdamsBashforthScheduler as FlowAdamsBashforthScheduler
@@ -14,4 +15,5 @@ __all__ = [
     "FlowSDEScheduler",
     "FlowSampler",
     "FlowTurboScheduler",
+    "FusedStep",
 ]

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import ClassVar, Literal
@@ -22,7 +22,11 @@ from diffusers.configuration_utils import ConfigMixin
 from diffusers.schedulers.scheduling_utils import SchedulerMixin, SchedulerOutput
 from torch import Tensor
 
+from flowaccel.samplers.formulas import noised
+
 TimeShift = Literal["exponential", "linear"]
+Project = Callable[[Tensor, float], Tensor]
+"""What is done to the state at the end of a step: `project(state, sigma)` with (B, ...) returns (B, ...)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +39,20 @@ class Evaluation:
     """Position of the call within its step, from 0."""
     sigma: float
     """Noise level at which the network is evaluated."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FusedStep:
+    """One whole step, for whoever runs its evaluations as a single function."""
+
+    kind: Literal["E", "H", "P", "R"]
+    """Euler; Heun; pseudo-corrector, whose first velocity is the carried one; refiner."""
+    step: int
+    """Index of the step: it runs from `grid[step]` to `grid[step + 1]`."""
+    carries_start: bool = False
+    """Whether the next step is handed the velocity at the start of this one, rather than at its predicted end."""
+    mode: str = ""
+    """Of a refiner step: the scheduler's `refiner_mode`."""
 
 
 def shifted(sigma: float, shift: float) -> float:
@@ -57,6 +75,7 @@ class FlowSampler(SchedulerMixin, ConfigMixin):
         """Called at the end of a subclass's constructor."""
         self.num_inference_steps: int | None = None
         self.grid: list[float] = []
+        self.first_step = 0
         self.evaluations: list[Evaluation] = []
         self.timesteps = torch.empty(0)
         self.sigmas = torch.empty(0)
@@ -65,7 +84,7 @@ class FlowSampler(SchedulerMixin, ConfigMixin):
 
     @abstractmethod
     def _plan(self, steps: int) -> list[Evaluation]:
-        """The evaluations of `steps` steps over `self.grid` (steps + 1 noise levels)."""
+        """The evaluations of `steps` steps over `self.grid` (steps + 1 noise levels), from `self.first_step` on."""
 
     @abstractmethod
     def _advance(self, index: int, velocity: Tensor, sample: Tensor) -> Tensor:
@@ -73,6 +92,15 @@ class FlowSampler(SchedulerMixin, ConfigMixin):
 
     def _forget(self) -> None:
         """Drop whatever a run carries from one evaluation to the next."""
+
+    def last_start(self, steps: int) -> int:
+        """The largest `first_step` that a run of `steps` steps allows."""
+        return steps - 1
+
+    @property
+    def fused_steps(self) -> list[FusedStep] | None:
+        """The steps of the present run, or None if this sampler's are not of the kinds that `FusedStep` knows."""
+        return None
 
     @property
     def begin_index(self) -> int | None:
@@ -94,6 +122,7 @@ class FlowSampler(SchedulerMixin, ConfigMixin):
         device: str | torch.device | None = None,
         sigmas: Sequence[float] | None = None,
         mu: float | None = None,
+        first_step: int = 0,
     ) -> None:
         """Fix the grid and the evaluations of the next run and forget the last one.
 
@@ -103,13 +132,20 @@ class FlowSampler(SchedulerMixin, ConfigMixin):
             sigmas: the noise levels that the steps start from, decreasing, in (0, 1]; they are shifted like the
                 default ones, which are uniform: 1, 1 - 1/N, ..., 1/N.
             mu: strength of resolution-dependent shifting; needed where `use_dynamic_shifting` is set.
+            first_step: steps of the grid to leave out at its noisy end (image to image). `timesteps` then holds the
+                rest only, and its first step has no velocity to reuse: a pseudo-corrector step becomes a Heun step.
 
         Raises:
-            ValueError: neither count nor levels, or both and they disagree, levels out of order, `mu` missing.
+            ValueError: neither count nor levels, or both and they disagree, levels out of order, `mu` missing, a first
+                step that is out of range or cannot be a first one.
         """
         starts = _starting_levels(num_inference_steps, sigmas)
         self.num_inference_steps = len(starts)
         self.grid = [self._shift(level, mu) for level in starts] + [0.0]
+        last = self.last_start(self.num_inference_steps)
+        if not 0 <= first_step <= last:
+            raise ValueError(f"first_step must be in 0 .. {last} for {len(starts)} steps, got {first_step}")
+        self.first_step = first_step
         self.evaluations = self._plan(self.num_inference_steps)
         levels = torch.tensor([evaluation.sigma for evaluation in self.evaluations], dtype=torch.float32)
         self.timesteps = (levels * self.config.num_train_timesteps).to(device)
@@ -137,6 +173,7 @@ class FlowSampler(SchedulerMixin, ConfigMixin):
         sample: Tensor,
         generator: torch.Generator | list[torch.Generator] | None = None,
         return_dict: bool = True,
+        project: Project | None = None,
     ) -> SchedulerOutput | tuple[Tensor]:
         """Consume one evaluation of the network.
 
@@ -146,17 +183,19 @@ class FlowSampler(SchedulerMixin, ConfigMixin):
             sample: (B, ...) what the network was evaluated at.
             generator: randomness of stochastic samplers, one generator or one per image.
             return_dict: return a `SchedulerOutput` rather than a 1-tuple.
+            project: applied to the state, `project(state, sigma)`, if this evaluation is the last of its step
+                (inpainting); what the next step starts from is its result.
 
         Returns:
             `prev_sample`: the input of the next evaluation, or after the last one the finished sample; computed in at
-                least
-            float32 and returned in the dtype of `model_output`.
+                least float32 and returned in the dtype of `model_output`.
 
         Raises:
             ValueError: called before `set_timesteps`, after the last evaluation, or at a timestep that is not in the
                 list.
         """
         self._generator = generator
+        self._project = project
         index = self._begin(timestep) if self._step_index is None else self._step_index
         if index >= len(self.evaluations):
             raise ValueError(
@@ -168,6 +207,10 @@ class FlowSampler(SchedulerMixin, ConfigMixin):
         if self._step_index == len(self.evaluations):
             self._forget()
         return SchedulerOutput(prev_sample=advanced) if return_dict else (advanced,)
+
+    def _finished(self, step: int, state: Tensor) -> Tensor:
+        """The state at the end of step `step` as the caller of `step` wants it."""
+        return state if self._project is None else self._project(state, self.grid[step + 1])
 
     def _begin(self, timestep: float | Tensor) -> int:
         if not self.evaluations:
@@ -202,7 +245,7 @@ class FlowSampler(SchedulerMixin, ConfigMixin):
         """(1 - sigma) * `sample` + sigma * `noise` at `timestep` (a scalar or (B,)): where image to image starts."""
         level = torch.as_tensor(timestep, device=sample.device, dtype=sample.dtype) / self.config.num_train_timesteps
         level = level.reshape(-1, *[1] * (sample.dim() - 1))
-        return level * noise + (1 - level) * sample
+        return noised(sample, level, noise)
 
     def __len__(self) -> int:
         return self.config.num_train_timesteps

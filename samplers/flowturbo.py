@@ -6,12 +6,13 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
-from flowaccel.samplers.base import Evaluation, FlowSampler, TimeShift
+from flowaccel.samplers.base import Evaluation, FlowSampler, FusedStep, TimeShift
+from flowaccel.samplers.formulas import corrected, predicted
 
 REFINER_MODES = ("released", "consistent", "single")
 
@@ -95,6 +96,8 @@ class FlowTurboScheduler(FlowSampler):
     """
 
     begins_midway: ClassVar[bool] = True
+    refiner: Any = None
+    """The network that stands in on R steps; set and removed by `VelocityRefiner`, read by compiled blocks."""
 
     @register_to_config
     def __init__(
@@ -121,15 +124,33 @@ class FlowTurboScheduler(FlowSampler):
         """The only number of steps that fits `blocks`."""
         return self.blocks.total
 
-    def _plan(self, steps: int) -> list[Evaluation]:
+    def last_start(self, steps: int) -> int:
+        """The last H or P step: an R step has nothing to refine at the start of a run."""
         if steps != self.blocks.total:
             raise ValueError(
                 f"num_inference_steps must be {self.blocks.total} for blocks {self.config.blocks!r} (H + P + R), "
                 f"got {steps}"
             )
+        return self.blocks.heun + self.blocks.pseudo - 1
+
+    @property
+    def fused_steps(self) -> list[FusedStep]:
+        """The H, P and R steps of the present run; its first one is H where it has no velocity to reuse."""
+        kinds: Any = self.blocks.kinds
+        return [
+            FusedStep(
+                kind="H" if step == self.first_step else kinds[step],
+                step=step,
+                carries_start=self._carries_start(step),
+                mode=self.config.refiner_mode,
+            )
+            for step in range(self.first_step, self.blocks.total)
+        ]
+
+    def _plan(self, steps: int) -> list[Evaluation]:
         plan = []
-        for step, kind in enumerate(self.blocks.kinds):
-            stages = (1,) if kind == "P" and step > 0 else (0,) if self._is_single(kind) else (0, 1)
+        for step, kind in list(enumerate(self.blocks.kinds))[self.first_step :]:
+            stages = (1,) if kind == "P" and step > self.first_step else (0,) if self._is_single(kind) else (0, 1)
             plan += [Evaluation(step=step, stage=stage, sigma=self.grid[step + stage]) for stage in stages]
         return plan
 
@@ -172,12 +193,11 @@ class FlowTurboScheduler(FlowSampler):
             return self._predict(step, kind, velocity, sample)
         if self._state is None or self._slope is None:  # the run begins here: only the velocity is of use
             return self._hand_over(step, sample, velocity)
-        state = self._state + self.width(step) / 2 * (self._slope + velocity)
-        consistent_next_r = self.config.refiner_mode == "consistent" and self._kind_after(step) == "R"
-        return self._hand_over(step, state, self._slope if kind == "R" or consistent_next_r else velocity)
+        state = corrected(self._state, self.width(step), self._slope, velocity)
+        return self._hand_over(step, state, self._slope if self._carries_start(step) else velocity)
 
     def _predict(self, step: int, kind: str, velocity: Tensor, sample: Tensor) -> Tensor:
-        ahead = sample + self.width(step) * velocity
+        ahead = predicted(sample, self.width(step), velocity)
         if self._is_single(kind):
             return self._hand_over(step, ahead, velocity)
         self._state, self._slope = sample, velocity
@@ -187,11 +207,16 @@ class FlowTurboScheduler(FlowSampler):
 
     def _hand_over(self, step: int, state: Tensor, carried: Tensor) -> Tensor:
         """End step `step` at `state`; returns what the network is to see next."""
+        state = self._finished(step, state)
         self._state, self._slope, self._cache = state, None, carried
         if self._kind_after(step) != "P":
             return state
         self._slope = carried
-        return state + self.width(step + 1) * carried
+        return predicted(state, self.width(step + 1), carried)
+
+    def _carries_start(self, step: int) -> bool:
+        consistent_next_r = self.config.refiner_mode == "consistent" and self._kind_after(step) == "R"
+        return self.blocks.kinds[step] == "R" or consistent_next_r
 
     def _kind_after(self, step: int) -> str | None:
         return self.blocks.kinds[step + 1] if step + 1 < self.blocks.total else None

@@ -14,7 +14,8 @@ import torch
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
-from flowaccel.samplers.base import Evaluation, FlowSampler, TimeShift
+from flowaccel.samplers.base import Evaluation, FlowSampler, FusedStep, TimeShift
+from flowaccel.samplers.formulas import predicted
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ TABLEAUS = {
         (0.0, 1 / 3, 2 / 3, 1.0), ((), (1 / 3,), (-1 / 3, 1.0), (1.0, -1.0, 1.0)), (0.125, 0.375, 0.375, 0.125), 4
     ),
 }
+_FUSED: dict[str, Literal["E", "H"]] = {"euler": "E", "heun": "H"}
 
 
 class FlowRungeKuttaScheduler(FlowSampler):
@@ -79,10 +81,18 @@ class FlowRungeKuttaScheduler(FlowSampler):
         self._initialise()
         self._forget()
 
+    @property
+    def fused_steps(self) -> list[FusedStep] | None:
+        """Euler and Heun steps; None for the other solvers."""
+        kind = _FUSED.get(self.config.solver)
+        if kind is None:
+            return None
+        return [FusedStep(kind=kind, step=step) for step in range(self.first_step, len(self.grid) - 1)]
+
     def _plan(self, steps: int) -> list[Evaluation]:
         return [
             Evaluation(step=step, stage=stage, sigma=self.grid[step] + node * self.width(step))
-            for step in range(steps)
+            for step in range(self.first_step, steps)
             for stage, node in enumerate(self.tableau.c)
         ]
 
@@ -99,7 +109,8 @@ class FlowRungeKuttaScheduler(FlowSampler):
         last = stage + 1 == len(self.tableau.c)
         weights = self.tableau.b if last else self.tableau.a[stage + 1]
         terms = [weight * slope for weight, slope in zip(weights, self._slopes, strict=True) if weight]
-        return self._state + self.width(step) * torch.stack(terms).sum(0)
+        state = predicted(self._state, self.width(step), torch.stack(terms).sum(0))
+        return self._finished(step, state) if last else state
 
 
 class FlowAdamsBashforthScheduler(FlowSampler):
@@ -128,16 +139,17 @@ class FlowAdamsBashforthScheduler(FlowSampler):
         self._forget()
 
     def _plan(self, steps: int) -> list[Evaluation]:
-        return [Evaluation(step=step, stage=0, sigma=self.grid[step]) for step in range(steps)]
+        return [Evaluation(step=step, stage=0, sigma=self.grid[step]) for step in range(self.first_step, steps)]
 
     def _forget(self) -> None:
         self._previous: Tensor | None = None
 
     def _advance(self, index: int, velocity: Tensor, sample: Tensor) -> Tensor:
-        width = self.width(index)
+        step = self.evaluations[index].step
+        width = self.width(step)
         slope = velocity
         if self._previous is not None:
-            ratio = width / self.width(index - 1)
+            ratio = width / self.width(step - 1)
             slope = velocity + ratio / 2 * (velocity - self._previous)
         self._previous = velocity
-        return sample + width * slope
+        return self._finished(step, predicted(sample, width, slope))

@@ -13,7 +13,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from flowaccel.samplers.base import Evaluation, FlowSampler
+from flowaccel.samplers.base import Evaluation, FlowSampler, Project
 from flowaccel.samplers.paths import LINEAR, diffusion
 
 LAST_STEPS = ("mean", "euler", "tweedie", "none")
@@ -81,7 +81,7 @@ class FlowSDEScheduler(FlowSampler):
         stochastic = steps - 1 if closed else steps
         plan = [
             Evaluation(step=step, stage=stage, sigma=self.grid[step + stage])
-            for step in range(stochastic)
+            for step in range(self.first_step, stochastic)
             for stage in stages
         ]
         return [*plan, Evaluation(step=steps - 1, stage=0, sigma=self.grid[steps - 1])] if closed else plan
@@ -103,7 +103,9 @@ class FlowSDEScheduler(FlowSampler):
             variance_noise: (B, ...) standard normal noise to use instead.
         """
         self._prepared = True
-        return self._with_noise(0, sample, generator, variance_noise) if self.config.solver == "heun" else sample
+        first = self.first_step
+        noise_first = self.config.solver == "heun" and first < self._stochastic_steps
+        return self._with_noise(first, sample, generator, variance_noise) if noise_first else sample
 
     def step(
         self,
@@ -112,23 +114,24 @@ class FlowSDEScheduler(FlowSampler):
         sample: Tensor,
         generator: Generators = None,
         return_dict: bool = True,
+        project: Project | None = None,
         variance_noise: Tensor | None = None,
     ) -> SchedulerOutput | tuple[Tensor]:
         """As `FlowSampler.step`; `variance_noise` (B, ...) replaces the standard normal noise that this call would
         draw.
         """
         self._variance_noise = variance_noise
-        return super().step(model_output, timestep, sample, generator, return_dict)
+        return super().step(model_output, timestep, sample, generator, return_dict, project)
 
     def _advance(self, index: int, velocity: Tensor, sample: Tensor) -> Tensor:
         evaluation = self.evaluations[index]
         step, t, velocity = evaluation.step, 1 - evaluation.sigma, -velocity
         if self.config.last_step != "none" and step == len(self.grid) - 2:
-            return self._last(t, velocity, sample)
+            return self._finished(step, self._last(t, velocity, sample))
         drift = velocity + self._w(t) * self._score(velocity, sample, t)
         if self.config.solver == "euler":
             noised = self._with_noise(step, sample, self._generator, self._variance_noise)
-            return noised - self.width(step) * drift
+            return self._finished(step, noised - self.width(step) * drift)
         if evaluation.stage == 0:
             if not self._prepared:
                 raise ValueError(
@@ -137,7 +140,7 @@ class FlowSDEScheduler(FlowSampler):
             self._noised, self._drift = sample, drift
             return sample - self.width(step) * drift
         assert self._noised is not None and self._drift is not None
-        state = self._noised - self.width(step) / 2 * (self._drift + drift)
+        state = self._finished(step, self._noised - self.width(step) / 2 * (self._drift + drift))
         stochastic_next = (
             index + 1 < len(self.evaluations) and self.evaluations[index + 1].step < self._stochastic_steps
         )

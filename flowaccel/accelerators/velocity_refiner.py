@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,16 +9,15 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import diffusers
-import torch
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import nn
 
 from flowaccel import models
 from flowaccel.accelerators.base import Accelerator, Detach
 from flowaccel.accelerators.serial import learned
 from flowaccel.errors import CheckpointError, WeightsNotFoundError
-from flowaccel.hooks import denoiser, wrap
-from flowaccel.models import convention_of
+from flowaccel.hooks import Call, denoiser, session_of
+from flowaccel.models import convention_of, refined
 
 FOLDER = "refiner"
 # what the refiner must share with its base, because both are called with the same arguments
@@ -62,23 +60,34 @@ class VelocityRefiner(Accelerator):
             raise TypeError(f"refiner must be a module, a folder or None, got {type(self.refiner).__name__}")
 
     def attach(self, pipe: Any) -> Detach:
-        """Wrap the network's `forward` on this instance."""
-        network = denoiser(pipe)
-        _check_scheduler(pipe.scheduler)
+        """Surround the network's calls, and tell the scheduler which refiner it has."""
+        network, scheduler = denoiser(pipe), pipe.scheduler
+        _check_scheduler(scheduler)
         refiner = self.resolve(pipe)
         check_refiner(refiner, network)
         if refiner.dtype != network.dtype:  # asked first, because diffusers warns at every cast
             refiner.to(network.dtype)
         refiner.eval()
-        signature = inspect.signature(network.forward)
+        session = session_of(pipe)
 
-        def around(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-            refinement = getattr(pipe.scheduler, "refinement", None)
+        def around(proceed: Callable[..., Any], call: Call) -> Any:
+            refinement = getattr(session.pipe.scheduler, "refinement", None)
             if refinement is None:
-                return forward(*args, **kwargs)
-            return _refine(refiner, network, signature.bind(*args, **kwargs).arguments, refinement)
+                return proceed()
+            device = call.arguments["hidden_states"].device
+            if refiner.device != device:  # not at attach: an offloaded network is not where it computes
+                refiner.to(device)
+            call.record.what = "refined"
+            return refined(refiner, convention_of(call.module), call.arguments, refinement.feed, refinement.base)
 
-        return wrap(network, "forward", around).remove
+        remove = session.on_call(around)
+        scheduler.refiner = refiner
+
+        def detach() -> None:
+            remove()
+            scheduler.__dict__.pop("refiner", None)
+
+        return detach
 
     def resolve(self, pipe: Any = None) -> nn.Module:
         """The refiner as a module, loaded if a folder was given."""
@@ -97,25 +106,6 @@ class VelocityRefiner(Accelerator):
     def loaded(self, pipe: Any) -> VelocityRefiner:
         """With the refiner as a module."""
         return VelocityRefiner(self.resolve(pipe))
-
-
-def _refine(refiner: Any, network: Any, arguments: dict[str, Any], refinement: Any) -> Any:
-    """The network's return value at an R evaluation."""
-    convention = convention_of(network)
-    hidden_states: Tensor = arguments["hidden_states"]
-
-    def rows(velocity: Tensor) -> Tensor:
-        """diffusers' velocity (B, ...) -> the network's, for every row of its batch (k * B, ...)."""
-        copies = hidden_states.shape[0] // velocity.shape[0]
-        return (convention.velocity_sign * velocity).repeat(copies, *[1] * (velocity.dim() - 1)).to(hidden_states)
-
-    if refiner.device != hidden_states.device:  # not at attach: an offloaded network is not where it computes
-        refiner.to(hidden_states.device)
-    channel_axis = 1 if hidden_states.dim() == 4 else -1  # images (B, C, H, W), or packed tokens (B, L, C)
-    stacked = torch.cat([hidden_states, rows(refinement.feed)], dim=channel_axis)
-    output = refiner(**{**arguments, "hidden_states": stacked, "return_dict": True})
-    output.sample = rows(refinement.base) + output.sample
-    return output if arguments.get("return_dict", True) else (output.sample,)
 
 
 def _check_scheduler(scheduler: Any) -> None:

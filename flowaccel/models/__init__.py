@@ -3,6 +3,7 @@
 from flowaccel.models.convention import FlowConvention as FlowConvention
 from flowaccel.models.convention import convention_of as convention_of
 from flowaccel.models.features import DigitsClassifier as DigitsClassifier
+from flowaccel.models.refined import refined as refined
 from flowaccel.models.sit import SiTTransformer2DModel as SiTTransformer2DModel
 
-__all__ = ["DigitsClassifier", "FlowConvention", "SiTTransformer2DModel", "convention_of"]
+__all__ = ["DigitsClassifier", "FlowConvention", "SiTTransformer2DModel", "convention_of", "refined"]

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler
 
 import tiny
 from flowaccel import Accelerator, Recipe, Sampler, accelerate, accelerated, is_accelerated, restore
@@ -109,7 +109,7 @@ def test_push_to_hub_uploads_the_recipe_too(tmp_path: Path, monkeypatch: pytest.
     def uploaded(self: Any, folder: Any, repo_id: str, **options: Any) -> None:
         seen.update(names={path.name for path in Path(folder).iterdir()}, repo_id=repo_id, **options)
 
-    module = type(pipe).__mro__[1].__module__
+    module = DiffusionPipeline.__module__
     monkeypatch.setattr(f"{module}.create_repo", lambda repo_id, **_: type("Repo", (), {"repo_id": repo_id}))
     monkeypatch.setattr(f"{module}.load_or_create_model_card", lambda *_, **__: type("Card", (), {"save": print}))
     monkeypatch.setattr(f"{module}.populate_model_card", lambda card: card)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from flowaccel import FlowRungeKuttaScheduler, FlowTurboScheduler, VelocityRefiner
+from flowaccel import FlowRungeKuttaScheduler, FlowTurboScheduler, VelocityRefiner, accelerate, restore
 from flowaccel.accelerators.velocity_refiner import new_refiner
 from flowaccel.samplers import Blocks
 from helpers import assert_close, counted, tiny_sit_pipeline, walk
@@ -110,9 +110,9 @@ def test_evaluations_of_the_networks(mode: str) -> None:
     pipe = tiny_sit_pipeline(FlowTurboScheduler("H1P2R2", mode))
     refiner = new_refiner(pipe.transformer)
     with counted(pipe.transformer) as base, counted(refiner) as refined:
-        detach = VelocityRefiner(refiner).attach(pipe)
+        accelerate(pipe, VelocityRefiner(refiner))
         pipe([1, 2, 3], output_type="latent")
-        detach()
+        restore(pipe)
     assert base == [6] * 4
     assert refined == [6] * (2 if mode == "single" else 4)
 
@@ -161,9 +161,9 @@ def test_zero_refiner_keeps_the_velocity(text: str, mode: str) -> None:
         ends.append((made.evaluations[index].step, tensors["latents"], made.state, made.velocity_cache))
         return {}
 
-    detach = VelocityRefiner(new_refiner(pipe.transformer)).attach(pipe)
+    accelerate(pipe, VelocityRefiner(new_refiner(pipe.transformer)))
     pipe([3, 4], output_type="latent", guidance_channels="all", callback_on_step_end=record)
-    detach()
+    restore(pipe)
     first = made.blocks.heun + made.blocks.pseudo
     _, _, state, velocity = [end for end in ends if end[0] == first - 1][-1]
     assert state is not None and velocity is not None

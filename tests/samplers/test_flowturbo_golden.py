@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from flowaccel import FlowTurboScheduler, SiTPipeline, SiTTransformer2DModel, VelocityRefiner
+from flowaccel import FlowTurboScheduler, SiTPipeline, SiTTransformer2DModel, VelocityRefiner, accelerate, restore
 from flowaccel.pipelines.sit import guide
 from helpers import assert_close, counted, golden
 
@@ -38,7 +38,7 @@ def refiner() -> SiTTransformer2DModel:
 
 def attach(pipe: SiTPipeline) -> None:
     if pipe.scheduler.blocks.refine:
-        VelocityRefiner(refiner()).attach(pipe)
+        accelerate(pipe, VelocityRefiner(refiner()))
 
 
 @torch.no_grad()
@@ -84,10 +84,10 @@ def test_pipeline_and_evaluation_counts(case: str) -> None:
     pipe = pipeline(blocks)
     small = refiner()
     with counted(pipe.transformer) as base_calls, counted(small) as refiner_calls:
-        detach = VelocityRefiner(small).attach(pipe) if pipe.scheduler.blocks.refine else lambda: None
+        accelerate(pipe, [VelocityRefiner(small)] if pipe.scheduler.blocks.refine else [])
         labels = FILE["in/y"].tolist()
         final = pipe(labels, guidance_scale=scale, latents=FILE["in/z"], output_type="latent").images
-        detach()
+        restore(pipe)
     assert_close(final, FILE[f"out/{case}/final"], 1e-5)
     assert {"base": len(base_calls), "refiner": len(refiner_calls)} == FILE.notes["evals"][case]
     assert set(base_calls) == {4 if scale > 1 else 2}

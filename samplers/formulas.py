@@ -1,0 +1,24 @@
+"""The arithmetic of a step, shared by the schedulers and by the compiled blocks of `SiTPipeline`.
+
+`state` and velocities are (B, ...) tensors, `width` the change of sigma over the step (negative); widths and noise
+levels are numbers or 0-dim tensors. Velocities are diffusers' (noise - data).
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+def predicted(state: Tensor, width: float | Tensor, velocity: Tensor) -> Tensor:
+    """Euler's step."""
+    return state + width * velocity
+
+
+def corrected(state: Tensor, width: float | Tensor, start: Tensor, end: Tensor) -> Tensor:
+    """The trapezoid's step between the velocities at its start and at its predicted end."""
+    return state + width / 2 * (start + end)
+
+
+def noised(sample: Tensor, sigma: float | Tensor, noise: Tensor) -> Tensor:
+    """(1 - sigma) * `sample` + sigma * `noise`: the linear path; `sample` itself at 0, `noise` itself at 1."""
+    return sigma * noise + (1 - sigma) * sample
