@@ -214,7 +214,7 @@ def snapshot(pipe: Any) -> dict[str, Any]:
 
 
 def clip_folder(folder: Path, seed: int = 0) -> Path:
-    """A `CLIPModel` for 16x16 images with 8 features, and a tokenizer that knows letters."""
+    """A `CLIPModel` for 16x16 images with 4 features, and a tokenizer that knows letters."""
     from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
     tower = {
@@ -222,11 +222,11 @@ def clip_folder(folder: Path, seed: int = 0) -> Path:
         "intermediate_size": 16,
         "num_hidden_layers": 1,
         "num_attention_heads": 2,
-        "projection_dim": 8,
+        "projection_dim": 4,
     }
     words = {"vocab_size": 54, "max_position_embeddings": 12, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
     config = CLIPConfig(
-        text_config={**tower, **words}, vision_config={**tower, "image_size": 16, "patch_size": 8}, projection_dim=8
+        text_config={**tower, **words}, vision_config={**tower, "image_size": 16, "patch_size": 8}, projection_dim=4
     )
     torch.manual_seed(seed)
     network = CLIPModel(config)
@@ -239,11 +239,11 @@ def clip_folder(folder: Path, seed: int = 0) -> Path:
 
 
 def dinov2_folder(folder: Path, seed: int = 0, **options: Any) -> Path:
-    """A `Dinov2Model` with 16 features; `options` go to `save_pretrained`."""
+    """A `Dinov2Model` with 4 features; `options` go to `save_pretrained`."""
     from transformers import Dinov2Config, Dinov2Model
 
     torch.manual_seed(seed)
-    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+    sizes = {"hidden_size": 4, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
     network = Dinov2Model(Dinov2Config(**sizes))
     random_weights(network, seed)
     network.to(options.pop("dtype", torch.float32)).save_pretrained(folder, **options)
