@@ -199,8 +199,8 @@ def _folder(kind: str, where: str) -> Path:
         cached = Path(snapshot_download(where, allow_patterns=wanted, local_files_only=True))
         if _has_weights(cached):
             return cached
-    except OSError:
-        pass
+    except (OSError, ValueError):
+        pass  # not in the cache; what is wrong with the name, the Hub says below
     try:
         found = Path(snapshot_download(where, allow_patterns=wanted, etag_timeout=5))
     except (OSError, ValueError) as error:

@@ -330,6 +330,15 @@ def test_a_pickle_in_a_torchscript_file_is_not_executed(inception: Path, tmp_pat
     assert not trap.exists()
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["inception", "clip", "dinov2"])
+def test_features_on_a_gpu(kind: str, request: pytest.FixtureRequest) -> None:
+    name = f"{kind}:{request.getfixturevalue(kind)}"
+    network = load_features(name, "cuda")
+    torch.testing.assert_close(network(IMAGES), load_features(name)(IMAGES), atol=1e-2, rtol=1e-2)  # TF32
+    assert {parameter.device.type for parameter in network.module.parameters()} == {"cpu"}
+
+
 # with references
 
 
