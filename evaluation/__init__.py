@@ -8,6 +8,7 @@ from flowaccel.evaluation.conditions import Prompts as Prompts
 from flowaccel.evaluation.cost import CallCounter as CallCounter
 from flowaccel.evaluation.cost import count_macs as count_macs
 from flowaccel.evaluation.environment import environment as environment
+from flowaccel.evaluation.export import export_npz as export_npz
 from flowaccel.evaluation.features import FeatureNetwork as FeatureNetwork
 from flowaccel.evaluation.features import load_features as load_features
 from flowaccel.evaluation.features import load_reference as load_reference
@@ -15,6 +16,7 @@ from flowaccel.evaluation.latency import Timing as Timing
 from flowaccel.evaluation.latency import measure_latency as measure_latency
 from flowaccel.evaluation.metrics import ReferenceSet as ReferenceSet
 from flowaccel.evaluation.metrics import RowSamples as RowSamples
+from flowaccel.evaluation.metrics import TextMatch as TextMatch
 from flowaccel.evaluation.metrics import difference as difference
 from flowaccel.evaluation.metrics import measure as measure
 from flowaccel.evaluation.metrics import not_worse as not_worse
@@ -27,6 +29,8 @@ from flowaccel.evaluation.runner import evaluate as evaluate
 from flowaccel.evaluation.schema import Results as Results
 from flowaccel.evaluation.schema import load_results as load_results
 from flowaccel.evaluation.schema import save_results as save_results
+from flowaccel.evaluation.statistics import load_statistics as load_statistics
+from flowaccel.evaluation.statistics import save_statistics as save_statistics
 from flowaccel.evaluation.store import sample_generator as sample_generator
 from flowaccel.evaluation.tables import console_table as console_table
 from flowaccel.evaluation.tables import markdown_table as markdown_table
@@ -43,6 +47,7 @@ __all__ = [
     "ReferenceSet",
     "Results",
     "RowSamples",
+    "TextMatch",
     "Timing",
     "compare_rows",
     "console_table",
@@ -50,16 +55,19 @@ __all__ = [
     "difference",
     "environment",
     "evaluate",
+    "export_npz",
     "frechet_distance",
     "frechet_infinity",
     "load_features",
     "load_reference",
     "load_results",
+    "load_statistics",
     "markdown_table",
     "measure",
     "measure_latency",
     "not_worse",
     "sample_generator",
     "save_results",
+    "save_statistics",
     "set_attention",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from .conditions import Classes, Conditions, Prompts
+from .conditions import Prompts, load_conditions
 from .features import FeatureNetwork, load_features, load_reference
 from .latency import Timing
 from .metrics import RowSamples, difference, find_metric
@@ -36,8 +36,9 @@ def compare_rows(run: str | Path, a: str, b: str) -> dict[str, Any]:
     protocol: Any = results["protocol"]
     for name in (a, b):
         row(results, name)
-    network = _network_of(protocol)
-    samples = {name: _samples(run, results, name, network) for name in {a, b, BASELINE}}
+    network = _network(protocol["feature_extractor"], protocol["fingerprint"])
+    clip = _network(protocol["clip"], protocol["clip_fingerprint"]) if "clip" in protocol else None
+    samples = {name: _samples(run, results, name, network, clip) for name in {a, b, BASELINE}}
     reference = load_reference(protocol["reference"], network)
     compared = {
         metric: difference(
@@ -64,20 +65,22 @@ def _timing(results: Results, name: str) -> Timing:
     return Timing(seconds=tuple(found["latency_ms_per_image"]["per_round"]), first_call_s=found["first_call_s"])
 
 
-def _network_of(protocol: Any) -> FeatureNetwork:
-    network = load_features(protocol["feature_extractor"])
-    if network.fingerprint != protocol["fingerprint"]:
+def _network(name: str, fingerprint: str) -> FeatureNetwork:
+    network = load_features(name)
+    if network.fingerprint != fingerprint:
         raise ValueError(
-            f"the run used {protocol['feature_extractor']} with fingerprint {protocol['fingerprint']}, here it has "
-            f"{network.fingerprint}; evaluate again"
+            f"the run used {name} with fingerprint {fingerprint}, here it has {network.fingerprint}; evaluate again"
         )
     return network
 
 
-def _samples(run: Path, results: Results, name: str, network: FeatureNetwork) -> RowSamples:
+def _samples(
+    run: Path, results: Results, name: str, network: FeatureNetwork, clip: FeatureNetwork | None
+) -> RowSamples:
     protocol: Any = results["protocol"]
     described = protocol["conditions"]
-    # Prompts are stored as a hash only; comparing needs their number, not their text.
-    conditions: Conditions = Classes(tuple(described["classes"])) if "classes" in described else Prompts(("",))
+    # Only clip_score needs the text of prompts.
+    known = clip is not None or "classes" in described
+    conditions = load_conditions(described, run) if known else Prompts(("",))
     store = SampleStore(run / "rows" / folder_name(name))
-    return row_samples(store, name, range(protocol["num_samples"]), conditions, network)
+    return row_samples(store, name, range(protocol["num_samples"]), conditions, network, clip)

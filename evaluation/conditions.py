@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,6 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from .store import write_atomically
+
+PROMPTS = "prompts.json"
 
 
 class Conditions(ABC):
@@ -36,6 +41,14 @@ class Conditions(ABC):
     def labels(self, ids: Sequence[int]) -> Tensor | None:
         """(N,) the class asked for, or None where there are no classes."""
         return None
+
+    def texts(self, ids: Sequence[int]) -> tuple[str, ...] | None:
+        """The N prompts, or None where there are none."""
+        return None
+
+    def save(self, folder: Path) -> None:
+        """Write into a run folder what `describe` only hashes; nothing for classes."""
+        return
 
 
 @dataclass(frozen=True)
@@ -114,7 +127,11 @@ class Prompts(Conditions):
 
     def arguments(self, ids: Sequence[int]) -> dict[str, Any]:
         """`{"prompt": [...]}`."""
-        return {"prompt": [self.prompts[sample_id % len(self.prompts)] for sample_id in ids]}
+        return {"prompt": list(self.texts(ids))}
+
+    def texts(self, ids: Sequence[int]) -> tuple[str, ...]:
+        """The N prompts."""
+        return tuple(self.prompts[sample_id % len(self.prompts)] for sample_id in ids)
 
     def describe(self) -> dict[str, Any]:
         """Their number and a hash of their text."""
@@ -122,3 +139,25 @@ class Prompts(Conditions):
             "prompts": len(self.prompts),
             "sha256": hashlib.sha256("\n".join(self.prompts).encode()).hexdigest()[:16],
         }
+
+    def save(self, folder: Path) -> None:
+        """Write `prompts.json`."""
+        write_atomically(folder / PROMPTS, json.dumps(self.prompts, ensure_ascii=False).encode())
+
+
+def load_conditions(described: dict[str, Any], folder: Path) -> Conditions:
+    """The conditions of a finished run, from their description in the result file.
+
+    Raises:
+        ValueError: `prompts.json` of the run is missing or holds other prompts.
+    """
+    if "classes" in described:
+        return Classes(tuple(described["classes"]))
+    path = folder / PROMPTS
+    try:
+        prompts = Prompts(tuple(json.loads(path.read_text(encoding="utf-8"))))
+    except (OSError, ValueError, TypeError) as error:
+        raise ValueError(f"the prompts of the run cannot be read from {path} ({error}); evaluate again") from error
+    if prompts.describe() != described:
+        raise ValueError(f"{path} does not hold the prompts that the run used; evaluate again")
+    return prompts

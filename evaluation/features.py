@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import importlib
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,11 +17,18 @@ from torch import Tensor, nn
 from flowaccel import zoo
 from flowaccel.data import DATASETS, ImageSet
 
+from .identity import fingerprint as fingerprint
 from .metrics import ReferenceSet
 from .moments import Moments
+from .preprocessing import Preprocessing
+from .pretrained import load_pretrained
+from .statistics import is_statistics, load_statistics
 
 _BATCH = 500
+_BATCH_RESIZED = 32  # networks with a fixed input size are large
+_PRETRAINED = ("inception", "clip", "dinov2")
 _IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
+_EIGHT_BIT = {"1", "P", "PA", "LA", "RGBA", "CMYK", "YCbCr"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,26 +38,55 @@ class FeatureNetwork:
     name: str
     module: nn.Module
     fingerprint: str
-    """sha256 over the class name and every tensor of the network, 16 hex digits."""
+    """sha256 over the network's class and weights and, where images are resized for it, how; 16 hex digits."""
     classify: Callable[[Tensor], Tensor] | None
     """Features (N, d) -> class ids (N,), where the network is a classifier."""
+    preprocessing: Preprocessing | None = None
+    """How images are brought to the network's size; None where it takes them as they are."""
+    encode_text: Callable[[Sequence[str]], Tensor] | None = None
+    """Texts -> (N, d) in the space of the features, where the network is a CLIP with its text half."""
+    device: str = "cpu"
+    """Where features are computed; the network is there only meanwhile, so that it is in no measurement of memory."""
 
     @torch.no_grad()
-    def __call__(self, images: Tensor) -> Tensor:
-        """uint8 (N, C, H, W) -> float (N, d)."""
-        device = next((parameter.device for parameter in self.module.parameters()), torch.device("cpu"))
-        return torch.cat([self.module(batch.to(device)).float().cpu() for batch in images.split(_BATCH)])
+    def __call__(self, images: Iterable[Tensor]) -> Tensor:
+        """uint8 (N, C, H, W) -> float (N, d). Any iterable of uint8 (C, H, W) where the network resizes."""
+        self.module.to(self.device)
+        try:
+            return torch.cat([self.module(batch.to(self.device)).float().cpu() for batch in self._batches(images)])
+        finally:
+            self.module.to("cpu")
+
+    def _batches(self, images: Iterable[Tensor]) -> Iterator[Tensor]:
+        if self.preprocessing is None:
+            yield from (images if isinstance(images, Tensor) else torch.stack(list(images))).split(_BATCH)
+            return
+        remaining = iter(images)
+        while batch := list(itertools.islice(remaining, _BATCH_RESIZED)):
+            yield self.preprocessing(batch)
 
 
-def load_features(name: str) -> FeatureNetwork:
-    """A feature network by name: `zoo:NAME`, or `module:attribute` for one of your own.
+def load_features(name: str, device: str | torch.device = "cpu") -> FeatureNetwork:
+    """A feature network by name.
 
-    Your own is a callable without arguments (a class or function) that returns an `nn.Module` mapping uint8 images (N,
-    C, H, W) to features (N, d); where it has a method `logits(features)`, class accuracy can be measured too.
+    * `inception:PATH`: the TorchScript `inception-2015-12-05.pt` with the "clean" resize (arXiv 2104.11222);
+      `inception` takes that file from torch's cache. TorchScript is code: give only files that you trust.
+    * `clip:PATH_OR_HUB_ID` (arXiv 2103.00020), `dinov2:PATH_OR_HUB_ID` (arXiv 2304.07193): folders of transformers with
+      safetensors; `clip` is openai/clip-vit-large-patch14, `dinov2` is facebook/dinov2-large.
+    * `zoo:NAME`
+    * `module:attribute`, one of your own: a callable without arguments (a class or function) that returns an
+      `nn.Module` mapping uint8 images (N, C, H, W) to features (N, d); where it has a method `logits(features)`, class
+      accuracy can be measured too.
+
+    The first three resize images of any size and take grey ones as colour. `device` is where features are computed.
 
     Raises:
         ValueError: unknown name, or not such a callable.
+        WeightsNotFoundError: no weights on this machine and none from the Hub; the message says how to get them.
+        CheckpointError: damaged weights, or those of another network.
     """
+    if name.partition(":")[0] in _PRETRAINED:
+        return _pretrained(name, device)
     if name.startswith(zoo.PREFIX):
         module: nn.Module = zoo.load_classifier(name)
     else:
@@ -60,13 +97,31 @@ def load_features(name: str) -> FeatureNetwork:
         module=module,
         fingerprint=fingerprint(module),
         classify=None if logits is None else torch.no_grad()(lambda features: logits(features).argmax(1)),
+        device=str(device),
+    )
+
+
+def _pretrained(name: str, device: str | torch.device) -> FeatureNetwork:
+    found = load_pretrained(name)
+    identity = f"{found.weights} {found.preprocessing.describe()}"
+    return FeatureNetwork(
+        name=found.name,
+        module=found.module.eval(),
+        fingerprint=hashlib.sha256(identity.encode()).hexdigest()[:16],
+        classify=None,
+        preprocessing=found.preprocessing,
+        encode_text=found.encode_text,
+        device=str(device),
     )
 
 
 def _import_network(name: str) -> nn.Module:
     module_name, _, attribute = name.partition(":")
     if not module_name or not attribute:
-        raise ValueError(f"features must be zoo:NAME or MODULE:ATTRIBUTE, got {name!r}")
+        raise ValueError(
+            "features must be inception, clip or dinov2 (alone or with :PATH), zoo:NAME or MODULE:ATTRIBUTE, got "
+            f"{name!r}"
+        )
     try:
         network = getattr(importlib.import_module(module_name), attribute)()
     except (ImportError, AttributeError, TypeError) as error:
@@ -76,70 +131,119 @@ def _import_network(name: str) -> nn.Module:
     return network
 
 
-def fingerprint(module: nn.Module) -> str:
-    """What identifies a network: a hash of its class and weights, 16 hex digits."""
-    total = hashlib.sha256(type(module).__name__.encode())
-    for key, value in sorted(module.state_dict().items()):
-        total.update(key.encode())
-        total.update(value.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
-    return total.hexdigest()[:16]
-
-
 def load_reference(name: str, network: FeatureNetwork, image_size: tuple[int, ...] | None = None) -> ReferenceSet:
-    """Reference features: `zoo:SET` (the `reference` split of embedded data) or a folder of images.
+    """Reference features or statistics by name.
+
+    * `zoo:SET`: the `reference` split of embedded data;
+    * a folder of 8-bit PNG, JPEG or WebP images;
+    * `FILE.safetensors` that `save_statistics` wrote;
+    * `FILE.npz` with `mu` and `sigma` (pytorch-fid, clean-fid, ADM, EDM): Fréchet distances only, and nothing tells
+      which network they are of.
 
     Args:
         name: which reference.
         network: the feature network.
-        image_size: (C, H, W) of the samples that will be compared with it.
+        image_size: (C, H, W) of the samples that will be compared with it. A network that resizes takes any; for others
+            the images of the reference must have the same.
 
     Raises:
-        ValueError: unknown set, empty folder, or images of another size than the samples.
+        ValueError: unknown set, empty folder, images of another size than the samples, a damaged file, or statistics of
+            another network.
     """
-    images = _reference_images(name)
-    if image_size is not None and tuple(images.shape[1:]) != tuple(image_size):
-        raise ValueError(
-            f"the reference {name!r} has images of shape {tuple(images.shape[1:])} (channels, height, width), the "
-            f"samples {tuple(image_size)}; both must agree: resizing would be part of the metric"
-        )
-    features = network(images)
-    return ReferenceSet(name=name, features=features, moments=Moments.of(features))
+    check_reference(name)
+    if is_statistics(name):
+        reference = load_statistics(name, features=network.name, fingerprint=network.fingerprint)
+        _check_width(name, reference, network)
+    else:
+        shape, images = _reference_images(name, mixed=network.preprocessing is not None)
+        _check_size(name, shape, network, image_size)
+        features = network(images)
+        reference = ReferenceSet(name=name, features=features, moments=Moments.of(features), image_shape=shape)
+    _check_size(name, reference.image_shape, network, image_size)
+    return reference
 
 
 def check_reference(name: str) -> None:
     """Raise ValueError unless `load_reference` knows where to look for `name`."""
-    if not name.startswith(zoo.PREFIX):
+    if is_statistics(name):
+        if not Path(name).is_file():
+            raise ValueError(f"there is no reference file {name}; `flowaccel stats` makes one from a folder of images")
+    elif not name.startswith(zoo.PREFIX):
         _image_files(name)
     elif name.removeprefix(zoo.PREFIX) not in DATASETS:
         known = ", ".join(zoo.PREFIX + key for key in DATASETS)
         raise ValueError(f"unknown reference {name!r}; embedded ones are {known}")
 
 
+def _check_width(name: str, reference: ReferenceSet, network: FeatureNetwork) -> None:
+    if network.preprocessing is not None:  # only then is any image good enough to learn the width from
+        width = network(torch.zeros(1, 3, 8, 8, dtype=torch.uint8)).shape[1]
+        if width != len(reference.moments.mean):
+            raise ValueError(
+                f"the statistics {name} are of {len(reference.moments.mean)} features, {network.name} has {width}; "
+                "they were made with another network"
+            )
+
+
+def _check_size(
+    name: str, shape: tuple[int, ...] | None, network: FeatureNetwork, image_size: tuple[int, ...] | None
+) -> None:
+    if network.preprocessing is None and image_size is not None and shape not in (None, tuple(image_size)):
+        raise ValueError(
+            f"the reference {name!r} has images of shape {shape} (channels, height, width), the samples "
+            f"{tuple(image_size)}; both must agree: resizing would be part of the metric, and {network.name} does not"
+        )
+
+
 def _image_files(folder: str) -> list[Path]:
     files = sorted(path for path in Path(folder).glob("*") if path.suffix.lower() in _IMAGE_SUFFIXES)
     if not files:
-        raise ValueError(f"reference must be zoo:SET or a folder with images; {folder!r} has none")
+        raise ValueError(
+            "reference must be zoo:SET, a folder with images, or a statistics file FILE.safetensors or FILE.npz; "
+            f"{folder!r} has no images"
+        )
     return files
 
 
-def _reference_images(name: str) -> Tensor:
-    check_reference(name)
+def _reference_images(name: str, mixed: bool) -> tuple[tuple[int, ...] | None, Iterable[Tensor]]:
+    """The images' common shape, None where they are `mixed`, and the images."""
     if name.startswith(zoo.PREFIX):
-        return quantise(DATASETS[name.removeprefix(zoo.PREFIX)]("reference"))
-    arrays = [_read(path) for path in _image_files(name)]
-    shapes = {array.shape for array in arrays}
-    if len(shapes) > 1:
-        raise ValueError(f"the images in {name} have different shapes: {sorted(shapes)[:4]}")
-    stacked = torch.from_numpy(np.stack(arrays))
-    return stacked.unsqueeze(1) if stacked.dim() == 3 else stacked.permute(0, 3, 1, 2)
+        images = quantise(DATASETS[name.removeprefix(zoo.PREFIX)]("reference"))
+        return tuple(images.shape[1:]), images
+    files = _image_files(name)
+    shapes = {_shape(path) for path in files}
+    if len(shapes) > 1 and not mixed:
+        raise ValueError(
+            f"the images in {name} have different shapes: {sorted(shapes)[:4]}; only inception, clip and dinov2 resize"
+        )
+    return (shapes.pop() if len(shapes) == 1 else None), map(_read, files)
 
 
-def _read(path: Path) -> np.ndarray:
+def _shape(path: Path) -> tuple[int, ...]:
+    """(C, H, W) from the header alone."""
+    with _opened(path) as image:
+        return (1 if image.mode == "L" else 3, image.height, image.width)
+
+
+def _read(path: Path) -> Tensor:
+    """uint8 (C, H, W); what is neither grey nor RGB is made RGB, without its transparency."""
     try:
-        with Image.open(path) as image:
-            return np.array(image)
+        with _opened(path) as image:
+            array = np.array(image if image.mode in ("L", "RGB") else image.convert("RGB"))
     except (OSError, SyntaxError) as error:  # SyntaxError is what PIL raises on a broken chunk
         raise ValueError(f"reference image {path} is damaged ({error})") from error
+    return torch.from_numpy(array if array.ndim == 3 else array[:, :, None]).permute(2, 0, 1)
+
+
+def _opened(path: Path) -> Image.Image:
+    try:
+        image = Image.open(path)
+    except (OSError, SyntaxError) as error:
+        raise ValueError(f"reference image {path} is damaged ({error})") from error
+    if image.mode not in {"L", "RGB"} | _EIGHT_BIT:
+        image.close()
+        raise ValueError(f"reference image {path} has mode {image.mode!r}; allowed are images of 8 bits per channel")
+    return image
 
 
 def quantise(images: ImageSet) -> Tensor:

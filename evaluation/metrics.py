@@ -10,7 +10,7 @@ than either value, and claims rest on it (`versus`, `difference`). The reference
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Sized
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -30,6 +30,18 @@ _NEIGHBOURS = 3  # arXiv 1904.06991
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
+class TextMatch:
+    """How well each image of a row shows its prompt, as a CLIP network sees it."""
+
+    network: str
+    """Its name."""
+    prompts: tuple[str, ...]
+    """The prompt of each of the N images; images of one prompt are resampled together."""
+    cosine: Tensor
+    """`(N,)` float: between the embeddings of image and prompt."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
 class RowSamples:
     """The images of one row and what networks see in them. `ValueError` where the lengths differ."""
 
@@ -42,9 +54,13 @@ class RowSamples:
     """`(N,)` integer: the class that the feature network's classifier sees."""
     images: Tensor
     """`(N, C, H, W)` uint8."""
+    text_match: TextMatch | None = None
+    """None without prompts or without a CLIP network."""
 
     def __post_init__(self) -> None:
-        fields = {"labels": self.labels, "predicted": self.predicted, "images": self.images}
+        fields: dict[str, Sized | None] = {"labels": self.labels, "predicted": self.predicted, "images": self.images}
+        if self.text_match is not None:
+            fields |= {"prompts": self.text_match.prompts, "cosine": self.text_match.cosine}
         for name, value in fields.items():
             if value is not None and len(value) != len(self.features):
                 raise ValueError(
@@ -61,6 +77,8 @@ class ReferenceSet:
     features: Tensor | None
     """`(M, d)` float; None where only statistics are known (then only Fréchet distances can be had)."""
     moments: Moments
+    image_shape: tuple[int, ...] | None = None
+    """(C, H, W) of the images; None where they differ or are not known."""
 
     def __post_init__(self) -> None:
         width = len(self.moments.mean)
@@ -104,13 +122,13 @@ class Metric:
     """One row of the table `METRICS`."""
 
     title: str
-    """Honest display name; `{features}` and `{reference}` are filled in."""
+    """Honest display name; `{features}`, the name of the `network`, and `{reference}` are filled in."""
     higher_is_better: bool
     estimate: Callable[[Case], Estimate]
     needs: tuple[str, ...] = ()
     """Keys of the table of needs: checked, with an error that says what is missing, before anything is computed."""
-    on_features: bool = True
-    """Whether the value depends on the feature network, which is then named."""
+    network: str | None = "features"
+    """The network whose view the value is: `features`, `clip` or None; it is then named."""
     against: str | None = "reference"
     """`reference` set, `baseline` row or None."""
     resamples: int | None = None
@@ -163,6 +181,25 @@ def _class_accuracy(case: Case) -> Estimate:
     assert case.row.labels is not None  # declared in `needs`
     assert case.row.predicted is not None
     return _mean(case.row.labels.eq(case.row.predicted), case)
+
+
+def _clip_score(case: Case) -> Estimate:
+    """100 max(cos, 0) (arXiv 2104.08718 with w = 100). Prompts are resampled, each with all its images.
+
+    Images of one prompt are alike, and an interval that took them for independent would be too narrow. With a single
+    prompt the images are resampled.
+    """
+    match = case.row.text_match
+    assert match is not None  # declared in `needs`
+    scores = 100 * match.cosine.to(torch.float64).clamp_min(0)
+    numbers = {prompt: number for number, prompt in enumerate(dict.fromkeys(match.prompts))}
+    if len(numbers) == 1:
+        return _mean(scores, case)
+    group = torch.tensor([numbers[prompt] for prompt in match.prompts])
+    total = torch.zeros(len(numbers), dtype=torch.float64).index_add_(0, group, scores)
+    count = torch.bincount(group)
+    chosen = case.indices(len(numbers))
+    return Estimate(value=float(scores.mean()), replicates=total[chosen].sum(dim=1) / count[chosen].sum(dim=1))
 
 
 def _precision(case: Case) -> Estimate:
@@ -227,6 +264,14 @@ METRICS: dict[str, Metric] = {
         needs=("classes",),
         against=None,
     ),
+    "clip_score": Metric(
+        title="CLIP score, {features}",
+        higher_is_better=True,
+        estimate=_clip_score,
+        needs=("prompts",),
+        network="clip",
+        against=None,
+    ),
     "precision": Metric(
         title=f"Precision (k={_NEIGHBOURS}), {{features}}",
         higher_is_better=True,
@@ -244,7 +289,7 @@ METRICS: dict[str, Metric] = {
         higher_is_better=True,
         estimate=_psnr,
         needs=("baseline",),
-        on_features=False,
+        network=None,
         against="baseline",
     ),
     "ssim": Metric(
@@ -252,7 +297,7 @@ METRICS: dict[str, Metric] = {
         higher_is_better=True,
         estimate=_ssim,
         needs=("baseline",),
-        on_features=False,
+        network=None,
         against="baseline",
     ),
     "rel_l2": Metric(
@@ -260,7 +305,7 @@ METRICS: dict[str, Metric] = {
         higher_is_better=False,
         estimate=_rel_l2,
         needs=("baseline",),
-        on_features=False,
+        network=None,
         against="baseline",
     ),
 }
@@ -270,12 +315,18 @@ _NEEDS: dict[str, tuple[Callable[[Case], bool], str]] = {
     "reference_features": (
         lambda case: case.reference.features is not None,
         "needs the features of the reference samples, but the reference {reference!r} has only moments; "
-        "give the images of a data set as reference, or ask for fid or fid_inf",
+        "give the images of a data set as reference, or statistics made with `flowaccel stats --with-features`, or ask "
+        "for fid or fid_inf",
     ),
     "classes": (
         lambda case: case.row.labels is not None and case.row.predicted is not None,
         "needs both labels and predicted classes, but row {row!r} lacks them; take a class-conditional pipeline and a "
         "feature network with a classifier, or leave the metric out",
+    ),
+    "prompts": (
+        lambda case: case.row.text_match is not None,
+        "needs the prompts of the samples and a CLIP network, but row {row!r} lacks them; take a pipeline with prompts "
+        "and name the network, or leave the metric out",
     ),
     "baseline": (
         lambda case: case.baseline is not None,
@@ -393,7 +444,9 @@ def _report(
     against = {"reference": case.reference.name, "baseline": case.baseline.name}.get(metric.against or "")
     spread = None if estimate.value is None else stderr(estimate.replicates)
     compared = {name: _compare(estimate, other) for name, other in others.items()}
-    applies = {"features": features_name if metric.on_features else None, "reference": against}
+    match = case.row.text_match
+    network = {"features": features_name, "clip": match and match.network}.get(metric.network or "")
+    applies = {"features": network, "reference": against}
     return {
         "value": estimate.value,
         "n": n,
@@ -401,7 +454,7 @@ def _report(
         "ci95": ci95(estimate.value, spread),
         "higher_is_better": metric.higher_is_better,
         **{key: name for key, name in applies.items() if name is not None},
-        "display": f"{metric.title.format(features=features_name, reference=against)}, n={n}",
+        "display": f"{metric.title.format(features=network, reference=against)}, n={n}",
         "versus": {
             name: {key: found[key] for key in ("difference", "ci95")}
             for name, found in compared.items()

@@ -27,7 +27,9 @@ from .latency import Timing, measure_latency
 from .metrics import METRICS, RowSamples, find_metric, measure
 from .report import html_report
 from .schema import SCHEMA_VERSION, Results, Row, save_results
+from .statistics import is_statistics
 from .store import SampleStore, folder_name, generate, sample_generator
+from .text import load_clip, text_match
 
 BASELINE = "baseline"
 DEFAULT_METRICS = ("fid", "kid", "class_accuracy", "rel_l2")
@@ -57,6 +59,8 @@ class Protocol:
     metrics: tuple[str, ...] = DEFAULT_METRICS
     rounds: int = 10
     """Timed rounds of two calls per row."""
+    clip: str | None = None
+    """The CLIP network of clip_score; None takes the feature network."""
     latency_batch: int = 25
     """Images per timed call."""
     resamples: int = 200
@@ -93,6 +97,8 @@ class _Run:
     out: Path
     notify: Notify
     network: FeatureNetwork = field(init=False)
+    clip: FeatureNetwork | None = None
+    """Where clip_score is asked for."""
     weights: dict[str, str] = field(init=False)
     """Fingerprints of the pipeline's networks."""
 
@@ -155,7 +161,9 @@ def evaluate(
         raise ValueError("evaluate needs the untouched pipeline; call flowaccel.restore(pipe) first")
     loaded = [recipe.loaded(pipe) for recipe in recipes]
     run = _Run(pipe=pipe, protocol=protocol, rows=plan_rows(loaded, protocol), out=Path(out), notify=notify)
-    run.network = load_features(protocol.features)
+    run.network = load_features(protocol.features, "cpu" if pipe.device.type == "meta" else pipe.device)
+    if "clip_score" in protocol.metrics:
+        run.clip = load_clip(protocol.clip, run.network)
     _check_early(run)
     run.weights = {name: fingerprint(part) for name, part in pipe.components.items() if isinstance(part, nn.Module)}
     pipe.set_progress_bar_config(disable=True)
@@ -168,7 +176,7 @@ def evaluate(
         samples,
         reference,
         protocol.metrics,
-        features_name=protocol.features,
+        features_name=run.network.name,
         seed=protocol.seed,
         resamples=protocol.resamples,
         versus=versus,
@@ -186,6 +194,7 @@ def evaluate(
         ],
     }
     _mark_pareto(results)
+    protocol.conditions.save(run.out)
     save_results(results, run.out / "results.json")
     write_figures(results, {row.name: sample.images for row, sample in zip(run.rows, samples, strict=True)}, run.out)
     return results
@@ -193,9 +202,18 @@ def evaluate(
 
 def _check_early(run: _Run) -> None:
     """Refuse now what would otherwise fail once all samples are made."""
-    check_reference(run.protocol.reference)
+    reference = run.protocol.reference
+    check_reference(reference)
+    bare = is_statistics(reference) and load_reference(reference, run.network).features is None
     classless = run.protocol.conditions.labels([0]) is None or run.network.classify is None
     for name in run.protocol.metrics:
+        if bare and "reference_features" in find_metric(name).needs:
+            raise ValueError(
+                f"metric {name!r} needs the features of the reference samples, and {reference} has only moments; make "
+                "it with `flowaccel stats --with-features`, give the images, or leave the metric out"
+            )
+        if "prompts" in find_metric(name).needs and run.protocol.conditions.texts([0]) is None:
+            raise ValueError(f"metric {name!r} needs prompts to sample for; leave it out for a pipeline with classes")
         if classless and "classes" in find_metric(name).needs:
             raise ValueError(
                 f"metric {name!r} needs classes to sample for and a feature network with a classifier; "
@@ -262,21 +280,32 @@ def call(pipe: Any, protocol: Protocol, ids: Sequence[int], steps: int) -> Tenso
 
 
 def _read_samples(run: _Run) -> list[RowSamples]:
-    return [row_samples(run.store(row), row.name, run.ids, run.protocol.conditions, run.network) for row in run.rows]
+    conditions = run.protocol.conditions
+    return [row_samples(run.store(row), row.name, run.ids, conditions, run.network, run.clip) for row in run.rows]
 
 
 def row_samples(
-    store: SampleStore, name: str, ids: Sequence[int], conditions: Conditions, network: FeatureNetwork
+    store: SampleStore,
+    name: str,
+    ids: Sequence[int],
+    conditions: Conditions,
+    network: FeatureNetwork,
+    clip: FeatureNetwork | None = None,
 ) -> RowSamples:
-    """A row's images and what the feature network sees in them."""
+    """A row's images and what the feature network and, where prompts are asked for, the CLIP network see in them."""
     images = store.read(ids)
     features = network(images)
+    texts = conditions.texts(ids)
+    match = None
+    if clip is not None and texts is not None:
+        match = text_match(clip, features if clip is network else clip(images), texts)
     return RowSamples(
         name=name,
         features=features,
         labels=conditions.labels(ids),
         predicted=None if network.classify is None else network.classify(features),
         images=images,
+        text_match=match,
     )
 
 
@@ -380,8 +409,9 @@ def _describe(run: _Run) -> Any:  # the schema's Protocol
         "metrics": list(run.protocol.metrics),
         "baseline_steps": list(run.protocol.baseline_steps),
     }
-    if own["guidance_scale"] is None:
-        del own["guidance_scale"]
+    own["clip"] = run.clip and run.clip.name
+    own["clip_fingerprint"] = run.clip and run.clip.fingerprint
+    own = {key: value for key, value in own.items() if value is not None}
     return own | {
         "dataset": run.protocol.conditions.name,
         "feature_extractor": run.network.name,

@@ -122,6 +122,8 @@ class Protocol(ProtocolBase, total=False):
     reference: str  # reference images or statistics
     feature_extractor: str
     fingerprint: str  # of the feature extractor: weights, resizing, normalisation, dtype
+    clip: str  # network of clip_score
+    clip_fingerprint: str
     metrics: list[str]
     rounds: int  # timed rounds
 

@@ -66,7 +66,7 @@ class SampleStore:
                 )
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        _write_atomically(path, json.dumps(wanted, indent=1).encode())
+        write_atomically(path, json.dumps(wanted, indent=1).encode())
 
     def missing(self, ids: Sequence[int]) -> list[int]:
         """Those of `ids` that have no sample yet."""
@@ -79,7 +79,7 @@ class SampleStore:
         Image.fromarray(array.squeeze(2) if array.shape[2] == 1 else array).save(
             buffer, "PNG", compress_level=_PNG_LEVEL
         )
-        _write_atomically(self._path(sample_id), buffer.getvalue())
+        write_atomically(self._path(sample_id), buffer.getvalue())
 
     def read(self, ids: Sequence[int]) -> Tensor:
         """The images of `ids`, uint8 (N, C, H, W).
@@ -109,7 +109,8 @@ class SampleStore:
         return self.folder / "samples" / f"{sample_id:06d}.png"
 
 
-def _write_atomically(path: Path, content: bytes) -> None:
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file, all or nothing: to a temporary name, then renamed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

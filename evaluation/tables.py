@@ -37,7 +37,7 @@ METRIC_GLOSSARY = {
     "fid": "Distance between the feature statistics of samples and reference; depends on n, so compare only equal n.",
     "fid_inf": "The same distance extrapolated to infinitely many samples.",
     "kid": "Squared kernel distance between features of samples and reference; unbiased at any n, can be below zero.",
-    "clip_score": "Cosine similarity of image and prompt under the named text-image network.",
+    "clip_score": "100 times the cosine similarity of image and prompt under the named text-image network, at least 0.",
     "class_accuracy": "Share of samples in which a classifier sees the class that was asked for.",
     "attribute_accuracy": "Share of the asked-for attributes that a classifier sees in the sample.",
     "precision": "Share of samples that lie within the manifold of the reference: fidelity.",

@@ -14,6 +14,7 @@ from diffusers import (
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
 )
+from PIL import Image
 from torch import Tensor, nn
 
 from flowaccel import Recipe, Sampler, SiTPipeline, SiTTransformer2DModel, VelocityRefiner
@@ -207,3 +208,84 @@ def snapshot(pipe: Any) -> dict[str, Any]:
         "scheduler vars": sorted(vars(pipe.scheduler)),
         "config": dict(pipe.config),
     }
+
+
+# --- feature networks of the real classes
+
+
+def clip_folder(folder: Path, seed: int = 0) -> Path:
+    """A `CLIPModel` for 16x16 images with 4 features, and a tokenizer that knows letters."""
+    from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
+
+    tower = {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "projection_dim": 4,
+    }
+    words = {"vocab_size": 54, "max_position_embeddings": 12, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
+    config = CLIPConfig(
+        text_config={**tower, **words}, vision_config={**tower, "image_size": 16, "patch_size": 8}, projection_dim=4
+    )
+    torch.manual_seed(seed)
+    network = CLIPModel(config)
+    random_weights(network, seed)
+    network.save_pretrained(folder)
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    names = ["<|startoftext|>", "<|endoftext|>", *letters, *(f"{letter}</w>" for letter in letters)]
+    CLIPTokenizer(vocab={name: i for i, name in enumerate(names)}, merges=[]).save_pretrained(folder)
+    return folder
+
+
+def dinov2_folder(folder: Path, seed: int = 0, **options: Any) -> Path:
+    """A `Dinov2Model` with 4 features; `options` go to `save_pretrained`."""
+    from transformers import Dinov2Config, Dinov2Model
+
+    torch.manual_seed(seed)
+    sizes = {"hidden_size": 4, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+    network = Dinov2Model(Dinov2Config(**sizes))
+    random_weights(network, seed)
+    network.to(options.pop("dtype", torch.float32)).save_pretrained(folder, **options)
+    return folder
+
+
+class InceptionLayers(nn.Module):
+    """What `.layers` of the Inception file is called like: normalised 299x299 images -> (N, width, 1, 1)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(48, width)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        pooled = nn.functional.adaptive_avg_pool2d(pixels, 4).flatten(1)
+        return self.linear(pooled).tanh()[:, :, None, None]
+
+
+class InceptionScript(nn.Module):
+    """The file's outer module, which has a resize of its own."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.layers = InceptionLayers(width)
+
+    def forward(self, images: Tensor, return_features: bool = False) -> Tensor:
+        return self.layers((images.float() - 128) / 128)
+
+
+def inception_file(path: Path, seed: int = 0, width: int = 6) -> Path:
+    """A TorchScript file that is laid out as `inception-2015-12-05.pt`."""
+    torch.manual_seed(seed)
+    torch.jit.save(torch.jit.script(InceptionScript(width).eval()), str(path))
+    return path
+
+
+def photos(folder: Path, count: int = 6, sizes: tuple[tuple[int, int], ...] = ((20, 14),), mode: str = "RGB") -> Path:
+    """PNG files of noise; image i has the size (width, height) `sizes[i % len(sizes)]`."""
+    folder.mkdir(parents=True)
+    for i in range(count):
+        width, height = sizes[i % len(sizes)]
+        channels = (height, width) if mode == "L" else (height, width, 3)
+        pixels = torch.randint(256, channels, dtype=torch.uint8, generator=torch.Generator().manual_seed(i))
+        Image.fromarray(pixels.numpy()).save(folder / f"{i}.png")
+    return folder

@@ -7,7 +7,7 @@ import sys
 
 import typer
 
-from flowaccel.cli import compare, convert, demo, evaluate, generate, recipes, train, zoo
+from flowaccel.cli import compare, convert, demo, evaluate, generate, recipes, stats, train, zoo
 
 app = typer.Typer(
     name="flowaccel",
@@ -21,6 +21,8 @@ app.command("demo")(demo.demo)
 app.command("generate")(generate.generate)
 app.command("evaluate")(evaluate.evaluate)
 app.command("compare")(compare.compare)
+app.command("stats")(stats.stats)
+app.command("export-npz")(stats.export)
 app.command("convert")(convert.convert)
 app.command("recipes")(recipes.recipes)
 app.add_typer(train.app, name="train")

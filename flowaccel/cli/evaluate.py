@@ -41,8 +41,13 @@ def evaluate(
     num_samples: Annotated[int, typer.Option(min=2, help="Images per row.")] = 2000,
     classes: Annotated[str | None, typer.Option(help="Class ids, such as 0-9; default all.")] = None,
     prompts: Annotated[Path | None, typer.Option(help="A UTF-8 text file with one prompt a line.")] = None,
-    reference: Annotated[str | None, typer.Option(help="zoo:SET or a folder of images.")] = None,
-    features: Annotated[str | None, typer.Option(help="zoo:NAME or MODULE:ATTRIBUTE.")] = None,
+    reference: Annotated[
+        str | None, typer.Option(help="zoo:SET, a folder of images, or statistics as .safetensors or .npz.")
+    ] = None,
+    features: Annotated[
+        str | None, typer.Option(help="inception, clip or dinov2, alone or with :PATH; zoo:NAME; MODULE:ATTRIBUTE.")
+    ] = None,
+    clip: Annotated[str | None, typer.Option(help="CLIP of clip_score: clip or clip:PATH; default --features.")] = None,
     metrics: Annotated[str, typer.Option(help="Separated by commas.")] = ",".join(DEFAULT_METRICS),
     guidance_scale: Annotated[float | None, typer.Option(help="Default: the pipeline's.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images per call when sampling.")] = 100,
@@ -79,6 +84,7 @@ def evaluate(
             features=_needed("--features", features or (known.features if known else None)),
             reference=_needed("--reference", reference or (known.reference if known else None)),
             metrics=tuple(name.strip() for name in metrics.split(",") if name.strip()),
+            clip=clip,
             rounds=rounds,
             latency_batch=latency_batch,
         )

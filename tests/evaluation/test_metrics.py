@@ -13,7 +13,7 @@ from torch import Tensor
 
 from flowaccel.evaluation.bootstrap import resample_counts, resample_indices, stderr
 from flowaccel.evaluation.kernel import kernel_distance, kernel_distance_resampled
-from flowaccel.evaluation.metrics import METRICS, ReferenceSet, RowSamples, difference, measure, not_worse
+from flowaccel.evaluation.metrics import METRICS, ReferenceSet, RowSamples, TextMatch, difference, measure, not_worse
 from flowaccel.evaluation.moments import Moments, frechet_distance
 
 N, WIDTH = 120, 6
@@ -35,6 +35,11 @@ def make_row(name: str, noise: float = 0.0, seed: int = 0) -> RowSamples:
         labels=labels,
         predicted=torch.where(wrong, (labels + 1) % 5, labels),
         images=images.clamp(0, 255).to(torch.uint8),
+        text_match=TextMatch(
+            network="clip:tiny",
+            prompts=tuple(f"prompt {i}" for i in range(N)),
+            cosine=0.3 + 0.2 * normal(8, N) - noise * normal(seed + 9, N).abs(),
+        ),
     )
 
 
@@ -52,7 +57,7 @@ def found() -> dict[str, dict[str, dict[str, Any]]]:
 
 
 def test_there_are_exactly_the_documented_metrics() -> None:
-    names = ["fid", "fid_inf", "kid", "class_accuracy", "precision", "recall", "psnr", "ssim", "rel_l2"]
+    names = ["fid", "fid_inf", "kid", "class_accuracy", "clip_score", "precision", "recall", "psnr", "ssim", "rel_l2"]
     assert list(METRICS) == names
 
 
@@ -64,7 +69,7 @@ def test_every_row_has_every_metric_and_the_first_no_paired_one(found: dict[str,
 def test_result_is_strict_json_with_the_documented_keys(found: dict[str, Any]) -> None:
     assert json.loads(json.dumps(found, allow_nan=False)) == found
     always = {"value", "n", "stderr", "ci95", "higher_is_better", "display", "versus"}
-    extra = {"class_accuracy": {"features"}, "psnr": {"reference", "identical_fraction"}}
+    extra = {"class_accuracy": {"features"}, "clip_score": {"features"}, "psnr": {"reference", "identical_fraction"}}
     for name, entry in found["fast"].items():
         default = {"reference"} if name in PAIRED else {"features", "reference"}
         assert set(entry) == always | extra.get(name, default), name
@@ -103,6 +108,7 @@ def test_error_of_the_kernel_distance_is_that_of_the_resamples(found: dict[str, 
         ("fid", "Frechet distance, net, n=120"),
         ("fid_inf", "Frechet distance extrapolated to infinite n, net, n=120"),
         ("precision", "Precision (k=3), net, n=120"),
+        ("clip_score", "CLIP score, clip:tiny, n=120"),
         ("psnr", "PSNR in dB against baseline, n=120"),
     ],
 )
@@ -117,7 +123,7 @@ def test_paired_metrics_and_classes_name_what_they_rest_on(found: dict[str, Any]
 
 
 def test_more_noise_is_worse_in_every_paired_metric(found: dict[str, Any]) -> None:
-    for name in ("class_accuracy", *PAIRED):
+    for name in ("class_accuracy", "clip_score", *PAIRED):
         noisy, close = found["baseline@10"][name]["value"], found["fast"][name]["value"]
         assert (close > noisy) == METRICS[name].higher_is_better, name
 
@@ -258,6 +264,54 @@ def test_too_few_samples_warn_once_and_only_for_frechet_distances() -> None:
 def test_metrics_of_samples_say_that_statistics_are_not_enough(metric: str) -> None:
     with pytest.raises(ValueError, match=f"metric '{metric}' needs the features of the reference.*'toy' has only"):
         measure(ROWS, replace(make_reference(), features=None), [metric], features_name="net")
+
+
+def clip_scores(cosine: Tensor, prompts: list[str], resamples: int = 400) -> dict[str, Any]:
+    match = TextMatch(network="clip:tiny", prompts=tuple(prompts), cosine=cosine)
+    rows = [replace(ROWS[0], text_match=match)]
+    return measure(rows, make_reference(), ["clip_score"], features_name="net", resamples=resamples)["baseline"][
+        "clip_score"
+    ]
+
+
+def test_clip_score_is_the_mean_of_what_is_above_zero() -> None:
+    cosine = normal(11, N)
+    entry = clip_scores(cosine, [f"prompt {i}" for i in range(N)])
+    scores = 100 * cosine.clamp_min(0)
+    assert entry["value"] == pytest.approx(float(scores.mean()))
+    assert entry["stderr"] == pytest.approx(float(scores.std()) / N**0.5, rel=0.15)
+    assert (entry["features"], entry["n"]) == ("clip:tiny", N)
+
+
+def test_images_of_one_prompt_are_resampled_together() -> None:
+    """Forty prompts, three equal images each: what is known are forty numbers, not a hundred and twenty."""
+    of_prompt = 0.3 + 0.1 * normal(12, N // 3)
+    together = clip_scores(of_prompt.repeat(3), [f"prompt {i % 40}" for i in range(N)])
+    apart = clip_scores(of_prompt.repeat(3), [f"prompt {i}" for i in range(N)])
+    assert together["value"] == pytest.approx(apart["value"])
+    assert together["stderr"] == pytest.approx(3**0.5 * apart["stderr"], rel=0.15)
+    assert together["stderr"] == pytest.approx(100 * float(of_prompt.std()) / 40**0.5, rel=0.15)
+
+
+def test_images_of_a_single_prompt_are_resampled_themselves() -> None:
+    cosine = 0.3 + 0.1 * normal(13, N)
+    assert clip_scores(cosine, ["one"] * N) == clip_scores(cosine, [f"prompt {i}" for i in range(N)])
+
+
+def test_prompts_of_unequal_numbers_of_images_weigh_by_image() -> None:
+    cosine = torch.cat([torch.full((90,), 0.2), torch.full((30,), 0.6)])
+    entry = clip_scores(cosine, ["often"] * 90 + ["seldom"] * 30)
+    assert entry["value"] == pytest.approx(30.0)
+    # two draws of two prompts: 20, 30 (twice as often) or 60
+    assert entry["stderr"] == pytest.approx(((0.25 * 20**2 + 0.5 * 30**2 + 0.25 * 60**2) - 35**2) ** 0.5, rel=0.1)
+
+
+def test_clip_score_says_which_row_lacks_prompts() -> None:
+    rows = [ROWS[0], replace(ROWS[1], text_match=None)]
+    with pytest.raises(ValueError, match=r"metric 'clip_score' needs the prompts of .* row 'baseline@10'"):
+        measure(rows, make_reference(), ["clip_score"], features_name="net")
+    with pytest.raises(ValueError, match=r"row 'baseline': prompts must have one entry for each of the 120 .*got 1"):
+        replace(ROWS[0], text_match=TextMatch(network="clip:tiny", prompts=("one",), cosine=normal(0, N)))
 
 
 @pytest.mark.parametrize("missing", ["labels", "predicted"])
