@@ -246,7 +246,7 @@ def test_hub_errors_list_what_was_tried(hub: FakeHub) -> None:
     with pytest.raises(
         WeightsNotFoundError,
         match=r"cannot get recipe 'me/none': there is no file or folder of that name here, no preset \(euler, .*\), "
-        r"and on the Hub: the Hub did not give flowaccel.json of me/none \(RepositoryNotFoundError: 404 Client Error\.\)",
+        r"and on the Hub: the Hub did not give flowaccel.json of me/none \(RepositoryNotFoundError: 404 Client Error",
     ):
         resolve("me/none")
     (hub.root / "me/empty").mkdir(parents=True)
