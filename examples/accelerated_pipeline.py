@@ -17,37 +17,40 @@ from PIL import Image
 
 from flowaccel import restore, zoo
 from flowaccel.pipelines import AcceleratedPipeline, SiTPipeline
+from flowaccel.recipe import resolve
 
 
 def main(path: str, recipe: str, prompt: str) -> None:
     # Instead of: pipe = StableDiffusion3Pipeline.from_pretrained(path)
     pipe: Any = AcceleratedPipeline.from_pretrained(path, recipe=recipe)
     pipe.set_progress_bar_config(disable=True)
-    images = timed(f"{type(pipe).__name__} with {recipe}", pipe, prompt)
+    steps = resolve(recipe).num_inference_steps  # a call decides on its steps, so it is told those of the recipe
+    options = {"num_inference_steps": steps} if steps else {}
+    images = timed(f"{type(pipe).__name__} with {recipe}", pipe, prompt, **options)
     sheet(images).save("accelerated.png")
 
     with tempfile.TemporaryDirectory() as folder:
         pipe.save_pretrained(folder)  # what diffusers can read, and flowaccel.json beside it
         again: Any = AcceleratedPipeline.from_pretrained(folder)
         again.set_progress_bar_config(disable=True)
-        same = np.array_equal(sheet(images), sheet(generate(again, prompt)))
+        same = np.array_equal(sheet(images), sheet(generate(again, prompt, **options)))
         print(f"saved and loaded, it gives {'the same images' if same else 'OTHER IMAGES'}")
 
     restore(pipe)
-    sheet(timed("restored", pipe, prompt)).save("restored.png")
+    sheet(timed(f"restored, {steps or 'default'} steps", pipe, prompt, **options)).save("restored.png")
     print("wrote accelerated.png and restored.png")
 
 
-def generate(pipe: Any, prompt: str) -> list[Image.Image]:
+def generate(pipe: Any, prompt: str, **options: Any) -> list[Image.Image]:
     if isinstance(pipe, SiTPipeline):
         generators = [torch.Generator().manual_seed(seed) for seed in range(10)]
-        return pipe(list(range(10)), generator=generators).images
-    return pipe(prompt, generator=torch.Generator().manual_seed(0)).images
+        return pipe(list(range(10)), generator=generators, **options).images
+    return pipe(prompt, generator=torch.Generator().manual_seed(0), **options).images
 
 
-def timed(what: str, pipe: Any, prompt: str) -> list[Image.Image]:
+def timed(what: str, pipe: Any, prompt: str, **options: Any) -> list[Image.Image]:
     start = time.perf_counter()
-    images = generate(pipe, prompt)
+    images = generate(pipe, prompt, **options)
     print(f"{what}: {len(images)} images in {time.perf_counter() - start:.2f} s")
     return images
 
