@@ -16,8 +16,8 @@ class AcceleratedPipeline:
     """Loads any diffusers pipeline and puts a recipe on it: the name to write instead of the pipeline's own class.
 
     It has no instances: `from_pretrained` returns one of the pipeline's own class, so everything that works on that
-    class works on it, and `flowaccel.restore(pipe)` gives the untouched pipeline. The number of steps stays an argument of
-    the call, also where the recipe has one (`heun@8`).
+    class works on it, and `flowaccel.restore(pipe)` gives the untouched pipeline. The number of steps stays an
+    argument of the call, also where the recipe has one (`heun@8`).
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
