@@ -16,7 +16,8 @@ class AcceleratedPipeline:
     """Loads any diffusers pipeline and puts a recipe on it: the name to write instead of the pipeline's own class.
 
     It has no instances: `from_pretrained` returns one of the pipeline's own class, so everything that works on that
-    class works on it, and `flowaccel.restore(pipe)` gives the untouched pipeline.
+    class works on it, and `flowaccel.restore(pipe)` gives the untouched pipeline. The number of steps stays an
+    argument of the call, also where the recipe has one (`heun@8`).
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -54,10 +55,8 @@ class AcceleratedPipeline:
             UnsupportedModelError: its class is no pipeline of diffusers or flowaccel, or the recipe is for another one.
             ValueError, TypeError, FileNotFoundError: `recipe` names none or does not fit.
         """
-        if None not in (dtype, torch_dtype) and dtype != torch_dtype:
-            raise ValueError(f"dtype is {dtype} and torch_dtype is {torch_dtype}; give one of them")
         chosen = None if recipe is None else resolve(recipe)  # first, so that a misspelt name is found at once
-        pipe = load_pipeline(path_or_id, torch_dtype=dtype or torch_dtype, **kwargs)
+        pipe = load_pipeline(path_or_id, torch_dtype=torch_dtype, dtype=dtype, **kwargs)
         if recipe is None:
             hub = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
             chosen = saved_recipe(path_or_id, **hub)

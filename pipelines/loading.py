@@ -20,13 +20,19 @@ _OF_THE_HUB = ("revision", "cache_dir", "local_files_only", "token", "force_down
 
 
 def load_pipeline(
-    path: str | Path, *, torch_dtype: torch.dtype | None = None, device: str | None = None, **kwargs: Any
+    path: str | Path,
+    *,
+    torch_dtype: torch.dtype | None = None,
+    dtype: torch.dtype | None = None,
+    device: str | None = None,
+    **kwargs: Any,
 ) -> DiffusionPipeline:
     """The pipeline in a folder or on the Hub, as an instance of the class that its `model_index.json` names.
 
     Args:
         path: a folder with `model_index.json`, or a Hub id.
         torch_dtype: dtype of the weights; None means float32.
+        dtype: another name for `torch_dtype`, as in diffusers.
         device: where to put it; None leaves it on the CPU.
         kwargs: further arguments of diffusers' `from_pretrained`: components (`transformer=...`,
             `text_encoder_3=None`), `variant`, `revision`, `cache_dir`, `local_files_only` and others.
@@ -34,8 +40,10 @@ def load_pipeline(
     Raises:
         WeightsNotFoundError: neither a pipeline folder nor to be had from the Hub.
         UnsupportedModelError: its class is no pipeline of diffusers or flowaccel.
-        ValueError: an argument that would read pickles or run foreign code.
+        ValueError: an argument that would read pickles or run foreign code, or two dtypes.
     """
+    if None not in (dtype, torch_dtype) and dtype != torch_dtype:
+        raise ValueError(f"dtype is {dtype} and torch_dtype is {torch_dtype}; give one of them")
     folder = Path(path)
     if folder.exists() and not (folder / "model_index.json").is_file():
         raise WeightsNotFoundError(f"{path} is not a pipeline: it has no model_index.json")
@@ -44,7 +52,7 @@ def load_pipeline(
         of_the_hub = {name: kwargs[name] for name in _OF_THE_HUB if name in kwargs}
         pipeline_class = _pipeline_class(path, DiffusionPipeline.load_config(str(path), **of_the_hub))
         # Without use_safetensors diffusers falls back to pickled weights where the safetensors file is missing.
-        options = {**kwargs, "dtype": torch_dtype or torch.float32, "use_safetensors": True}
+        options = {**kwargs, "dtype": dtype or torch_dtype or torch.float32, "use_safetensors": True}
         pipe = pipeline_class.from_pretrained(str(path), **options)
     except OSError as error:
         reason = str(error).split("\n")[0]

@@ -223,6 +223,27 @@ def test_only_json_and_safetensors_are_downloaded(hub: FakeHub, saved: Path) -> 
     assert second[3]["revision"] == "0a1b2c"  # the same commit, also if the branch moves meanwhile
 
 
+def test_the_real_cache_is_read_without_network(saved: Path, tmp_path: Path) -> None:
+    """The layout that huggingface_hub keeps: files are links to blobs outside the snapshot."""
+    commit, repository = "a" * 40, tmp_path / "cache" / "models--me--fast"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(commit)
+    (repository / "blobs").mkdir()
+    for number, (name, content) in enumerate(files(saved).items()):
+        blob, link = repository / "blobs" / str(number), repository / "snapshots" / commit / name
+        blob.write_bytes(content)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(blob)
+    recipe = Recipe.from_pretrained("me/fast", cache_dir=tmp_path / "cache", local_files_only=True)
+    assert recipe == Recipe(
+        [recipe.accelerators[0], VelocityRefiner(repository / "snapshots" / commit / "refiner")],
+        "flowturbo-H1P2R2",
+        base=Base.of(tiny.sit_pipeline()),
+    )
+    accelerate(tiny.sit_pipeline(), recipe)
+    assert saved_recipe("me/fast", cache_dir=tmp_path / "cache", local_files_only=True) == recipe
+
+
 def test_save_and_push(hub: FakeHub, tmp_path: Path) -> None:
     recipe = resolve("heun@4")
     recipe.save_pretrained(tmp_path / "four", push_to_hub=True, repo_id="me/four", private=True)
@@ -246,8 +267,7 @@ def test_hub_errors_list_what_was_tried(hub: FakeHub) -> None:
     with pytest.raises(
         WeightsNotFoundError,
         match=r"cannot get recipe 'me/none': there is no file or folder of that name here, no preset \(euler, .*\), "
-        r"and on the Hub: the Hub did not give flowaccel.json of me/none "
-        r"\(RepositoryNotFoundError: 404 Client Error\.\)",
+        r"and on the Hub: the Hub did not give flowaccel.json of me/none \(RepositoryNotFoundError: 404 Client Error",
     ):
         resolve("me/none")
     (hub.root / "me/empty").mkdir(parents=True)
