@@ -8,6 +8,7 @@ not.
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -25,8 +26,9 @@ from .features import FeatureNetwork, check_reference, fingerprint, load_feature
 from .figures import PARETO_METRICS, pareto, pareto_png, sample_grid
 from .latency import Timing, measure_latency
 from .metrics import METRICS, RowSamples, find_metric, measure
+from .processes import World, claimed, processes
 from .report import html_report
-from .schema import SCHEMA_VERSION, Results, Row, save_results
+from .schema import SCHEMA_VERSION, Results, Row, load_results, save_results
 from .store import SampleStore, folder_name, generate, sample_generator
 
 BASELINE = "baseline"
@@ -95,6 +97,7 @@ class _Run:
     network: FeatureNetwork = field(init=False)
     weights: dict[str, str] = field(init=False)
     """Fingerprints of the pipeline's networks."""
+    world: World = field(init=False)
 
     @property
     def ids(self) -> list[int]:
@@ -137,6 +140,9 @@ def evaluate(
 ) -> Results:
     """Measure recipes against the untouched pipeline and against the same pipeline with fewer steps.
 
+    Where `torch.distributed` is initialised, every process calls this with the same arguments. They share the making
+    of the samples; the first one then does the rest alone, and all return the same.
+
     Args:
         pipe: a diffusers pipeline that is not accelerated.
         recipes: what to compare; their learned parts are loaded once.
@@ -148,7 +154,9 @@ def evaluate(
         What is also written to `out/results.json`, beside `pareto.png`, `samples.png` and `report.html`.
 
     Raises:
-        ValueError: the pipeline is accelerated already, names clash, or `out` holds samples made differently.
+        ValueError: the pipeline is accelerated already or makes no images, names clash, or `out` holds samples made
+            differently or is in use by another run.
+        ConnectionError: another process of this run has ended.
         OSError: something could not be written; what was made so far stays, and the same call goes on from there.
     """
     if is_accelerated(pipe):
@@ -159,10 +167,19 @@ def evaluate(
     _check_early(run)
     run.weights = {name: fingerprint(part) for name, part in pipe.components.items() if isinstance(part, nn.Module)}
     pipe.set_progress_bar_config(disable=True)
-    _make_samples(run)
+    with processes() as run.world, claimed(run.out, run.world):
+        _make_samples(run)
+        results = _measure(run) if run.world.first else None
+        run.world.wait()
+        return results or load_results(run.out)
+
+
+def _measure(run: _Run) -> Results:
+    """Everything after the samples, written to the run folder."""
+    protocol = run.protocol
     samples = _read_samples(run)
     reference = load_reference(protocol.reference, run.network, tuple(samples[0].images.shape[1:]))
-    notify("metrics", 0, 1)
+    run.notify("metrics", 0, 1)
     versus = [row.name for row in run.rows if row.family == BASELINE]
     metrics = measure(
         samples,
@@ -173,13 +190,13 @@ def evaluate(
         resamples=protocol.resamples,
         versus=versus,
     )
-    notify("metrics", 1, 1)
+    run.notify("metrics", 1, 1)
     costs = [_cost(run, row) for row in run.rows]
     timings = _time(run)
     results: Results = {
         "schema": SCHEMA_VERSION,
         "protocol": _describe(run),
-        "environment": environment(pipe.device),
+        "environment": environment(run.pipe.device) | {"world_size": run.world.size},
         "rows": [
             _row(run, row, cost, costs[0], timings, metrics[row.name])
             for row, cost in zip(run.rows, costs, strict=True)
@@ -193,6 +210,8 @@ def evaluate(
 
 def _check_early(run: _Run) -> None:
     """Refuse now what would otherwise fail once all samples are made."""
+    if "num_frames" in inspect.signature(type(run.pipe).__call__).parameters:
+        raise _no_images(run.pipe)
     check_reference(run.protocol.reference)
     classless = run.protocol.conditions.labels([0]) is None or run.network.classify is None
     for name in run.protocol.metrics:
@@ -203,20 +222,38 @@ def _check_early(run: _Run) -> None:
             )
 
 
+def _no_images(pipe: Any) -> ValueError:
+    return ValueError(
+        f"evaluate needs a pipeline that makes images, and {type(pipe).__name__} does not; "
+        "`flowaccel generate` writes videos, comparing them is not in this version"
+    )
+
+
 def _make_samples(run: _Run) -> None:
-    total = len(run.rows) * run.protocol.num_samples
-    todo = {}
-    for row in run.rows:
-        store = run.store(row)
-        store.open(_manifest(run, row))
-        todo[row.name] = len(store.missing(run.ids))
-    done = total - sum(todo.values())
+    """This process's share of the samples that are missing; returns when all are made."""
+    world = run.world
+    if world.first:
+        _open_stores(run)
+    world.wait()
+    if not world.first:
+        _open_stores(run)  # compares this process's networks with those of the first
+    missing = {row.name: run.store(row).missing(run.ids) for row in run.rows}
+    world.wait()  # only now, with every process's list complete, may files appear
+    shares = {name: world.share(ids) for name, ids in missing.items()}
+    done = len(run.rows) * run.protocol.num_samples - sum(len(ids) for ids in missing.values())
+    total = done + sum(len(ids) for ids in shares.values())
     run.notify("samples", done, total)
     for row in run.rows:
         with _row_pipeline(run, row) as make:
-            for made in generate(run.store(row), run.ids, run.protocol.batch_size, make):
+            for made in generate(run.store(row), shares[row.name], run.protocol.batch_size, make):
                 done += made
                 run.notify("samples", done, total)
+    world.wait()
+
+
+def _open_stores(run: _Run) -> None:
+    for row in run.rows:
+        run.store(row).open(_manifest(run, row))
 
 
 def _manifest(run: _Run, row: RowSpec) -> dict[str, Any]:
@@ -257,7 +294,10 @@ def call(pipe: Any, protocol: Protocol, ids: Sequence[int], steps: int) -> Tenso
     if protocol.guidance_scale is not None:
         arguments["guidance_scale"] = protocol.guidance_scale
     generators = [sample_generator(protocol.seed, sample_id) for sample_id in ids]
-    images = pipe(**arguments, num_inference_steps=steps, generator=generators, output_type="np").images
+    output = pipe(**arguments, num_inference_steps=steps, generator=generators, output_type="np")
+    images = getattr(output, "images", None)
+    if images is None:
+        raise _no_images(pipe)
     return (torch.from_numpy(images).permute(0, 3, 1, 2) * 255).round().clamp(0, 255).to(torch.uint8)
 
 

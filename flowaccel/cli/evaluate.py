@@ -13,11 +13,13 @@ from flowaccel import zoo
 from flowaccel.cli.common import (
     DeviceOption,
     DtypeOption,
+    ExpectWorldOption,
     JsonOption,
     PipeArgument,
     SeedOption,
     emit,
     friendly_errors,
+    launched,
     open_pipeline,
     open_recipe,
     output_folder,
@@ -53,18 +55,24 @@ def evaluate(
     device: DeviceOption = "auto",
     dtype: DtypeOption = "float32",
     out: Annotated[Path | None, typer.Option(help="Run folder; a started one is resumed.")] = None,
+    expect_world: ExpectWorldOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Measure recipes against the untouched pipeline and against the same pipeline with fewer steps.
 
     Example: flowaccel evaluate zoo:sit-digits --recipe flowturbo-H2P4R2 --baseline-steps 5,8 --num-samples 500 --out
         runs/try
+
+    Several processes share the sampling: torchrun --nproc-per-node 4 -m flowaccel evaluate ... --expect-world 4
     """
-    with friendly_errors(" What was made so far is kept; the same command goes on from there."):
-        if config is not None:
-            context.invoke(evaluate, **_merged(context, config))
-            return
-        pipeline = open_pipeline(pipe, device, dtype)
+    if config is not None:
+        with friendly_errors():
+            merged = _merged(context, config)
+        context.invoke(evaluate, **merged)
+        return
+    hint = " What was made so far is kept; the same command goes on from there."
+    with friendly_errors(hint), launched(device, expect_world) as own_device:
+        pipeline = open_pipeline(pipe, own_device, dtype)
         if attention is not None:
             set_attention(pipeline, attention)
         known = zoo.entry(pipe) if pipe.startswith(zoo.PREFIX) else None
