@@ -112,8 +112,9 @@ def launched(device: str, expect_world: int | None) -> Iterator[str]:
                 f"{expect_world} -m flowaccel ...` does the same; with --cpu it starts a single process, whatever "
                 "--num_processes says"
             )
-        own = state is not None and state.device.type == "cuda" and device in ("auto", "cuda")
-        yield str(state.device) if own else device
+        if state is not None and state.device.type == "cuda" and device in ("auto", "cuda"):
+            device = str(state.device)
+        yield device
     finally:
         if state is not None:
             state.destroy_process_group()  # without this the process ends in SIGABRT

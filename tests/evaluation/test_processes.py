@@ -171,7 +171,7 @@ def test_another_number_of_processes_is_refused(pipe: Path, tmp_path: Path) -> N
 def test_shares_are_a_partition(size: int) -> None:
     ids = [3, 5, 6, 8, 11]
     shares = [World(rank, size).share(ids) for rank in range(size)]
-    assert sorted(sum(shares, [])) == ids
+    assert sorted(sample_id for share in shares for sample_id in share) == ids
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
@@ -200,9 +200,9 @@ def test_a_second_run_in_the_folder_is_refused_while_any_process_of_the_first_li
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
         assert holder.stdout is not None
         assert holder.stdout.readline() == "held\n"
-        with pytest.raises(ValueError, match=r"is in use by another run \(process 7 on elsewhere\); wait"):
-            with claimed(tmp_path, World()):
-                pytest.fail("two runs at once")
+        refused = pytest.raises(ValueError, match=r"is in use by another run \(process 7 on elsewhere\); wait")
+        with refused, claimed(tmp_path, World()):
+            pytest.fail("two runs at once")
         assert (tmp_path / ".lock").exists()
         holder.kill()
     with claimed(tmp_path, World()):  # a killed run leaves a file, but no lock
