@@ -446,12 +446,12 @@ def write_figures(results: Results, images: dict[str, Tensor], out: Path) -> Non
     """`pareto.png` (where a metric has a value), `samples.png` and the self-contained `report.html` beside a result
     file.
     """
-    figures = {"pareto": out / "pareto.png", "samples": out / "samples.png"}
+    figures = {}
     metric = quality_axis(results)
-    if metric is None:
-        del figures["pareto"]
-    else:
-        pareto_png(results, figures["pareto"], metric)
+    if metric is not None:
+        figures["Quality against time"] = out / "pareto.png"
+        pareto_png(results, out / "pareto.png", metric)
+    figures["The first samples: the same noise in every column"] = out / "samples.png"
     shown = {name: rows[:_GRID_SAMPLES] for name, rows in images.items()}
-    sample_grid(shown, figures["samples"], columns=_GRID_SAMPLES)
+    sample_grid(shown, out / "samples.png", columns=_GRID_SAMPLES)
     html_report(results, out / "report.html", figures)
