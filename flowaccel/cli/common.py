@@ -122,7 +122,7 @@ def launched(device: str, expect_world: int | None) -> Iterator[str]:
 
 def is_first() -> bool:
     """Whether this process speaks for all that were launched together."""
-    return not dist.is_initialized() or dist.get_rank() == 0
+    return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
 
 
 @contextmanager
