@@ -161,6 +161,8 @@ def evaluate(
     """
     if is_accelerated(pipe):
         raise ValueError("evaluate needs the untouched pipeline; call flowaccel.restore(pipe) first")
+    if "num_frames" in inspect.signature(type(pipe).__call__).parameters:
+        raise _no_images(pipe)
     loaded = [recipe.loaded(pipe) for recipe in recipes]
     run = _Run(pipe=pipe, protocol=protocol, rows=plan_rows(loaded, protocol), out=Path(out), notify=notify)
     run.network = load_features(protocol.features)
@@ -210,8 +212,6 @@ def _measure(run: _Run) -> Results:
 
 def _check_early(run: _Run) -> None:
     """Refuse now what would otherwise fail once all samples are made."""
-    if "num_frames" in inspect.signature(type(run.pipe).__call__).parameters:
-        raise _no_images(run.pipe)
     check_reference(run.protocol.reference)
     classless = run.protocol.conditions.labels([0]) is None or run.network.classify is None
     for name in run.protocol.metrics:
