@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 PARETO_METRICS = ("fid", "fid_inf", "kid", "rel_l2")
 """The quality axis is the first of these that the results have, unless one is named."""
 
+_MOST_NAMES = 12
+_NEAR = 13  # typographic points; a name farther from its marker gets a line to it
 _BASELINE_COLOUR = "#444444"
 # Okabe and Ito's palette, distinguishable with every common colour vision; the marker repeats the information.
 _STYLES = tuple(zip(("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"), "sD^vPX", strict=True))
@@ -74,6 +76,7 @@ def pareto_png(results: Results, path: str | os.PathLike[str], metric: str | Non
 
     The grey line is the untouched pipeline with fewer steps: an accelerator is worth its name only on the good side of
     it. Filled markers are Pareto-optimal. Error bars: the 10th to 90th percentile of rounds, and 1.96 standard errors.
+    Of more than twelve rows only the Pareto-optimal and the untouched ones are named.
 
     Raises:
         ValueError: no row has a value of `metric`.
@@ -89,11 +92,12 @@ def pareto_png(results: Results, path: str | os.PathLike[str], metric: str | Non
     figure = Figure(figsize=(8, 5.2), dpi=200, layout="constrained")
     canvas = FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    _draw_rows(axes, rows, metric, untouched=results["rows"][0]["recipe"])
+    untouched = results["rows"][0]["recipe"]
+    _draw_rows(axes, rows, metric, untouched=untouched)
     _dress(axes, rows, metric)
     canvas.draw()  # the layout must be final before labels can be kept from touching
     figure.set_layout_engine("none")
-    _place_labels(axes, canvas, rows, metric)
+    _place_labels(axes, canvas, rows, metric, _named(rows, metric, untouched))
     figure.savefig(Path(path), format="png")
 
 
@@ -186,8 +190,19 @@ def _short(text: str, limit: int = 34) -> str:
     return text if len(text) <= limit else f"{text[: limit - 1]}…"
 
 
-def _place_labels(axes: Axes, canvas: FigureCanvasAgg, rows: Sequence[Row], metric: str) -> None:
-    """Name each point at the free place nearest to it: greedy, off markers, lines, legend and the other names."""
+def _named(rows: Sequence[Row], metric: str, untouched: str) -> set[str]:
+    """The rows whose names fit into the plot."""
+    if len(rows) <= _MOST_NAMES:
+        return {entry["recipe"] for entry in rows}
+    return pareto(rows, metric) | {entry["recipe"] for entry in rows if _family(entry, untouched) == untouched}
+
+
+def _place_labels(
+    axes: Axes, canvas: FigureCanvasAgg, rows: Sequence[Row], metric: str, named: Collection[str]
+) -> None:
+    """Name the points of the rows in `named`, each at the free place nearest to it: greedy, off markers, lines, legend
+    and the other names.
+    """
     from matplotlib.patheffects import withStroke
     from matplotlib.transforms import Bbox
 
@@ -199,6 +214,8 @@ def _place_labels(axes: Axes, canvas: FigureCanvasAgg, rows: Sequence[Row], metr
         taken.append(legend.get_window_extent(renderer))
     crossed, inside = _line_boxes(axes, 5 * pixels), axes.get_window_extent(renderer)
     for entry, (x, y) in zip(rows, points, strict=True):
+        if entry["recipe"] not in named:
+            continue
         label = axes.annotate(
             _short(entry["recipe"], 26), _xy(entry, metric), xytext=(0, 0), textcoords="offset points", fontsize=9,
             parse_math=False, ha="center", va="center", zorder=4,
@@ -213,9 +230,14 @@ def _place_labels(axes: Axes, canvas: FigureCanvasAgg, rows: Sequence[Row], metr
             struck = sum(_overlap(place, other) for other in crossed)
             outside = size.width * size.height - _overlap(place, inside)
             # a name far from its point reads as another point's: rather cross a line, never hide a name or a marker
-            places.append((20 * hidden + struck + 4 * outside + 4 * gap * pixels**2, (dx, dy), place))
-        _, label.xyann, chosen = min(places, key=lambda candidate: candidate[0])
+            places.append((20 * hidden + struck + 4 * outside + 4 * gap * pixels**2, gap, (dx, dy), place))
+        _, gap, label.xyann, chosen = min(places, key=lambda candidate: candidate[0])
         taken.append(chosen)
+        if gap > _NEAR:
+            axes.annotate(
+                "", _xy(entry, metric), xytext=label.xyann, textcoords="offset points", zorder=2,
+                arrowprops={"arrowstyle": "-", "lw": 0.8, "color": "#777777", "shrinkB": 5},
+            )  # fmt: skip
 
 
 def _offsets(width: float, height: float) -> Iterator[tuple[float, float, float]]:

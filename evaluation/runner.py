@@ -8,6 +8,7 @@ not.
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -25,8 +26,9 @@ from .features import FeatureNetwork, check_reference, fingerprint, load_feature
 from .figures import PARETO_METRICS, pareto, pareto_png, sample_grid
 from .latency import Timing, measure_latency
 from .metrics import METRICS, RowSamples, find_metric, measure
+from .processes import World, claimed, processes
 from .report import html_report
-from .schema import SCHEMA_VERSION, Results, Row, save_results
+from .schema import SCHEMA_VERSION, Results, Row, load_results, save_results
 from .statistics import is_statistics
 from .store import SampleStore, folder_name, generate, sample_generator
 from .text import load_clip, text_match
@@ -101,6 +103,7 @@ class _Run:
     """Where clip_score is asked for."""
     weights: dict[str, str] = field(init=False)
     """Fingerprints of the pipeline's networks."""
+    world: World = field(init=False)
 
     @property
     def ids(self) -> list[int]:
@@ -143,6 +146,9 @@ def evaluate(
 ) -> Results:
     """Measure recipes against the untouched pipeline and against the same pipeline with fewer steps.
 
+    Where `torch.distributed` is initialised, every process calls this with the same arguments. They share the making
+    of the samples; the first one then does the rest alone, and all return the same.
+
     Args:
         pipe: a diffusers pipeline that is not accelerated.
         recipes: what to compare; their learned parts are loaded once.
@@ -154,11 +160,15 @@ def evaluate(
         What is also written to `out/results.json`, beside `pareto.png`, `samples.png` and `report.html`.
 
     Raises:
-        ValueError: the pipeline is accelerated already, names clash, or `out` holds samples made differently.
+        ValueError: the pipeline is accelerated already or makes no images, names clash, or `out` holds samples made
+            differently or is in use by another run.
+        ConnectionError: another process of this run has ended.
         OSError: something could not be written; what was made so far stays, and the same call goes on from there.
     """
     if is_accelerated(pipe):
         raise ValueError("evaluate needs the untouched pipeline; call flowaccel.restore(pipe) first")
+    if "num_frames" in inspect.signature(type(pipe).__call__).parameters:
+        raise _no_images(pipe)
     loaded = [recipe.loaded(pipe) for recipe in recipes]
     run = _Run(pipe=pipe, protocol=protocol, rows=plan_rows(loaded, protocol), out=Path(out), notify=notify)
     run.network = load_features(protocol.features, "cpu" if pipe.device.type == "meta" else pipe.device)
@@ -167,10 +177,19 @@ def evaluate(
     _check_early(run)
     run.weights = {name: fingerprint(part) for name, part in pipe.components.items() if isinstance(part, nn.Module)}
     pipe.set_progress_bar_config(disable=True)
-    _make_samples(run)
+    with processes() as run.world, claimed(run.out, run.world):
+        _make_samples(run)
+        results = _measure(run) if run.world.first else None
+        run.world.wait()
+        return results or load_results(run.out)
+
+
+def _measure(run: _Run) -> Results:
+    """Everything after the samples, written to the run folder."""
+    protocol = run.protocol
     samples = _read_samples(run)
     reference = load_reference(protocol.reference, run.network, tuple(samples[0].images.shape[1:]))
-    notify("metrics", 0, 1)
+    run.notify("metrics", 0, 1)
     versus = [row.name for row in run.rows if row.family == BASELINE]
     metrics = measure(
         samples,
@@ -181,13 +200,13 @@ def evaluate(
         resamples=protocol.resamples,
         versus=versus,
     )
-    notify("metrics", 1, 1)
+    run.notify("metrics", 1, 1)
     costs = [_cost(run, row) for row in run.rows]
     timings = _time(run)
     results: Results = {
         "schema": SCHEMA_VERSION,
         "protocol": _describe(run),
-        "environment": environment(pipe.device),
+        "environment": environment(run.pipe.device) | {"world_size": run.world.size},
         "rows": [
             _row(run, row, cost, costs[0], timings, metrics[row.name])
             for row, cost in zip(run.rows, costs, strict=True)
@@ -221,20 +240,38 @@ def _check_early(run: _Run) -> None:
             )
 
 
+def _no_images(pipe: Any) -> ValueError:
+    return ValueError(
+        f"evaluate needs a pipeline that makes images, and {type(pipe).__name__} does not; "
+        "`flowaccel generate` writes videos, comparing them is not in this version"
+    )
+
+
 def _make_samples(run: _Run) -> None:
-    total = len(run.rows) * run.protocol.num_samples
-    todo = {}
-    for row in run.rows:
-        store = run.store(row)
-        store.open(_manifest(run, row))
-        todo[row.name] = len(store.missing(run.ids))
-    done = total - sum(todo.values())
+    """This process's share of the samples that are missing; returns when all are made."""
+    world = run.world
+    if world.first:
+        _open_stores(run)
+    world.wait()
+    if not world.first:
+        _open_stores(run)  # compares this process's networks with those of the first
+    missing = {row.name: run.store(row).missing(run.ids) for row in run.rows}
+    world.wait()  # only now, with every process's list complete, may files appear
+    shares = {name: world.share(ids) for name, ids in missing.items()}
+    done = len(run.rows) * run.protocol.num_samples - sum(len(ids) for ids in missing.values())
+    total = done + sum(len(ids) for ids in shares.values())
     run.notify("samples", done, total)
     for row in run.rows:
         with _row_pipeline(run, row) as make:
-            for made in generate(run.store(row), run.ids, run.protocol.batch_size, make):
+            for made in generate(run.store(row), shares[row.name], run.protocol.batch_size, make):
                 done += made
                 run.notify("samples", done, total)
+    world.wait()
+
+
+def _open_stores(run: _Run) -> None:
+    for row in run.rows:
+        run.store(row).open(_manifest(run, row))
 
 
 def _manifest(run: _Run, row: RowSpec) -> dict[str, Any]:
@@ -265,7 +302,8 @@ def _denoiser(pipe: Any) -> Any:
 @contextlib.contextmanager
 def _row_pipeline(run: _Run, row: RowSpec) -> Iterator[Callable[[list[int]], Tensor]]:
     """A function ids -> uint8 images that samples with the row's recipe."""
-    with accelerated(run.pipe, row.recipe):
+    # An empty recipe is observed too, and what is untouched must not even be that.
+    with accelerated(run.pipe, row.recipe) if row.recipe.accelerators else contextlib.nullcontext():
         yield lambda ids: call(run.pipe, run.protocol, ids, row.steps)
 
 
@@ -275,7 +313,10 @@ def call(pipe: Any, protocol: Protocol, ids: Sequence[int], steps: int) -> Tenso
     if protocol.guidance_scale is not None:
         arguments["guidance_scale"] = protocol.guidance_scale
     generators = [sample_generator(protocol.seed, sample_id) for sample_id in ids]
-    images = pipe(**arguments, num_inference_steps=steps, generator=generators, output_type="np").images
+    output = pipe(**arguments, num_inference_steps=steps, generator=generators, output_type="np")
+    images = getattr(output, "images", None)
+    if images is None:
+        raise _no_images(pipe)
     return (torch.from_numpy(images).permute(0, 3, 1, 2) * 255).round().clamp(0, 255).to(torch.uint8)
 
 
@@ -436,12 +477,12 @@ def write_figures(results: Results, images: dict[str, Tensor], out: Path) -> Non
     """`pareto.png` (where a metric has a value), `samples.png` and the self-contained `report.html` beside a result
     file.
     """
-    figures = {"pareto": out / "pareto.png", "samples": out / "samples.png"}
+    figures = {}
     metric = quality_axis(results)
-    if metric is None:
-        del figures["pareto"]
-    else:
-        pareto_png(results, figures["pareto"], metric)
+    if metric is not None:
+        figures["Quality against time"] = out / "pareto.png"
+        pareto_png(results, out / "pareto.png", metric)
+    figures["The first samples: the same noise in every column"] = out / "samples.png"
     shown = {name: rows[:_GRID_SAMPLES] for name, rows in images.items()}
-    sample_grid(shown, figures["samples"], columns=_GRID_SAMPLES)
+    sample_grid(shown, out / "samples.png", columns=_GRID_SAMPLES)
     html_report(results, out / "report.html", figures)

@@ -14,11 +14,12 @@ EXTRAS = {
     "torchvision": "clean-fid",
     "cache_dit": "cache-dit",
     "imageio": "video",
+    "imageio_ffmpeg": "video",
 }
 
 
 def require(module: str) -> ModuleType:
-    """Import an optional module (`xformers`, `cleanfid`, `torchvision`, `cache_dit` or `imageio`, or one below these).
+    """Import an optional module: one of `EXTRAS` or one below these.
 
     Raises:
         MissingExtraError: it is not installed, or installed and broken; the message says what to install.

@@ -43,7 +43,7 @@ def test_every_extra_exists() -> None:
 
 
 def test_every_extra_installs_what_it_is_named_for() -> None:
-    distributions = {"cleanfid": "clean-fid", "cache_dit": "cache-dit"}
+    distributions = {"cleanfid": "clean-fid", "cache_dit": "cache-dit", "imageio_ffmpeg": "imageio-ffmpeg"}
     for module, extra in EXTRAS.items():
         required = PYPROJECT["project"]["optional-dependencies"][extra]
         assert any(line.startswith(distributions.get(module, module)) for line in required), module

@@ -29,6 +29,7 @@ LIBRARY = frozenset(
 MAY_IMPORT: dict[str, frozenset[str]] = {
     "errors": frozenset(),
     "extras": frozenset(),
+    "video": frozenset(),
     "gates": frozenset(),
     "predictors": frozenset(),
     "compat": frozenset(),
@@ -46,7 +47,7 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "evaluation": frozenset({"flowaccel", "pipelines", "samplers", "data", "zoo"}),
     "calibration": frozenset({"recipe", "pipelines", "evaluation"}),
     "training": LIBRARY | {"flowaccel", "evaluation"},
-    "cli": LIBRARY | {"flowaccel", "evaluation", "training"},
+    "cli": LIBRARY | {"flowaccel", "evaluation", "training", "video"},
     "__main__": frozenset({"cli"}),
 }
 

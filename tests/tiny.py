@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
+import itertools
+import string
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderKLWan,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     FluxTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
+    WanPipeline,
+    WanTransformer3DModel,
 )
 from PIL import Image
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Split
+from tokenizers.processors import TemplateProcessing
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
 from flowaccel import Recipe, Sampler, SiTPipeline, SiTTransformer2DModel, VelocityRefiner
 from flowaccel.accelerators.velocity_refiner import new_refiner
@@ -289,3 +299,47 @@ def photos(folder: Path, count: int = 6, sizes: tuple[tuple[int, int], ...] = ((
         pixels = torch.randint(256, channels, dtype=torch.uint8, generator=torch.Generator().manual_seed(i))
         Image.fromarray(pixels.numpy()).save(folder / f"{i}.png")
     return folder
+
+
+def wan_pipeline(seed: int = 0) -> WanPipeline:
+    """A stock `WanPipeline` with a tokenizer of single letters: videos of noise, but each depends on prompt and seed.
+
+    Sizes are multiples of 16 pixels and 4 n + 1 frames.
+    """
+    letters = dict(zip(("<pad>", "</s>", "<unk>", *string.ascii_lowercase, *string.digits), itertools.count()))
+    words = Tokenizer(WordLevel(letters, unk_token="<unk>"))
+    words.pre_tokenizer = Split("", "isolated")
+    words.post_processor = TemplateProcessing(single="$A </s>", special_tokens=[("</s>", letters["</s>"])])
+    torch.manual_seed(seed)
+    text = UMT5Config(vocab_size=len(letters), d_model=CONTEXT, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
+    transformer = WanTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=12,
+        in_channels=4,
+        out_channels=4,
+        text_dim=CONTEXT,
+        freq_dim=16,
+        ffn_dim=32,
+        num_layers=2,
+        rope_max_seq_len=32,
+    )
+    vae = AutoencoderKLWan(
+        base_dim=4,
+        z_dim=4,
+        dim_mult=[1, 1, 1, 1],
+        num_res_blocks=1,
+        latents_mean=[0.0] * 4,
+        latents_std=[1.0] * 4,
+    )
+    random_weights(transformer, seed)
+    pipe = WanPipeline(
+        tokenizer=PreTrainedTokenizerFast(
+            tokenizer_object=words, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
+        ),
+        text_encoder=UMT5EncoderModel(text).eval(),
+        vae=vae.eval(),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        transformer=transformer.eval(),
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe

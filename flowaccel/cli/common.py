@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,14 +11,16 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
+import torch.distributed as dist
 import typer
+from accelerate import PartialState
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from flowaccel import zoo
 from flowaccel.errors import FlowaccelError
 from flowaccel.pipelines import load_pipeline
-from flowaccel.recipe import Recipe, resolve
+from flowaccel.recipe import Recipe, resolve, saved_recipe
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Progress and remarks go to stderr, so that stdout holds the result alone.
@@ -27,6 +30,9 @@ PipeArgument = Annotated[str, typer.Argument(metavar="PIPE", help="A pipeline fo
 SeedOption = Annotated[int, typer.Option(help="Seed of everything random.")]
 DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps; auto takes CUDA where there is one.")]
 DtypeOption = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
+ExpectWorldOption = Annotated[
+    int | None, typer.Option(min=1, metavar="N", help="Fail unless N processes were launched.")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 
 
@@ -58,8 +64,11 @@ def resolve_dtype(name: str) -> torch.dtype:
 
 def open_pipeline(name: str, device: str = "cpu", dtype: str = "float32") -> Any:
     """Load PIPE: `zoo:NAME`, a folder or a Hub id."""
-    path = zoo.folder(name) if name.startswith(zoo.PREFIX) else name
-    return load_pipeline(path, torch_dtype=resolve_dtype(dtype), device=resolve_device(device))
+    return load_pipeline(_path(name), torch_dtype=resolve_dtype(dtype), device=resolve_device(device))
+
+
+def _path(name: str) -> str | Path:
+    return zoo.folder(name) if name.startswith(zoo.PREFIX) else name
 
 
 def open_recipe(name: str) -> Recipe:
@@ -67,22 +76,72 @@ def open_recipe(name: str) -> Recipe:
     return resolve(name)
 
 
+def saved_with(name: str) -> Recipe | None:
+    """The recipe that lies beside the components of PIPE, or None."""
+    recipe = saved_recipe(_path(name))
+    if recipe is not None:
+        say(f"recipe {recipe.name!r} is saved with {name}; --recipe none leaves the pipeline as it is")
+    return recipe
+
+
 def say(message: str) -> None:
-    """A remark for the person at the terminal."""
-    console.print(message, markup=False, highlight=False, soft_wrap=True)
+    """A remark for the person at the terminal, made once for all processes."""
+    if is_first():
+        console.print(message, markup=False, highlight=False, soft_wrap=True)
 
 
 def emit(data: Any, as_json: bool, otherwise: Callable[[], None]) -> None:
-    """Print the result: JSON on stdout for machines, or whatever `otherwise` prints."""
+    """Print the result, once for all processes: JSON on stdout for machines, or whatever `otherwise` prints."""
+    if not is_first():
+        return
     if as_json:
         sys.stdout.write(json.dumps(data, indent=1) + "\n")
     else:
         otherwise()
 
 
+# What torchrun, accelerate launch and the MPI launchers set.
+_WORLD_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+
+
+@contextmanager
+def launched(device: str, expect_world: int | None) -> Iterator[str]:
+    """Join the processes that torchrun or accelerate launched, if any; yields the device of this one.
+
+    Raises:
+        ValueError: there are more or fewer than `expect_world`.
+    """
+    several = any(os.environ.get(name, "1") not in ("", "1") for name in _WORLD_SIZES)
+    state = PartialState(cpu=device == "cpu" or not torch.cuda.is_available()) if several else None
+    size = 1 if state is None else state.num_processes
+    try:
+        say(f"processes: {size}")
+        if expect_world not in (None, size):
+            raise ValueError(
+                f"--expect-world {expect_world}, but the number of processes is {size}. Start them with `torchrun "
+                f"--nproc-per-node {expect_world} -m flowaccel ...`. On GPUs `accelerate launch --num_processes "
+                f"{expect_world} -m flowaccel ...` does the same; with --cpu it starts a single process, whatever "
+                "--num_processes says"
+            )
+        if state is not None and state.device.type == "cuda" and device in ("auto", "cuda"):
+            device = str(state.device)
+        yield device
+    finally:
+        if state is not None:
+            state.destroy_process_group()  # without this the process ends in SIGABRT
+
+
+def is_first() -> bool:
+    """Whether this process speaks for all that were launched together."""
+    return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
+
+
 @contextmanager
 def progress() -> Iterator[Callable[[str, int, int], None]]:
-    """A progress bar per stage: yields `notify(stage, done, total)`."""
+    """A progress bar per stage: yields `notify(stage, done, total)`. Of several processes the first one shows it."""
+    if not is_first():
+        yield lambda stage, done, total: None
+        return
     columns = (
         TextColumn("{task.description:<10}"),
         BarColumn(),

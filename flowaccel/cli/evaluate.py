@@ -13,15 +13,18 @@ from flowaccel import zoo
 from flowaccel.cli.common import (
     DeviceOption,
     DtypeOption,
+    ExpectWorldOption,
     JsonOption,
     PipeArgument,
     SeedOption,
     emit,
     friendly_errors,
+    launched,
     open_pipeline,
     open_recipe,
     output_folder,
     progress,
+    saved_with,
     say,
 )
 from flowaccel.cli.generate import parse_conditions
@@ -33,7 +36,9 @@ def evaluate(
     context: typer.Context,
     pipe: PipeArgument,
     config: Annotated[Path | None, typer.Option(help="YAML file with these options; the command line wins.")] = None,
-    recipe: Annotated[list[str] | None, typer.Option(help="A recipe to compare; may be given several times.")] = None,
+    recipe: Annotated[
+        list[str] | None, typer.Option(help="To compare; may be given several times; default: the one saved with PIPE.")
+    ] = None,
     baseline_steps: Annotated[
         str, typer.Option(help="Fewer steps of the untouched pipeline, such as 10,20; default a quarter and a half.")
     ] = "",
@@ -58,18 +63,24 @@ def evaluate(
     device: DeviceOption = "auto",
     dtype: DtypeOption = "float32",
     out: Annotated[Path | None, typer.Option(help="Run folder; a started one is resumed.")] = None,
+    expect_world: ExpectWorldOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Measure recipes against the untouched pipeline and against the same pipeline with fewer steps.
 
     Example: flowaccel evaluate zoo:sit-digits --recipe flowturbo-H2P4R2 --baseline-steps 5,8 --num-samples 500 --out
         runs/try
+
+    Several processes share the sampling: torchrun --nproc-per-node 4 -m flowaccel evaluate ... --expect-world 4
     """
-    with friendly_errors(" What was made so far is kept; the same command goes on from there."):
-        if config is not None:
-            context.invoke(evaluate, **_merged(context, config))
-            return
-        pipeline = open_pipeline(pipe, device, dtype)
+    if config is not None:
+        with friendly_errors():
+            merged = _merged(context, config)
+        context.invoke(evaluate, **merged)
+        return
+    hint = " What was made so far is kept; the same command goes on from there."
+    with friendly_errors(hint), launched(device, expect_world) as own_device:
+        pipeline = open_pipeline(pipe, own_device, dtype)
         if attention is not None:
             set_attention(pipeline, attention)
         known = zoo.entry(pipe) if pipe.startswith(zoo.PREFIX) else None
@@ -89,7 +100,8 @@ def evaluate(
             latency_batch=latency_batch,
         )
         folder = output_folder(out, "evaluate")
-        recipes = [open_recipe(name) for name in recipe or ()]
+        saved = None if recipe else saved_with(pipe)
+        recipes = [open_recipe(name) for name in recipe or ()] + ([saved] if saved else [])
         with progress() as notify:
             results = run_evaluation(pipeline, recipes, protocol, folder, notify)
         emit(results, as_json, lambda: show(results, folder))

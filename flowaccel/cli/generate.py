@@ -1,9 +1,10 @@
-"""`flowaccel generate`: images from a pipeline, with or without a recipe."""
+"""`flowaccel generate`: images or videos from a pipeline, with or without a recipe."""
 
 from __future__ import annotations
 
 import inspect
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,73 +13,156 @@ import typer
 from flowaccel.cli.common import (
     DeviceOption,
     DtypeOption,
+    ExpectWorldOption,
     JsonOption,
     PipeArgument,
     SeedOption,
     emit,
     friendly_errors,
+    launched,
     open_pipeline,
     open_recipe,
     output_folder,
     progress,
+    saved_with,
     say,
 )
 from flowaccel.evaluation import Classes, Conditions, Prompts, sample_generator, set_attention
-from flowaccel.recipe import accelerate
+from flowaccel.evaluation.processes import processes
+from flowaccel.recipe import Recipe, accelerate
+from flowaccel.recipe import report as last_report
+from flowaccel.video import save_video, video_suffix
+
+FPS = 16  # for videos of pipelines that do not say how fast theirs are
 
 
 def generate(
     pipe: PipeArgument,
-    recipe: Annotated[str | None, typer.Option(help="A preset name, a recipe file or a folder.")] = None,
+    recipe: Annotated[
+        str | None,
+        typer.Option(
+            help="A preset name, a recipe file or a folder; default the one saved with PIPE, `none` for none."
+        ),
+    ] = None,
     classes: Annotated[str | None, typer.Option(help="Class ids, separated by commas; ranges such as 0-9.")] = None,
     prompt: Annotated[list[str] | None, typer.Option(help="A prompt; may be given several times.")] = None,
     prompts: Annotated[Path | None, typer.Option(help="A UTF-8 text file with one prompt a line.")] = None,
-    num_images: Annotated[int | None, typer.Option(min=1, help="How many; default one per class or prompt.")] = None,
+    num_images: Annotated[
+        int | None, typer.Option(min=1, help="How many images or videos; default one per class or prompt.")
+    ] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Steps; default the recipe's or the pipeline's.")] = None,
     guidance_scale: Annotated[float | None, typer.Option(help="Default: the pipeline's.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1)] = 16,
+    height: Annotated[int | None, typer.Option(min=1, help="Pixels; default the pipeline's.")] = None,
+    width: Annotated[int | None, typer.Option(min=1, help="Pixels; default the pipeline's.")] = None,
+    num_frames: Annotated[int | None, typer.Option(min=1, help="Frames of a video; default the pipeline's.")] = None,
+    fps: Annotated[
+        float | None, typer.Option(help=f"Frames per second of a video; default the pipeline's, else {FPS}.")
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Images or videos per call; default 16 images or 1 video.")
+    ] = None,
     attention: Annotated[str | None, typer.Option(help="sdpa, xformers or flash.")] = None,
     seed: SeedOption = 0,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "float32",
-    out: Annotated[Path | None, typer.Option(help="Folder for the PNG files.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for the files.")] = None,
+    expect_world: ExpectWorldOption = None,
+    report: Annotated[
+        bool, typer.Option("--report", help="Say what the last call did: steps, network calls, seconds.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Write images, one PNG each. An image depends on its class or prompt, the seed and its number, not on the batch.
+    """Write images, one PNG each, or videos: mp4 with the extra `video`, else animated WebP. Each depends on its class
+    or prompt, the seed and its number, not on the batch. Several processes (torchrun) share the work.
 
     Example: flowaccel generate zoo:sit-digits --classes 0-9 --recipe flowturbo-H2P4R2 --out digits
     """
-    with friendly_errors():
-        pipeline = open_pipeline(pipe, device, dtype)
+    with friendly_errors(), launched(device, expect_world) as own_device:
+        pipeline = open_pipeline(pipe, own_device, dtype)
         conditions = parse_conditions(pipeline, classes, prompt, prompts)
         count = num_images or len(conditions)
-        chosen = None if recipe is None else open_recipe(recipe)
+        chosen = saved_with(pipe) if recipe is None else open_recipe(recipe)
+        arguments = call_arguments(
+            pipeline, guidance_scale=guidance_scale, height=height, width=width, num_frames=num_frames, fps=fps
+        )
         if attention is not None:
             set_attention(pipeline, attention)
         if chosen is not None:
-            accelerate(pipeline, chosen)
             steps = steps or chosen.num_inference_steps
-        arguments: dict[str, Any] = {"num_inference_steps": steps, "guidance_scale": guidance_scale}
-        arguments = {name: value for name, value in arguments.items() if value is not None}
+        if chosen is not None or report:
+            accelerate(pipeline, chosen or Recipe(name="none"))
+        if steps is not None:
+            arguments["num_inference_steps"] = steps
+        kind, suffix = ("videos", video_suffix()) if makes_videos(pipeline) else ("images", ".png")
+        batch = batch_size or (1 if kind == "videos" else 16)
         folder = output_folder(out, "generate")
         folder.mkdir(parents=True, exist_ok=True)
-        files, start = [], time.perf_counter()
+        files = [str(folder / f"{sample_id:05d}{suffix}") for sample_id in range(count)]
+        start = time.perf_counter()
         pipeline.set_progress_bar_config(disable=True)
-        with progress() as notify:
-            for first in range(0, count, batch_size):
-                ids = list(range(first, min(first + batch_size, count)))
+        with processes() as world, progress() as notify:
+            mine = world.share(range(count))
+            for first in range(0, len(mine), batch):
+                ids = mine[first : first + batch]
                 generators = [sample_generator(seed, sample_id) for sample_id in ids]
-                images = pipeline(**conditions.arguments(ids), **arguments, generator=generators).images
-                for sample_id, image in zip(ids, images, strict=True):
-                    files.append(str(folder / f"{sample_id:05d}.png"))
-                    image.save(files[-1])
-                notify("images", ids[-1] + 1, count)
+                output = pipeline(**conditions.arguments(ids), **arguments, generator=generators)
+                for sample_id, made in zip(ids, output.frames if kind == "videos" else output.images, strict=True):
+                    if kind == "videos":
+                        save_video(made, files[sample_id], fps or frame_rate(pipeline))
+                    else:
+                        made.save(files[sample_id])
+                notify(kind, first + len(ids), len(mine))
+            world.wait()
         seconds = time.perf_counter() - start
+        if report and mine:
+            say(str(last_report(pipeline)))
+        if suffix == ".webp":
+            say("animated WebP, because mp4 needs: pip install 'flowaccel[video]'")
         emit(
             {"files": files, "seconds": seconds},
             as_json,
-            lambda: say(f"wrote {count} images to {folder} in {seconds:.1f} s"),
+            lambda: say(f"wrote {count} {kind} to {folder} in {seconds:.1f} s"),
         )
+
+
+def makes_videos(pipeline: Any) -> bool:
+    """Whether the pipeline can be asked for a number of frames."""
+    return "num_frames" in _parameters(pipeline)
+
+
+def call_arguments(pipeline: Any, *, fps: float | None, **given: Any) -> dict[str, Any]:
+    """The options that are not None as arguments of a call; of a video pipeline, frames as PIL images too.
+
+    Raises:
+        ValueError: the pipeline does not take one of them.
+    """
+    accepted = _parameters(pipeline)
+    arguments = {name: value for name, value in given.items() if value is not None}
+    for name in [*arguments, *(["num_frames"] if fps is not None else [])]:
+        if name not in accepted:
+            option = "--fps" if name not in arguments else f"--{name.replace('_', '-')}"
+            known = ", ".join(name for name in accepted if name != "self")
+            raise ValueError(f"{type(pipeline).__name__} does not take {option}; its arguments are {known}")
+    if makes_videos(pipeline):
+        arguments["output_type"] = "pil"
+    if fps is not None and (rate := _rate_argument(pipeline)) is not None:
+        arguments[rate] = fps
+    return arguments
+
+
+def frame_rate(pipeline: Any) -> float:
+    """Frames per second that the pipeline makes videos for by default."""
+    rate = _rate_argument(pipeline)
+    default = FPS if rate is None else _parameters(pipeline)[rate].default
+    return default if isinstance(default, (int, float)) else FPS
+
+
+def _rate_argument(pipeline: Any) -> str | None:
+    return next((name for name in ("frame_rate", "fps") if name in _parameters(pipeline)), None)
+
+
+def _parameters(pipeline: Any) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(type(pipeline).__call__).parameters
 
 
 def parse_conditions(pipeline: Any, classes: str | None, prompt: list[str] | None, prompts: Path | None) -> Conditions:
@@ -87,7 +171,7 @@ def parse_conditions(pipeline: Any, classes: str | None, prompt: list[str] | Non
     Raises:
         ValueError: none given where needed, or of the wrong kind for the pipeline.
     """
-    class_conditional = "class_labels" in inspect.signature(type(pipeline).__call__).parameters
+    class_conditional = "class_labels" in _parameters(pipeline)
     if class_conditional:
         if prompt or prompts:
             raise ValueError(f"{type(pipeline).__name__} takes classes, not prompts; use --classes")

@@ -16,6 +16,7 @@ from flowaccel.recipe.storage import holds_recipe, is_hub_id
 from flowaccel.samplers import Blocks
 
 PRESETS = {
+    "none": "nothing: the pipeline as it is",
     **{name: f"the {name} sampler" for name in SAMPLERS if name != "flowturbo"},
     "flowturbo-BLOCKS": "FlowTurbo with BLOCKS such as H2P4R2; append -consistent or -single for other refiner steps",
 }
@@ -32,6 +33,8 @@ def preset(name: str) -> Recipe:
     if at and not re.fullmatch(r"0*[1-9][0-9]*", steps):
         raise ValueError(f"the part after @ must be a number of steps, at least 1, got {name!r}")
     count = int(steps) if at else None
+    if stem == "none":
+        return Recipe(name=name, num_inference_steps=count)
     if stem in SAMPLERS and stem != "flowturbo":
         return Recipe([Sampler(stem)], name=name, num_inference_steps=count)
     match = re.fullmatch(r"flowturbo-([^-]+)(?:-(released|consistent|single))?", stem)

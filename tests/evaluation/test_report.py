@@ -176,6 +176,14 @@ def test_pareto_png_with_one_row_and_no_error(results: Any, tmp_path: Path) -> N
         figures.pareto_png(results, tmp_path / "pareto.png", "kid")
 
 
+def test_of_many_rows_those_that_matter_are_named() -> None:
+    rows: Any = [make_row("baseline", 40.0, 2.0), make_row("baseline@5", 50.0, 9.0), make_row("best", 10.0, 1.0)]
+    rows += [make_row(f"r{index}", 20.0, 3.0) for index in range(9)]
+    assert figures._named(rows, "fid", "baseline") == {entry["recipe"] for entry in rows}
+    rows.append(make_row("one more", 21.0, 3.0))
+    assert figures._named(rows, "fid", "baseline") == {"baseline", "baseline@5", "best"}
+
+
 def test_labels_do_not_cover_each_other(results: Any) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -186,8 +194,8 @@ def test_labels_do_not_cover_each_other(results: Any) -> None:
     figures._draw_rows(axes, rows, "fid", untouched="baseline")
     figures._dress(axes, rows, "fid")
     canvas.draw()
-    figures._place_labels(axes, canvas, rows, "fid")
-    boxes = [label.get_window_extent(canvas.get_renderer()) for label in axes.texts]
+    figures._place_labels(axes, canvas, rows, "fid", [entry["recipe"] for entry in rows])
+    boxes = [label.get_window_extent(canvas.get_renderer()) for label in axes.texts if label.get_text()]
     assert len(boxes) == 6
     assert sum(figures._overlap(one, other) for index, one in enumerate(boxes) for other in boxes[:index]) < 1
 
