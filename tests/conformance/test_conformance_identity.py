@@ -13,9 +13,11 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from accelerate.hooks import remove_hook_from_module
 from diffusers.hooks import apply_group_offloading, apply_layerwise_casting
 from peft import LoraConfig
+from torch import nn
 
 import tiny
 from families import CASES, STEPS, Case
@@ -75,20 +77,24 @@ def test_output_is_bit_identical(case: Case, recipe: Any, guided: bool) -> None:
     assert keys(pipe) == before
 
 
-def model_offload(network: Any) -> Callable[[], None]:
-    """accelerate's per-module hook, as `enable_sequential_cpu_offload` puts it on; here from the CPU to the CPU."""
-    from accelerate import cpu_offload
-
-    cpu_offload(network, execution_device=torch.device("cpu"))
-    return lambda: remove_hook_from_module(network, recurse=True)
+def modules(pipe: Any) -> list[nn.Module]:
+    return [component for component in pipe.components.values() if isinstance(component, nn.Module)]
 
 
-def group_offload(network: Any) -> Callable[[], None]:
+def sequential_offload(pipe: Any) -> Callable[[], None]:
+    """What `enable_sequential_cpu_offload` puts on, with the CPU in the part of the GPU."""
+    for module in modules(pipe):
+        cpu_offload(module, execution_device=torch.device("cpu"))
+    return lambda: [remove_hook_from_module(module, recurse=True) for module in modules(pipe)].clear()
+
+
+def group_offload(pipe: Any) -> Callable[[], None]:
     cpu = torch.device("cpu")
-    apply_group_offloading(network, onload_device=cpu, offload_device=cpu, offload_type="leaf_level")
+    for network in networks(pipe).values():
+        apply_group_offloading(network, onload_device=cpu, offload_device=cpu, offload_type="leaf_level")
 
     def undo() -> None:
-        for module in network.modules():
+        for module in pipe.transformer.modules():
             registry = module.__dict__.get("_diffusers_hook")
             for name in list(registry.hooks) if registry else ():
                 registry.remove_hook(name, recurse=False)
@@ -96,32 +102,31 @@ def group_offload(network: Any) -> Callable[[], None]:
     return undo
 
 
-def layerwise_casting(network: Any) -> Callable[[], None]:
-    apply_layerwise_casting(network, storage_dtype=torch.float32, compute_dtype=torch.float32)
+def layerwise_casting(pipe: Any) -> Callable[[], None]:
+    for network in networks(pipe).values():
+        apply_layerwise_casting(network, storage_dtype=torch.float32, compute_dtype=torch.float32)
     return lambda: None
 
 
 @FEW
-@pytest.mark.parametrize("neighbour", [model_offload, group_offload, layerwise_casting])
+@pytest.mark.parametrize("neighbour", [sequential_offload, group_offload, layerwise_casting])
 @pytest.mark.parametrize("order", ["accelerate first", "neighbour first"])
 def test_beside_offloading_in_both_orders(case: Case, neighbour: Callable[[Any], Any], order: str) -> None:
     pipe, twin = case.make(), case.make()
     expected = case(pipe)
     if order == "accelerate first":
         accelerate(pipe, Identity())
-    undo = [neighbour(network) for network in networks(pipe).values()]
+    undo = neighbour(pipe)
     if order == "neighbour first":
         accelerate(pipe, Identity())
     assert torch.equal(case(pipe), expected)
     assert len(report(pipe).calls) == STEPS * len(case.branches)
     restore(pipe)
-    for network in networks(twin).values():
-        neighbour(network)
+    neighbour(twin)
     case(twin)
     assert keys(pipe)["modules"] == keys(twin)["modules"]
     assert torch.equal(case(pipe), expected)
-    for step in undo:
-        step()
+    undo()
     assert torch.equal(case(pipe), expected)
     assert not [name for name, module in pipe.transformer.named_modules() if _is_ours(vars(module).get("forward"))]
 
