@@ -3,11 +3,13 @@ them.
 
     python benchmarks/flowturbo.py                      # everything, about half an hour on two CPU cores; resumes
     python benchmarks/flowturbo.py --num-samples 200    # a quick look
+    python benchmarks/flowturbo.py --stage compiled     # eager against compiled blocks only, a few minutes
 
 The claim: a FlowTurbo row is matched with the *cheapest* Heun row that equals it (neither is worse than the other: the
 upper end of either paired difference of the Frechet distance is at most 5% of the other row's value), and the time
 saved is against that row. Writes results.json, claims.json, table.md and figures to --out, and the first three to
-benchmarks/results/.
+benchmarks/results/. The stage `compiled` draws no samples for quality: it times some rows eager and with
+`compile_blocks`, all interleaved in one process, and writes compiled.json and compiled.md.
 """
 
 from __future__ import annotations
@@ -15,10 +17,12 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import Progress
 
@@ -29,18 +33,20 @@ from flowaccel.evaluation import (
     Timing,
     console_table,
     difference,
+    environment,
     evaluate,
     load_features,
     load_reference,
     load_results,
     markdown_table,
+    measure_latency,
     not_worse,
 )
 from flowaccel.evaluation.figures import pareto_png
 from flowaccel.evaluation.runner import row_samples
 from flowaccel.evaluation.store import SampleStore
 from flowaccel.pipelines import load_pipeline
-from flowaccel.recipe import Recipe, VelocityRefiner, preset
+from flowaccel.recipe import Recipe, VelocityRefiner, accelerate, preset
 
 RESULTS = Path(__file__).parent / "results"
 STEPS = 20
@@ -55,6 +61,10 @@ RECIPES = (
     "flowturbo-H1R1-consistent",
     "flowturbo-H2P4R2",
 )
+
+COMPILED = ("heun@4", "heun@5", "flowturbo-H1P1R1-single", "flowturbo-H1P2R1-single", "flowturbo-H2P4R2")
+BATCH = 25
+MODES_OF_CALL = ("eager", "compiled")
 
 # The rows of the picture in the docs; all of them would hide each other's names.
 SHOWN = {
@@ -72,13 +82,19 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--pipe", default="zoo:sit-digits")
     parser.add_argument("--refiner", type=Path, help="another refiner than the pipeline's own")
-    parser.add_argument("--recipes", nargs="*", default=RECIPES)
+    parser.add_argument("--stage", choices=("quality", "compiled"), default="quality")
+    parser.add_argument("--recipes", nargs="*", help="rows of the stage; by default those that the docs quote")
+    parser.add_argument("--batch", type=int, default=BATCH, help="images of a call in the stage compiled")
+    parser.add_argument("--backend", default="inductor", help="torch.compile's, in the stage compiled")
     parser.add_argument("--heun", type=int, nargs="*", default=HEUN)
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--out", type=Path, default=Path("runs/flowturbo"))
     parser.add_argument("--record", action="store_true", help="copy the results to benchmarks/results/")
     parser.add_argument("--claims-only", action="store_true", help="work on the results that --out holds already")
     arguments = parser.parse_args()
+    if arguments.stage == "compiled":
+        compiled_stage(arguments)
+        return
     results = load_results(arguments.out) if arguments.claims_only else measure(arguments)
     found = claims(arguments.out, results)
     (arguments.out / "claims.json").write_text(json.dumps(found, indent=1) + "\n")
@@ -91,8 +107,7 @@ def main() -> None:
 
 def measure(arguments: argparse.Namespace) -> Any:
     """The results of all rows."""
-    path = zoo.folder(arguments.pipe) if arguments.pipe.startswith(zoo.PREFIX) else arguments.pipe
-    pipe = load_pipeline(path)
+    pipe = load_pipeline(pipeline_path(arguments.pipe))
     protocol = Protocol(
         conditions=Classes(tuple(range(10))),
         steps=arguments.steps,
@@ -102,7 +117,7 @@ def measure(arguments: argparse.Namespace) -> Any:
         metrics=("fid", "kid", "class_accuracy", "precision", "recall", "rel_l2"),
         rounds=arguments.rounds,
     )
-    recipes = [with_refiner(preset(name), arguments.refiner) for name in arguments.recipes]
+    recipes = [with_refiner(preset(name), arguments.refiner) for name in arguments.recipes or RECIPES]
     with Progress() as bar:
         tasks: dict[str, Any] = {}
 
@@ -114,15 +129,136 @@ def measure(arguments: argparse.Namespace) -> Any:
         return evaluate(pipe, recipes, protocol, arguments.out, notify)
 
 
+def pipeline_path(name: str) -> Path | str:
+    """The folder of a zoo name; any other name itself."""
+    return zoo.folder(name) if name.startswith(zoo.PREFIX) else name
+
+
 def record(run: Path) -> None:
     """Copy what the docs quote."""
-    RESULTS.mkdir(exist_ok=True)
-    targets = {"results.json": "json", "claims.json": "claims.json", "table.md": "md"}
-    for name, suffix in targets.items():
-        shutil.copyfile(run / name, RESULTS / f"flowturbo_sit-digits_cpu.{suffix}")
+    copy_results(run, {"results.json": "json", "claims.json": "claims.json", "table.md": "md"})
     results = load_results(run)
     shown = [row for row in results["rows"] if row["recipe"] in SHOWN]
     pareto_png({**results, "rows": shown}, Path("docs/images/flowturbo.png"), "fid")
+
+
+def copy_results(run: Path, targets: dict[str, str]) -> None:
+    """Copy files of a run to the recorded results, under their suffixes there."""
+    RESULTS.mkdir(exist_ok=True)
+    for name, suffix in targets.items():
+        shutil.copyfile(run / name, RESULTS / f"flowturbo_sit-digits_cpu.{suffix}")
+
+
+def compiled_stage(arguments: argparse.Namespace) -> None:
+    """Time eager and compiled rows and write compiled.json and compiled.md."""
+    # Otherwise compilation would be timed with the kernels of an earlier run at hand.
+    torch._inductor.config.force_disable_caches = True
+    calls = {
+        f"{name}/{mode}": image_call(arguments, name, compiled=mode == "compiled")
+        for name in arguments.recipes or COMPILED
+        for mode in MODES_OF_CALL
+    }
+    first = {name: first_call_s(call) for name, call in calls.items()}
+    images = {name: call() for name, call in calls.items()}
+    timings = measure_latency(calls, rounds=arguments.rounds, device="cpu")
+    rows = [compiled_row(name, timings, images, first, arguments) for name in arguments.recipes or COMPILED]
+    found = {
+        "protocol": {name: getattr(arguments, name) for name in ("pipe", "batch", "rounds", "seed", "backend")},
+        "environment": environment("cpu"),
+        "rows": rows,
+    }
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    (arguments.out / "compiled.json").write_text(json.dumps(found, indent=1) + "\n")
+    (arguments.out / "compiled.md").write_text(compiled_table(rows) + "\n")
+    print(compiled_table(rows))
+    if arguments.record:
+        copy_results(arguments.out, {"compiled.json": "compiled.json", "compiled.md": "compiled.md"})
+
+
+def image_call(arguments: argparse.Namespace, name: str, *, compiled: bool) -> Callable[[], torch.Tensor]:
+    """A call that samples one batch with a recipe, always the same images, on a pipeline of its own."""
+    pipe = load_pipeline(pipeline_path(arguments.pipe))
+    pipe.set_progress_bar_config(disable=True)
+    recipe = with_refiner(preset(name), arguments.refiner)
+    accelerate(pipe, recipe)
+    if compiled:
+        pipe.compile_blocks(arguments.backend)
+    labels = [i % 10 for i in range(arguments.batch)]
+
+    def call() -> torch.Tensor:
+        generators = [torch.Generator().manual_seed(arguments.seed + i) for i in range(arguments.batch)]
+        options = {"num_inference_steps": recipe.num_inference_steps, "output_type": "pt"}
+        return pipe(labels, generator=generators, **options).images
+
+    return call
+
+
+def first_call_s(call: Callable[[], object]) -> float:
+    """Seconds of a call that finds nothing compiled."""
+    torch._dynamo.reset()
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def compiled_row(
+    name: str, timings: dict[str, Timing], images: dict[str, Any], first: dict[str, float], arguments: Any
+) -> dict[str, Any]:
+    """One recipe, eager and compiled, and the time it saves against every Heun row in the same mode."""
+    eager, compiled = (timings[f"{name}/{mode}"] for mode in MODES_OF_CALL)
+    speedup = eager.ratio_to(compiled)
+    difference = (images[f"{name}/eager"] - images[f"{name}/compiled"]).abs().max()
+    heun = [other.removesuffix("/eager") for other in timings if other.startswith("heun@") and other.endswith("/eager")]
+    return {
+        "recipe": name,
+        **{
+            f"{mode}_ms_per_image": [1000 * seconds / arguments.batch for seconds in timing.seconds]
+            for mode, timing in zip(MODES_OF_CALL, (eager, compiled), strict=True)
+        },
+        **{f"{mode}_first_call_s": first[f"{name}/{mode}"] for mode in MODES_OF_CALL},
+        "throttled": eager.throttled or compiled.throttled,
+        "speedup": speedup.value,
+        "speedup_ci95": speedup.ci95,
+        "max_abs_difference": float(difference),
+        "time_saved": {
+            other: {mode: saved(timings[f"{name}/{mode}"], timings[f"{other}/{mode}"]) for mode in MODES_OF_CALL}
+            for other in heun
+            if other != name
+        },
+    }
+
+
+def saved(timing: Timing, other: Timing) -> dict[str, Any]:
+    """The share of `other`'s time that is saved."""
+    ratio = timing.ratio_to(other)
+    return {"value": 1 - ratio.value, "ci95": sorted(1 - end for end in ratio.ci95)}
+
+
+def compiled_table(rows: list[dict[str, Any]]) -> str:
+    """The stage's rows as Markdown."""
+    heun = sorted({other for row in rows for other in row["time_saved"]})
+    columns = [
+        "row",
+        "eager ms/image",
+        "compiled ms/image",
+        "speed-up",
+        "first call, eager s",
+        "first call, compiled s",
+    ]
+    columns += ["largest difference of a pixel", *(f"less time than {other}, eager / compiled" for other in heun)]
+    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    for row in rows:
+        low, high = row["speedup_ci95"]
+        cells = [row["recipe"] + (", machine slowed down" if row["throttled"] else "")]
+        cells += [f"{float(torch.tensor(row[f'{mode}_ms_per_image']).median()):.2f}" for mode in MODES_OF_CALL]
+        cells += [f"{row['speedup']:.2f}x [{low:.2f}, {high:.2f}]"]
+        cells += [f"{row[f'{mode}_first_call_s']:.1f}" for mode in MODES_OF_CALL]
+        cells += [f"{row['max_abs_difference']:.1e}"]
+        for other in heun:
+            entry = row["time_saved"].get(other)
+            cells.append(" / ".join(f"{100 * entry[mode]['value']:.0f}%" for mode in MODES_OF_CALL) if entry else "")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
 
 
 def with_refiner(recipe: Recipe, folder: Path | None) -> Recipe:

@@ -89,7 +89,7 @@ class SiTBase(DiffusionPipeline):
         options: dict[str, Any] | None = None,
     ) -> None:
         """From now on run whole H, P, R and Euler steps as compiled functions: sample-aware compilation (FlowTurbo,
-        arXiv 2409.18128, section 3.3).
+        arXiv 2409.18128).
 
         Each kind of step becomes one static graph of network, guidance and solver update, made at its first use.
         Times, step width and guidance scale are tensors in it, so other steps, block counts and scales use the same

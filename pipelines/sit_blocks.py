@@ -1,5 +1,5 @@
 """The guided velocity that `SiTPipeline` follows, and whole H, P and R steps of it as single functions to be compiled
-(the sample-aware compilation of FlowTurbo, arXiv 2409.18128, section 3.3).
+(the sample-aware compilation of FlowTurbo, arXiv 2409.18128).
 
 Shapes: B images; velocities of a guided run have 2B rows, [conditional; null].
 """

@@ -1,5 +1,5 @@
 """Image to image and inpainting with SiT: SDEdit (arXiv 2108.01073), and blending with the re-noised source after every
-step, as FlowTurbo (arXiv 2409.18128, section 4.3) does it.
+step, as FlowTurbo (arXiv 2409.18128) does it.
 """
 
 from __future__ import annotations
