@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 from flowaccel.accelerators.base import Accelerator, Detach
 from flowaccel.errors import UnsupportedModelError
+from flowaccel.hooks import denoiser, family_of
 from flowaccel.samplers import (
     FlowAdamsBashforthScheduler,
     FlowRungeKuttaScheduler,
@@ -94,6 +95,11 @@ class Sampler(Accelerator):
                 f"sampler {self.sampler!r} cannot stand in for a {type(replaced).__name__} "
                 f"that has {', '.join(unsupported)} set"
             )
+        if family_of(denoiser(pipe)).own_timesteps:
+            raise UnsupportedModelError(
+                f"sampler {self.sampler!r} cannot stand in for the scheduler of a {type(pipe).__name__}, which shows "
+                "its network other timesteps than its noise levels; it keeps the scheduler that it was made with"
+            )
         scheduler_class, fixed = SAMPLERS[self.sampler]
         pipe.scheduler = scheduler_class.from_config(_grid_config(replaced.config), **fixed, **self.options)
 
@@ -116,4 +122,7 @@ _GRID_FIELDS = (
 
 
 def _grid_config(config: Any) -> dict[str, Any]:
-    return {name: config[name] for name in _GRID_FIELDS if config.get(name) is not None}
+    kept = {name: config[name] for name in _GRID_FIELDS if config.get(name) is not None}
+    if config.get("flow_shift") is not None:  # what UniPC and DPM-Solver call it
+        kept["shift"] = config["flow_shift"]
+    return kept

@@ -56,6 +56,9 @@ class Family:
     """Arguments that are lists with one entry per row, such as the images of Z-Image."""
     extra: tuple[str, ...] = ()
     """Arguments that mark a call as beyond guidance when they are given, such as SD3's `skip_layers`."""
+    own_timesteps: bool = False
+    """Whether the pipelines hand their scheduler timesteps that are not its noise levels (CogView4 shows its network
+    unshifted ones), so that only the scheduler they were made with fits."""
     derived: bool = False
     """Whether the row was derived from the network instead of written."""
 
@@ -134,6 +137,7 @@ for _family in (
             ),
         ),
         shared=("image_rotary_emb",),
+        own_timesteps=True,
     ),
     Family(
         name="auraflow",

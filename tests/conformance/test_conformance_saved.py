@@ -13,7 +13,7 @@ from families import CASES
 from flowaccel import accelerate, report
 
 HERE = Path(__file__).parent.parent
-FLOW = {"sit", "sd3", "flux", "flux_img2img", "cogview4", "auraflow"}
+FLOW = {"sit", "sd3", "flux", "flux_img2img", "wan21", "wan22", "auraflow"}
 """Families whose stock scheduler a sampler of ours can stand in for."""
 
 LOADED = """

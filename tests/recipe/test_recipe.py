@@ -15,6 +15,7 @@ import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 from torch import Tensor
 
+import families
 import tiny
 from flowaccel import (
     Accelerator,
@@ -84,7 +85,7 @@ def test_refiner_mode_of_a_preset() -> None:
         ("flowturbo-H2P4R2-consistant", "unknown recipe"),
         (
             "xyzzy",
-            "unknown recipe 'xyzzy': presets are euler, heun, midpoint, rk4, ab2, sde, flowturbo-BLOCKS; or give",
+            "unknown recipe 'xyzzy': presets are none, euler, heun, midpoint, rk4, ab2, sde, flowturbo-BLOCKS; or give",
         ),
         ("@4", "unknown recipe '@4'"),
         ("heun@", "must be a number of steps, at least 1, got 'heun@'"),
@@ -436,6 +437,17 @@ def test_sampler_keeps_the_time_shift() -> None:
     restore(pipe)
     with accelerated(pipe, Sampler("ab2", {"shift": 5.0})):
         assert pipe.scheduler.config.shift == 5.0
+    video = families.wan_pipeline()
+    accelerate(video, "ab2")
+    assert video.scheduler.config.shift == 3.0  # UniPC calls it flow_shift
+
+
+def test_sampler_refuses_a_pipeline_with_timesteps_of_its_own() -> None:
+    pipe = families.cogview4_pipeline()
+    state = tiny.snapshot(pipe)
+    with pytest.raises(UnsupportedModelError, match=r"scheduler of a CogView4Pipeline, which shows its network other"):
+        accelerate(pipe, "heun")
+    assert tiny.snapshot(pipe) == state
 
 
 def test_sampler_refuses_a_schedule_it_does_not_have() -> None:
