@@ -266,7 +266,8 @@ def test_path_comes_before_hub(hub: FakeHub, tmp_path: Path, monkeypatch: pytest
 def test_hub_errors_list_what_was_tried(hub: FakeHub) -> None:
     with pytest.raises(
         WeightsNotFoundError,
-        match=r"cannot get recipe 'me/none': there is no file or folder of that name here, no preset \(none, euler, .*\), "
+        match=r"cannot get recipe 'me/none': there is no file or folder of that name here, "
+        r"no preset \(none, euler, .*\), "
         r"and on the Hub: the Hub did not give flowaccel.json of me/none \(RepositoryNotFoundError: 404 Client Error",
     ):
         resolve("me/none")
