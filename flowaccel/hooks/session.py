@@ -452,13 +452,13 @@ def _images(arguments: dict[str, Any], network: _Network, rows: int) -> int:
 
 
 def _levels(scheduler: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    timesteps = tuple(float(value) for value in scheduler.timesteps)
+    timesteps = tuple(map(float, torch.as_tensor(scheduler.timesteps).tolist()))  # one wait for the GPU, not one each
     sigmas = getattr(scheduler, "sigmas", None)
     if isinstance(sigmas, Tensor) and len(sigmas) >= len(timesteps):
-        return timesteps, tuple(float(value) for value in sigmas[: len(timesteps)])
+        return timesteps, tuple(sigmas[: len(timesteps)].tolist())
     alphas = getattr(scheduler, "alphas_cumprod", None)
     if isinstance(alphas, Tensor):
-        kept = [float(alphas[min(int(value), len(alphas) - 1)]) for value in timesteps]
+        kept = alphas[[min(int(value), len(alphas) - 1) for value in timesteps]].tolist()
         return timesteps, tuple(((1 - alpha) / alpha) ** 0.5 for alpha in kept)
     scale = scheduler.config.get("num_train_timesteps", 1000)
     return timesteps, tuple(value / scale for value in timesteps)

@@ -15,13 +15,16 @@ from diffusers import (
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
     FlowMatchHeunDiscreteScheduler,
+    PNDMScheduler,
     StableDiffusion3Img2ImgPipeline,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
 )
 
 import families
 import tiny
 from families import CASES, STEPS, Case
-from flowaccel import RecipeConflictError
+from flowaccel import RecipeConflictError, UnsupportedModelError
 from flowaccel.hooks import Call, Session, close_session, open_session, session_of
 
 ALL = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
@@ -128,6 +131,48 @@ def test_sigmas_of_a_noise_predicting_model_follow_from_its_alphas() -> None:
     pipe.scheduler = DPMSolverMultistepScheduler()
     pipe(**families.dit_arguments(steps=3))
     assert [call.sigma for call in calls[3:]] == pytest.approx(pipe.scheduler.sigmas[:3].tolist())
+
+
+def test_a_unet_pipeline_is_placed_too() -> None:
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=families.WIDTH,
+        attention_head_dim=2,
+        norm_num_groups=2,
+    )
+    pipe = families.silent(
+        StableDiffusionPipeline(
+            vae=tiny.autoencoder(),
+            text_encoder=None,
+            tokenizer=None,
+            unet=unet.eval(),
+            scheduler=PNDMScheduler(skip_prk_steps=True),
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
+    )
+    options = {
+        "prompt_embeds": families.words(2, 3),
+        "negative_prompt_embeds": families.words(2, 40),
+        "num_inference_steps": 4,
+        "generator": families.generators(2, 3),
+        "output_type": "np",
+    }
+    expected = pipe(**options).images
+    session, calls = watched(pipe)
+    options["generator"] = families.generators(2, 3)
+    assert (pipe(**options).images == expected).all()
+    assert [(call.step, call.branches, call.images) for call in calls] == [(i, ("uncond", "cond"), 2) for i in range(5)]
+    assert [call.timestep for call in calls] == pipe.scheduler.timesteps.tolist()  # PNDM repeats one of them
+    assert session.run.ended and not session.run.failed
+    with pytest.raises(UnsupportedModelError, match="UNet2DConditionModel is not among the known families"):
+        session.on_block(lambda proceed, call, block: proceed())
 
 
 def test_state_is_gone_when_the_run_is_over(sd3: Any) -> None:
