@@ -26,7 +26,7 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
-from flowaccel import zoo
+from flowaccel import VelocityRefiner, zoo
 from flowaccel.evaluation import (
     Classes,
     Protocol,
@@ -46,7 +46,7 @@ from flowaccel.evaluation.figures import pareto_png
 from flowaccel.evaluation.runner import row_samples
 from flowaccel.evaluation.store import SampleStore
 from flowaccel.pipelines import load_pipeline
-from flowaccel.recipe import Recipe, VelocityRefiner, accelerate, preset
+from flowaccel.recipe import Recipe, accelerate, preset
 
 RESULTS = Path(__file__).parent / "results"
 STEPS = 20
