@@ -6,8 +6,11 @@ from diffusers import ModelMixin as ModelMixin
 from diffusers import SchedulerMixin as SchedulerMixin
 
 from flowaccel.accelerators import Accelerator as Accelerator
+from flowaccel.accelerators import FeatureCache as FeatureCache
 from flowaccel.accelerators import Sampler as Sampler
+from flowaccel.accelerators import StepSkip as StepSkip
 from flowaccel.accelerators import VelocityRefiner as VelocityRefiner
+from flowaccel.accelerators import cache_preset as cache_preset
 from flowaccel.compat import register_components
 from flowaccel.errors import CheckpointError as CheckpointError
 from flowaccel.errors import FlowaccelError as FlowaccelError
@@ -40,6 +43,7 @@ __all__ = [
     "Accelerator",
     "CheckpointError",
     "DigitsClassifier",
+    "FeatureCache",
     "FlowAdamsBashforthScheduler",
     "FlowRungeKuttaScheduler",
     "FlowSDEScheduler",
@@ -54,11 +58,13 @@ __all__ = [
     "SiTInpaintPipeline",
     "SiTPipeline",
     "SiTTransformer2DModel",
+    "StepSkip",
     "UnsupportedModelError",
     "VelocityRefiner",
     "WeightsNotFoundError",
     "accelerate",
     "accelerated",
+    "cache_preset",
     "is_accelerated",
     "report",
     "restore",

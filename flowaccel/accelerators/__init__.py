@@ -1,9 +1,24 @@
 """What a user switches on: one file each."""
 
 from flowaccel.accelerators.base import Accelerator as Accelerator
+from flowaccel.accelerators.cache_presets import CACHE_PRESETS as CACHE_PRESETS
+from flowaccel.accelerators.cache_presets import cache_preset as cache_preset
+from flowaccel.accelerators.feature_cache import FeatureCache as FeatureCache
 from flowaccel.accelerators.sampler import Sampler as Sampler
+from flowaccel.accelerators.step_skip import StepSkip as StepSkip
 from flowaccel.accelerators.velocity_refiner import VelocityRefiner as VelocityRefiner
 
-ACCELERATORS: dict[str, type[Accelerator]] = {kind.name: kind for kind in (Sampler, VelocityRefiner)}
+ACCELERATORS: dict[str, type[Accelerator]] = {
+    kind.name: kind for kind in (Sampler, VelocityRefiner, FeatureCache, StepSkip)
+}
 
-__all__ = ["ACCELERATORS", "Accelerator", "Sampler", "VelocityRefiner"]
+__all__ = [
+    "ACCELERATORS",
+    "CACHE_PRESETS",
+    "Accelerator",
+    "FeatureCache",
+    "Sampler",
+    "StepSkip",
+    "VelocityRefiner",
+    "cache_preset",
+]

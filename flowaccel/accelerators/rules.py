@@ -43,6 +43,13 @@ RULES = (
     Rule("at_most_one", "scheduler", reason="a pipeline has one scheduler"),
     Rule("before", "variant", "hook", "a variant is another network; a hook put on before it stays on the old one"),
     Rule("before", "sampler", "velocity_refiner", "the refiner works on the R steps that the sampler makes"),
+    Rule("at_most_one", "cache", reason="two caches would forecast from each other's forecasts; choose one"),
+    Rule(
+        "excludes",
+        "cache",
+        "velocity_refiner",
+        "a cache would reuse what the refiner corrects, and the refiner's steps are cheap already",
+    ),
     Rule(
         "excludes",
         "sampler without R steps",

@@ -1,6 +1,9 @@
 """The only place, with `flowaccel.compat`, that touches the insides of diffusers."""
 
+from flowaccel.hooks.blocks import ATTENTION as ATTENTION
+from flowaccel.hooks.blocks import FEED_FORWARD as FEED_FORWARD
 from flowaccel.hooks.blocks import Block as Block
+from flowaccel.hooks.blocks import attention_input as attention_input
 from flowaccel.hooks.families import FAMILIES as FAMILIES
 from flowaccel.hooks.families import BlockList as BlockList
 from flowaccel.hooks.families import Family as Family
@@ -19,7 +22,9 @@ from flowaccel.hooks.wrap import Wrapped as Wrapped
 from flowaccel.hooks.wrap import wrap as wrap
 
 __all__ = [
+    "ATTENTION",
     "FAMILIES",
+    "FEED_FORWARD",
     "Block",
     "BlockList",
     "Call",
@@ -28,6 +33,7 @@ __all__ = [
     "Run",
     "Session",
     "Wrapped",
+    "attention_input",
     "close_session",
     "denoiser",
     "family_of",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -10,15 +11,21 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from flowaccel.errors import FlowaccelError, RecipeConflictError
+from flowaccel.errors import FlowaccelError, RecipeConflictError, UnsupportedModelError
 from flowaccel.hooks.families import BlockList, Family, unsupported, unwrapped
-from flowaccel.hooks.wrap import entry_point, wrap
+from flowaccel.hooks.wrap import Wrapped, entry_point, wrap
 
 if TYPE_CHECKING:
     from flowaccel.hooks.session import Call
 
 BlockAround = Callable[[Callable[..., Any], "Call", "Block"], Any]
 """`around(proceed, call, block)` returns what the block is to return; see `Block.pack`."""
+
+ModuleAround = Callable[[Callable[[], Any], "Call", str], Any]
+"""`around(proceed, call, path)` returns what the module is to return; `path` is its name within the network."""
+
+ATTENTION, FEED_FORWARD = ("attn", "attention", "self_attn"), ("ff", "ffn", "mlp", "proj_mlp")
+"""How the names of attention and feed-forward modules in a block begin."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,10 +36,21 @@ class Block:
     """Position among all blocks of the network, over its lists."""
     count: int
     """How many blocks the network has."""
+    path: str
+    """Name within the network, such as `transformer_blocks.3`."""
     blocks: BlockList
     module: nn.Module
     arguments: dict[str, Any]
     """What the block was called with, by name."""
+
+    def take(self, rows: Tensor, full: int) -> dict[str, Any]:
+        """The arguments for some of the rows: `rows` are their indices among `full`. What has another number of rows,
+        because it was taken before, and what all rows share, is kept.
+        """
+        return {
+            name: value if name in self.blocks.shared else take_rows(value, rows, full)
+            for name, value in self.arguments.items()
+        }
 
     @property
     def hidden(self) -> Tensor:
@@ -65,6 +83,7 @@ class BlockHooks:
         self._networks = networks
         self._arounds: list[BlockAround] = []
         self._wrapped: dict[nn.Module, _WrappedBlock] = {}
+        self._inner = ModuleHooks(networks, lambda: self._call)
         self._call: Call | None = None
 
     def add(self, around: BlockAround) -> Callable[[], None]:
@@ -86,13 +105,19 @@ class BlockHooks:
         self._arounds.remove(around)
         self.refresh()
 
+    def add_inner(self, around: ModuleAround, kinds: tuple[str, ...]) -> Callable[[], None]:
+        """Surround modules within the blocks; see `Session.on_module`."""
+        return self._inner.add(around, kinds)
+
     def clear(self) -> None:
         """Unwrap all blocks."""
         self._arounds.clear()
+        self._inner.clear()
         self.refresh()
 
     def refresh(self) -> None:
         """Wrap the blocks of the present networks, where anybody surrounds blocks; unwrap all others."""
+        self._inner.refresh()
         wanted: dict[nn.Module, Block] = {}
         for network in self._networks() if self._arounds else ():
             _refuse_whole_graph(network.module)
@@ -150,6 +175,135 @@ class _WrappedBlock:
         return self.wrapped.reachable and self._entry == entry_point(self.block.module)
 
 
+class ModuleHooks:
+    """The wrapped attention and feed-forward modules of a session's blocks."""
+
+    def __init__(self, networks: Callable[[], Iterable[Any]], call: Callable[[], Call | None]) -> None:
+        self._networks, self._call = networks, call
+        self._arounds: list[tuple[ModuleAround, tuple[str, ...]]] = []
+        self._wrapped: dict[nn.Module, Wrapped] = {}
+
+    def add(self, around: ModuleAround, kinds: tuple[str, ...]) -> Callable[[], None]:
+        """Surround the children of every block whose name begins with one of `kinds`; returns what undoes it."""
+        entry = (around, kinds)
+        self._arounds.append(entry)
+        try:
+            self.refresh()
+        except FlowaccelError:
+            self._remove(entry)
+            raise
+        return lambda: self._remove(entry)
+
+    def _remove(self, entry: tuple[ModuleAround, tuple[str, ...]]) -> None:
+        self._arounds.remove(entry)
+        self.refresh()
+
+    def clear(self) -> None:
+        """Unwrap all."""
+        self._arounds.clear()
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Wrap the modules of the present networks, and unwrap all others."""
+        wanted: dict[nn.Module, tuple[str, list[ModuleAround]]] = {}
+        for network in self._networks() if self._arounds else ():
+            _refuse_whole_graph(network.module)
+            found = _inner_modules(network.module, network.family, self._arounds)
+            if not found:
+                raise unsupported(network.module, network.family, "its blocks have no modules named like attention")
+            wanted |= found
+        for module in list(self._wrapped):
+            if module not in wanted or not self._wrapped[module].reachable:
+                self._wrapped.pop(module).remove()
+        for module, (path, arounds) in wanted.items():
+            if module not in self._wrapped:
+                self._wrapped[module] = wrap(module, "forward", self._surround(path, arounds))
+
+    def _surround(self, path: str, arounds: list[ModuleAround]) -> Callable[..., Any]:
+        def surround(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            call = self._call()
+            proceed: Callable[[], Any] = functools.partial(forward, *args, **kwargs)
+            if call is not None:
+                for around in arounds:
+                    proceed = functools.partial(around, proceed, call, path)
+            return proceed()
+
+        return surround
+
+
+def _inner_modules(
+    network: nn.Module, family: Family, arounds: list[tuple[ModuleAround, tuple[str, ...]]]
+) -> dict[nn.Module, tuple[str, list[ModuleAround]]]:
+    found = {}
+    for block in _blocks_of(network, family):
+        for name, child in block.module.named_children():
+            wanting = [around for around, kinds in arounds if name.startswith(kinds)]
+            if not wanting:
+                continue
+            if entry_point(block.module) != "forward":
+                raise RecipeConflictError(
+                    f"the blocks of the {type(unwrapped(network)).__name__} are compiled, so the modules in them "
+                    "cannot be surrounded; compile nothing, or reuse whole blocks (scope 'stack')"
+                )
+            found[child] = (f"{block.path}.{name}", wanting)
+    return found
+
+
+def attention_input(proceed: Callable[..., Any], block: Block) -> Tensor:
+    """What the block's first attention module would be given for its image tokens (rows, tokens, width): normalised,
+    and modulated by the timestep. The block runs up to there, uncompiled, and no further.
+
+    Args:
+        proceed: what runs the block.
+        block: the block.
+
+    Raises:
+        UnsupportedModelError: the block has no attention module.
+    """
+    attention = next((m for name, m in block.module.named_children() if name.startswith(ATTENTION)), None)
+    if attention is None:
+        raise UnsupportedModelError(
+            f"{type(block.module).__name__} has no attention module by name, so there is no modulated input to read; "
+            "use a gate that reads something else, such as 'first_block' or 'easy'"
+        )
+    signature = inspect.signature(attention.forward)
+
+    def stop(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        raise _Reached(next(iter(signature.bind(*args, **kwargs).arguments.values())))
+
+    compiled = entry_point(block.module) != "forward"
+    wrapped = wrap(attention, "forward", stop)
+    try:
+        if compiled:
+            type(block.module).forward(block.module, **block.arguments)
+        else:
+            proceed(block.arguments)
+    except _Reached as reached:
+        return reached.hidden
+    finally:
+        wrapped.remove()
+    raise UnsupportedModelError(f"{type(block.module).__name__} does not call its attention module")
+
+
+class _Reached(Exception):
+    """No error: it carries the value out."""
+
+    def __init__(self, hidden: Tensor) -> None:
+        super().__init__()
+        self.hidden = hidden
+
+
+def take_rows(value: Any, rows: Tensor, full: int) -> Any:
+    """The tensors in `value` that have `full` rows, for the rows of those indices only; all else as it is."""
+    if isinstance(value, Tensor):
+        return value[rows] if value.dim() and value.shape[0] == full else value
+    if isinstance(value, dict):
+        return {key: take_rows(entry, rows, full) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(take_rows(entry, rows, full) for entry in value)
+    return value
+
+
 def _refuse_whole_graph(network: nn.Module) -> None:
     if unwrapped(network) is not network or entry_point(network) != "forward":
         raise RecipeConflictError(
@@ -164,12 +318,12 @@ def _blocks_of(network: nn.Module, family: Family) -> list[Block]:
         modules = getattr(unwrapped(network), blocks.path, None)
         if not isinstance(modules, nn.ModuleList):
             raise unsupported(network, family, f"it has no list of blocks {blocks.path!r}")
-        found += [(blocks, module) for module in modules]
+        found += [(blocks, place, module) for place, module in enumerate(modules)]
     if not found:
         raise unsupported(network, family, "it has no list of alike blocks that take hidden_states")
     return [
-        Block(index=index, count=len(found), blocks=blocks, module=module, arguments={})
-        for index, (blocks, module) in enumerate(found)
+        Block(index=index, count=len(found), path=f"{blocks.path}.{place}", blocks=blocks, module=module, arguments={})
+        for index, (blocks, place, module) in enumerate(found)
     ]
 
 

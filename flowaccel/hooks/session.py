@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from flowaccel.compat import foreign_cache
 from flowaccel.errors import RecipeConflictError
-from flowaccel.hooks.blocks import BlockAround, BlockHooks
+from flowaccel.hooks.blocks import BlockAround, BlockHooks, ModuleAround, take_rows
 from flowaccel.hooks.families import Family, family_of, networks, unwrapped
 from flowaccel.hooks.wrap import Wrapped, entry_point, wrap
 
@@ -45,6 +45,16 @@ class CallRecord:
     """`computed`, `reused`, or what an accelerator says that it did instead of the network's work."""
     seconds: float
     """Host clock; on a GPU the call may return before it is done."""
+    computed: tuple[bool, ...] = ()
+    """Per image, where an accelerator decides whether to compute: what it decided."""
+    not_run: dict[str, int] = field(default_factory=dict)
+    """Rows for which a module of the network was not run, by its name in the network; "" is the network itself."""
+    near_ties: int = 0
+    """Decisions that rounding may take otherwise."""
+    host_reads: int = 0
+    """How often the host waited for a number from the device."""
+    cache_bytes: int = 0
+    """What accelerators held after the call."""
 
 
 @dataclass
@@ -116,6 +126,11 @@ class Call:
         """Rows of the batch."""
         return self.images * len(self.branches)
 
+    @property
+    def sample(self) -> Any:
+        """The network's first argument: what is denoised (rows, ...), in some families a list with an entry per row."""
+        return next(iter(self.arguments.values()))
+
     def rows_of(self, branch: str) -> slice:
         """The rows of one branch.
 
@@ -124,6 +139,14 @@ class Call:
         """
         start = self.branches.index(branch) * self.images
         return slice(start, start + self.images)
+
+    @property
+    def gathers(self) -> bool:
+        """Whether a part of the rows can be called alone: the family's row says what rows share, and no ControlNet adds
+        to all rows between the blocks.
+        """
+        controlled = any("control" in name and value is not None for name, value in self.arguments.items())
+        return not self.family.derived and not controlled
 
     def spread(self, per_image: Tensor) -> Tensor:
         """(images, ...) -> (rows, ...): what is decided for an image holds for all of its rows."""
@@ -137,15 +160,9 @@ class Call:
         }
 
     def _take(self, name: str, value: Any, rows: Tensor) -> Any:
-        if isinstance(value, Tensor):
-            return value[rows] if value.dim() and value.shape[0] == self.rows else value
-        if isinstance(value, dict):
-            return {key: self._take(key, entry, rows) for key, entry in value.items()}
         if isinstance(value, (list, tuple)) and name in self.family.lists:
             return type(value)(value[int(row)] for row in rows)
-        if isinstance(value, (list, tuple)):
-            return type(value)(self._take(name, entry, rows) for entry in value)
-        return value
+        return take_rows(value, rows, self.rows)
 
 
 class Session:
@@ -192,6 +209,16 @@ class Session:
             RecipeConflictError: the network was compiled as a whole.
         """
         return self._blocks.add(around)
+
+    def on_module(self, around: ModuleAround, kinds: tuple[str, ...]) -> Callable[[], None]:
+        """Surround the modules of every block whose name begins with one of `kinds` (`ATTENTION`, `FEED_FORWARD`) with
+        `around(proceed, call, path)`; returns what undoes it.
+
+        Raises:
+            UnsupportedModelError: the blocks are not known, or have no such modules.
+            RecipeConflictError: the network or its blocks were compiled.
+        """
+        return self._blocks.add_inner(around, kinds)
 
     # -- wrapping
 

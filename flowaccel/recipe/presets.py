@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from flowaccel.accelerators import Accelerator, Sampler, VelocityRefiner
+from flowaccel.accelerators import CACHE_PRESETS, Accelerator, Sampler, VelocityRefiner, cache_preset
 from flowaccel.accelerators.sampler import SAMPLERS
 from flowaccel.errors import WeightsNotFoundError
 from flowaccel.recipe.recipe import Recipe
@@ -19,15 +20,16 @@ PRESETS = {
     "none": "nothing: the pipeline as it is",
     **{name: f"the {name} sampler" for name in SAMPLERS if name != "flowturbo"},
     "flowturbo-BLOCKS": "FlowTurbo with BLOCKS such as H2P4R2; append -consistent or -single for other refiner steps",
+    **{name: preset.summary for name, preset in CACHE_PRESETS.items()},
 }
-"""Preset names and what they are. `@N` after a name asks for N steps."""
+"""Preset names and what they are. `@N` after a name asks for N steps; caches take options, `fbcache:threshold=0.1`."""
 
 
 def preset(name: str) -> Recipe:
-    """The recipe of a preset name, such as `heun@8` or `flowturbo-H2P4R2`.
+    """The recipe of a preset name, such as `heun@8`, `flowturbo-H2P4R2` or `fbcache:threshold=0.1,max_run=3`.
 
     Raises:
-        ValueError: unknown name; the message names the nearest ones.
+        ValueError: unknown name; the message names the nearest ones. Or an option that the preset does not take.
     """
     stem, at, steps = name.partition("@")
     if at and not re.fullmatch(r"0*[1-9][0-9]*", steps):
@@ -37,6 +39,13 @@ def preset(name: str) -> Recipe:
         return Recipe(name=name, num_inference_steps=count)
     if stem in SAMPLERS and stem != "flowturbo":
         return Recipe([Sampler(stem)], name=name, num_inference_steps=count)
+    kind, colon, options_text = stem.partition(":")
+    if kind in CACHE_PRESETS:
+        return Recipe([_cache(kind, options_text)], name=name, num_inference_steps=count)
+    if colon and kind in PRESETS:
+        raise ValueError(
+            f"preset {kind!r} takes no options, got {name!r}; those that do are {', '.join(CACHE_PRESETS)}"
+        )
     match = re.fullmatch(r"flowturbo-([^-]+)(?:-(released|consistent|single))?", stem)
     if match:
         options = {"blocks": match[1], "refiner_mode": match[2] or "released"}
@@ -49,6 +58,23 @@ def preset(name: str) -> Recipe:
         f"unknown recipe {name!r}: {hint}presets are {', '.join(PRESETS)}; or give a recipe file or folder, "
         "or a Hub id (OWNER/NAME)"
     )
+
+
+def _cache(name: str, text: str) -> Accelerator:
+    """`threshold=0.1,parity` after the colon; values are JSON, or else text."""
+    options: dict[str, Any] = {}
+    for part in re.split(r",(?![^\[]*\])", text) if text else ():
+        key, equals, value = part.partition("=")
+        if not key.isidentifier():
+            raise ValueError(f"options of {name!r} look like threshold=0.1,max_run=3,parity, got {text!r}")
+        try:
+            options[key] = json.loads(value) if equals else True
+        except ValueError:
+            options[key] = value
+    try:
+        return cache_preset(name, **options)
+    except TypeError as error:
+        raise ValueError(f"preset {name!r}: {error}") from error
 
 
 def _refines_nothing(blocks: str) -> bool:

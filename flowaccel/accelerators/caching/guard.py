@@ -1,0 +1,52 @@
+"""Bounds on what a gate may decide."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+
+@dataclass(frozen=True)
+class Guard:
+    """Steps that are computed whatever the gate says.
+
+    Args:
+        warmup: the first steps; a number below 1 is a part of the run (0.2 of 28 steps are the first 6). The very first
+            is always computed.
+        last: the final steps.
+        max_run: the most steps in a row that an image is not computed; None for no bound.
+        budget: the most that an image's scores at reused steps may add up to in a run, in thresholds of the gate; None
+            for no bound.
+
+    Raises:
+        ValueError: out of range.
+    """
+
+    name: ClassVar[str] = "guard"
+
+    warmup: int | float = 1
+    last: int = 1
+    max_run: int | None = None
+    budget: float | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.warmup, bool) or not 0 <= self.warmup < math.inf:
+            raise ValueError(f"warmup must be a number of steps, or a part of the run below 1, got {self.warmup!r}")
+        if self.warmup >= 1 and self.warmup != int(self.warmup):
+            raise ValueError(f"warmup must be a whole number of steps where it is not below 1, got {self.warmup!r}")
+        if isinstance(self.last, bool) or not isinstance(self.last, int) or self.last < 0:
+            raise ValueError(f"last must be a whole number of at least 0, got {self.last!r}")
+        bad_run = isinstance(self.max_run, bool) or not isinstance(self.max_run, int) or self.max_run < 1
+        if self.max_run is not None and bad_run:
+            raise ValueError(f"max_run must be a whole number of at least 1, or None, got {self.max_run!r}")
+        if self.budget is not None and not self.budget > 0:
+            raise ValueError(f"budget must be above 0, or None, got {self.budget!r}")
+
+    def forces(self, step: int, count: int) -> bool:
+        """Whether step `step` of `count` is computed for every image."""
+        warmup = self.warmup if self.warmup >= 1 else math.ceil(self.warmup * count)
+        return step < max(1, warmup) or step >= count - self.last
+
+
+GUARDS: dict[str, type[Guard]] = {Guard.name: Guard}

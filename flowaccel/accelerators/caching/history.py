@@ -1,0 +1,137 @@
+"""The last computed values of some rows, and what a predictor makes of them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from flowaccel.predictors import Predictor
+
+Value = tuple[Tensor | None, ...]
+"""What is cached of one call: tensors with a leading rows axis; None where there is none to cache."""
+
+
+class History:
+    """At most `predictor.anchors` computed values per row. Tensors handed in or out are never written to."""
+
+    def __init__(self, predictor: Predictor) -> None:
+        self._predictor = predictor
+        self._values: list[Value] = []  # newest first
+        self._times = torch.zeros(0, 0, dtype=torch.float64)  # (rows, anchors)
+        self._depth = torch.zeros(0, dtype=torch.long)  # (rows,) how many of them are a row's own
+
+    @property
+    def empty(self) -> bool:
+        """Whether nothing was computed yet."""
+        return not self._values
+
+    @property
+    def newest(self) -> Value:
+        """The last computed value of every row."""
+        return self._values[0]
+
+    @property
+    def bytes(self) -> int:
+        """Held by the values."""
+        return sum(t.numel() * t.element_size() for value in self._values for t in value if t is not None)
+
+    def store(self, value: Value, time: float, rows: Tensor | None = None) -> None:
+        """Take computed values in.
+
+        A value for the time of the newest one takes its place: samplers of higher order ask twice.
+
+        Args:
+            value: of all rows, or of `rows` alone.
+            time: when.
+            rows: (n,) indices, on the CPU, of the rows that were computed; None for all.
+
+        Raises:
+            ValueError: `rows` given for an empty history.
+        """
+        if self.empty:
+            if rows is not None:
+                raise ValueError("the first values must be those of all rows")
+            count = next(tensor.shape[0] for tensor in value if tensor is not None)
+            self._times = torch.full((count, self._predictor.anchors), torch.nan, dtype=torch.float64)
+            self._times[:, 0] = time
+            self._depth = torch.ones(count, dtype=torch.long)
+            self._values = [value]
+            return
+        computed = torch.ones(len(self._times), dtype=torch.bool)
+        if rows is not None:
+            computed = torch.zeros_like(computed)
+            computed[rows] = True
+        shifts = computed & (self._times[:, 0] != time)
+        self._shift(shifts)
+        self._values[0] = tuple(_replaced(old, new, rows) for old, new in zip(self._values[0], value, strict=True))
+        self._times[computed, 0] = time
+
+    def _shift(self, rows: Tensor) -> None:
+        """Make room for a newer value in the rows that are true."""
+        anchors = self._predictor.anchors
+        self._times[rows, 1:] = self._times[rows, :-1]
+        self._depth[rows] = (self._depth[rows] + 1).clamp(max=anchors)
+        if bool(rows.all()):
+            self._values = [self._values[0], *self._values][:anchors]
+        elif bool(rows.any()):
+            shifted = [self._values[0], *self._values][:anchors]
+            padded = [*self._values, self._values[-1]][:anchors]
+            self._values = [
+                tuple(_mixed(rows, new, old) for new, old in zip(new_value, old_value, strict=True))
+                for new_value, old_value in zip(shifted, padded, strict=True)
+            ]
+
+    def predict(self, time: float) -> Value:
+        """The values of all rows at a time."""
+        weights = self._weights(time)
+        if bool((weights == weights[:1]).all()):
+            return _weighted(self._values, weights[0].tolist())
+        return tuple(
+            _mixture([value[place] for value in self._values], weights) for place in range(len(self._values[0]))
+        )
+
+    def _weights(self, time: float) -> Tensor:
+        """(rows, values) weights; a row that was computed less often has fewer."""
+        weights = torch.zeros(len(self._times), len(self._values), dtype=torch.float64)
+        for depth in self._depth.unique().tolist():
+            rows = self._depth == depth
+            now = torch.full((int(rows.sum()),), time, dtype=torch.float64)
+            weights[rows, :depth] = self._predictor.weights(self._times[rows, :depth], now)
+        return weights
+
+
+def _replaced(old: Tensor | None, new: Tensor | None, rows: Tensor | None) -> Tensor | None:
+    if new is None or rows is None:
+        return new
+    assert old is not None
+    return old.index_copy(0, rows.to(old.device), new.to(old.dtype))
+
+
+def _mixed(rows: Tensor, new: Tensor | None, old: Tensor | None) -> Tensor | None:
+    if new is None or old is None or new is old:
+        return new
+    return torch.where(rows.to(new.device).view(-1, *[1] * (new.dim() - 1)), new, old)
+
+
+def _weighted(values: list[Value], weights: list[float]) -> Value:
+    """The weighted sum with the same weights in all rows; a value of weight 1 alone comes back as it is."""
+    used = [(value, weight) for value, weight in zip(values, weights, strict=True) if weight != 0.0]
+    found: list[Tensor | None] = []
+    for place, first in enumerate(used[0][0]):
+        total = first if first is None or used[0][1] == 1.0 else first * used[0][1]
+        for value, weight in used[1:]:
+            tensor = value[place]
+            total = total if total is None or tensor is None else torch.add(total, tensor, alpha=weight)
+        found.append(total)
+    return tuple(found)
+
+
+def _mixture(tensors: list[Tensor | None], weights: Tensor) -> Tensor | None:
+    """The weighted sum with weights (rows, values)."""
+    total: Tensor | None = None
+    for tensor, column in zip(tensors, weights.unbind(dim=1), strict=True):
+        if tensor is None:
+            return None
+        term = tensor * column.to(tensor.device, tensor.dtype).view(-1, *[1] * (tensor.dim() - 1))
+        total = term if total is None else total + term
+    return total

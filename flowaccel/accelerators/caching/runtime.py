@@ -1,0 +1,218 @@
+"""What every cache does at a network call, whatever its scope: decide, account, remember."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flowaccel.accelerators.caching.decisions import Decider, Decision, Unit, all_compute
+from flowaccel.accelerators.caching.guard import Guard
+from flowaccel.accelerators.caching.history import History
+from flowaccel.gates import Gate, Step
+from flowaccel.hooks import Call, CallRecord, Session
+from flowaccel.predictors import Predictor
+
+COND, EXTRA = "cond", "extra"
+Proceed = Callable[..., Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rules:
+    """The parts of a cache that decide and predict."""
+
+    gate: Gate
+    predictor: Predictor
+    guard: Guard
+    unit: Unit
+
+
+@dataclass(kw_only=True)
+class Memory:
+    """Everything one cache remembers of one run; dies with the run."""
+
+    deciders: dict[Any, Decider] = field(default_factory=dict)
+    decisions: dict[Any, tuple[int, Decision]] = field(default_factory=dict)
+    """(step, decision) taken last."""
+    histories: dict[Any, History] = field(default_factory=dict)
+    warned: bool = False
+
+    @property
+    def bytes(self) -> int:
+        """Held by cached values."""
+        return sum(history.bytes for history in self.histories.values())
+
+
+class Cache:
+    """A cache on a session; a subclass per scope says what is stood in for."""
+
+    def __init__(self, rules: Rules) -> None:
+        self.rules = rules
+
+    def attach(self, session: Session) -> Callable[[], None]:
+        """Surround what the scope needs; returns what undoes it."""
+        return session.on_call(self._around_call)
+
+    def _around_call(self, proceed: Proceed, call: Call) -> Any:
+        if EXTRA in call.branches:
+            return proceed()
+        moment = Moment(self.rules, call.run.state.setdefault(self, Memory()), call)
+        if moment.decision is None and self.rules.gate.signal in ("none", "input"):
+            moment.decide(None if self.rules.gate.signal == "none" else call.sample)
+        output = self.run(proceed, moment)
+        moment.finish(tensor_of(output))
+        return output
+
+    def run(self, proceed: Proceed, moment: Moment) -> Any:
+        """Make the call's output, by calling the network or not."""
+        raise NotImplementedError
+
+
+class Moment:
+    """One network call, as one cache sees it: who computes, and what is put away."""
+
+    def __init__(self, rules: Rules, memory: Memory, call: Call) -> None:
+        self.rules, self.memory, self.call = rules, memory, call
+        self.step = Step(index=call.step, count=call.run.num_steps, time=call.timestep)
+        self.decision: Decision | None = None
+        """None until it is taken."""
+        self._signal: Tensor | None = None
+        self._feedback: Tensor | None = None
+        if not self.decides:
+            self.decision = self._followed()
+
+    @property
+    def decides(self) -> bool:
+        """Whether a decision is taken in this call, rather than in the conditional call of the step."""
+        return self.rules.unit != "image" or COND in self.call.branches
+
+    def _followed(self) -> Decision:
+        step, decision = self.memory.decisions.get(self.call.network, (-1, None))
+        # No conditional call came before: nobody said that this one may be left out.
+        return decision if decision is not None and step == self.call.step else all_compute(self.call.images)
+
+    @property
+    def _key(self) -> Any:
+        return self.call.network if self.rules.unit == "image" else (self.call.network, self.call.branches)
+
+    @property
+    def _units(self) -> int:
+        return {"image": self.call.images, "row": self.call.rows, "batch": 1}[self.rules.unit]
+
+    def of_units(self, tensor: Tensor) -> Tensor:
+        """(rows, ...) -> (units, ...): the rows that an image is judged by, every row, or all in one."""
+        if self.rules.unit == "image":
+            return tensor[self.call.rows_of(COND)]
+        return tensor.flatten(0, 1)[None] if self.rules.unit == "batch" else tensor
+
+    # -- deciding
+
+    def decide(self, signal: Tensor | None) -> Decision:
+        """Take the decision; `signal` (rows, ...) is what the gate reads."""
+        self._signal = None if signal is None else self.of_units(signal)
+        decider = self._decider
+        decision = decider.decide(self._units, self._signal, self.step)
+        if decision.not_finite and not self.memory.warned:
+            self.memory.warned = True
+            _warn_not_finite()
+        self.decision = decision
+        self.memory.decisions[self.call.network] = (self.call.step, decision)
+        return decision
+
+    @property
+    def _decider(self) -> Decider:
+        made = self.memory.deciders.get(self._key)
+        if made is None:
+            made = self.memory.deciders[self._key] = Decider(gate=self.rules.gate, guard=self.rules.guard)
+        return made
+
+    def give_back(self, feedback: Tensor) -> None:
+        """Let the gate see (rows, ...) of a step that was computed for some."""
+        if self.decides:
+            self._feedback = self.of_units(feedback)
+
+    def finish(self, output: Tensor) -> None:
+        """Close the call: the gate learns what was done, the report too."""
+        assert self.decision is not None
+        decider, decision = self._decider, self.decision
+        if any(decision.compute):
+            finite = torch.isfinite(output.flatten(1).sum(dim=1, dtype=torch.float32))
+            self._note_finite(decider, finite)
+            if self.rules.gate.feedback == "output":
+                self.give_back(output)
+        if self.decides:
+            decider.update(self._signal, self._feedback, decision, self.step)
+        _account(self.call.record, self.call, decision, self.rows, self.decides)
+        self.call.record.cache_bytes += self.memory.bytes
+
+    def _note_finite(self, decider: Decider, finite: Tensor) -> None:
+        """Per unit, whether all that was computed for it in this step is a number."""
+        call = self.call
+        if self.rules.gate.static or self.rules.unit == "batch":
+            finite = finite.all()[None]
+        elif self.rules.unit == "image":
+            finite = finite.view(len(call.branches), call.images).all(dim=0)
+        decider.finite = finite if self.decides or decider.finite is None else decider.finite & finite
+
+    # -- rows
+
+    @property
+    def rows(self) -> tuple[bool, ...]:
+        """Per row, whether it is computed."""
+        assert self.decision is not None
+        compute = self.decision.compute
+        if len(compute) == 1:
+            return compute * self.call.rows
+        return compute if self.rules.unit == "row" else compute * len(self.call.branches)
+
+    @property
+    def computing(self) -> Tensor:
+        """(n,) indices of the rows that are computed, on the CPU."""
+        return torch.tensor(self.rows).nonzero().flatten()
+
+    # -- values
+
+    def history(self, what: str = "") -> History:
+        """The computed values of the rows of this call; `what` tells several apart."""
+        key = (self.call.network, self.call.branches, what)
+        made = self.memory.histories.get(key)
+        if made is None:
+            made = self.memory.histories[key] = History(self.rules.predictor)
+        return made
+
+    def require(self, history: History) -> None:
+        """Compute everywhere where there is nothing yet to predict from."""
+        if history.empty and self.decision is not None and not all(self.decision.compute):
+            self.decision = Decision(compute=(True,) * len(self.decision.compute))
+
+
+def _account(record: CallRecord, call: Call, decision: Decision, rows: tuple[bool, ...], decides: bool) -> None:
+    images = [any(rows[image :: call.images]) for image in range(call.images)]
+    record.computed = tuple(images)
+    record.what = "computed" if all(images) else "mixed" if any(images) else "reused"
+    if decides:
+        record.near_ties += decision.near_ties
+        record.host_reads += decision.host_reads
+
+
+def tensor_of(output: Any) -> Tensor:
+    """What a network returned, as a tensor (rows, ...)."""
+    return output[0] if isinstance(output, tuple) else output.sample
+
+
+def not_run(record: CallRecord, path: str, rows: int) -> None:
+    """Note that the module `path` was not run for `rows` rows."""
+    if rows:
+        record.not_run[path] = record.not_run.get(path, 0) + rows
+
+
+def _warn_not_finite() -> None:
+    warnings.warn(
+        "a network output that was not finite (NaN or infinite) cannot be reused, so those images are computed in full",
+        RuntimeWarning,
+        stacklevel=2,
+    )

@@ -1,0 +1,102 @@
+"""What is stood in for when a step is not computed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+
+@dataclass(frozen=True)
+class Output:
+    """The output of the whole network; the network is not called at all.
+
+    Args:
+        residual: cache the output minus the input and add it to the present input (EasyCache), where both have one
+            shape; else the output itself.
+    """
+
+    name: ClassVar[str] = "output"
+
+    residual: bool = False
+
+
+@dataclass(frozen=True)
+class Stack:
+    """What all blocks together add to the tokens, but for the blocks that the gate runs first.
+
+    Embedding, gate, and the network's final layer still run.
+    """
+
+    name: ClassVar[str] = "stack"
+
+    @property
+    def front(self) -> int:
+        """None."""
+        return 0
+
+    @property
+    def back(self) -> int:
+        """None."""
+        return 0
+
+
+@dataclass(frozen=True)
+class Range:
+    """What the middle blocks together add to the tokens; the others always run.
+
+    Args:
+        front: blocks that run before; those of the gate count.
+        back: blocks that run after.
+
+    Raises:
+        ValueError: a number below 0.
+    """
+
+    name: ClassVar[str] = "range"
+
+    front: int = 1
+    back: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("front", "back"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+                raise ValueError(f"{name} must be a whole number of at least 0, got {value!r}")
+
+
+@dataclass(frozen=True)
+class Module:
+    """The output of every attention and feed-forward module of every block; norms, modulation and gates still run.
+
+    It holds about two tensors per block, branch and value of the predictor: for long videos that does not fit.
+
+    Args:
+        attention: cache attention modules.
+        feed_forward: cache feed-forward modules.
+
+    Raises:
+        ValueError: neither.
+    """
+
+    name: ClassVar[str] = "module"
+
+    attention: bool = True
+    feed_forward: bool = True
+
+    def __post_init__(self) -> None:
+        if not (self.attention or self.feed_forward):
+            raise ValueError("scope 'module' must cache attention or feed_forward, got neither")
+
+
+Scope = Output | Stack | Range | Module
+SCOPES: dict[str, type[Scope]] = {kind.name: kind for kind in (Output, Stack, Range, Module)}
+"""By the names that recipes use."""
+
+
+def middle(scope: Stack | Range, probe: int, count: int) -> tuple[int, int]:
+    """First block and end of what is reused among `count` blocks, where a gate runs `probe` blocks first.
+
+    In a shallow network both ends give way, the back first, so that one block is left to reuse.
+    """
+    front = min(max(scope.front, probe), count - 1)
+    return front, count - min(scope.back, count - 1 - front)

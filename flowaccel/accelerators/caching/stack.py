@@ -1,0 +1,173 @@
+"""The scopes `stack` and `range`: blocks one after the other are left out, and what they would add is forecast."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flowaccel.accelerators.caching.runtime import Cache, Moment, Proceed, Rules, not_run
+from flowaccel.accelerators.caching.scopes import Range, Stack, middle
+from flowaccel.errors import UnsupportedModelError
+from flowaccel.hooks import Block, Call, Session, attention_input
+
+Tokens = tuple[Tensor, Tensor | None]
+"""(rows, tokens, width) of the image, and of the text where the blocks carry it."""
+
+
+class StackCache(Cache):
+    """Forecasts of what the blocks between two ends add to the tokens."""
+
+    def __init__(self, rules: Rules, scope: Stack | Range) -> None:
+        super().__init__(rules)
+        self._scope = scope
+        self._pass: _Pass | None = None
+
+    def attach(self, session: Session) -> Callable[[], None]:
+        """Surround network calls and blocks."""
+        removers = [session.on_block(self._around_block), super().attach(session)]
+        return lambda: [remove() for remove in removers].clear()
+
+    def run(self, proceed: Proceed, moment: Moment) -> Any:
+        """Call the network; `_around_block` does the rest."""
+        outer, self._pass = self._pass, _Pass(moment, self._scope)
+        try:
+            return proceed()
+        finally:
+            self._pass = outer
+
+    def _around_block(self, proceed: Proceed, call: Call, block: Block) -> Any:
+        return proceed() if self._pass is None else self._pass.block(proceed, block)
+
+
+class _Pass:
+    """One network call on its way through the blocks."""
+
+    def __init__(self, moment: Moment, scope: Stack | Range) -> None:
+        self._moment, self._scope = moment, scope
+        self._text = 0  # tokens of the text, which joined blocks hold first
+        self._entry: Tensor | None = None  # image tokens before the first block
+        self._before: Tokens | None = None  # tokens where the reuse begins
+        self._rows: Tensor | None = None  # those that are computed, on the network's device
+        self._gathered = False  # whether the blocks run for these alone
+
+    def block(self, proceed: Proceed, block: Block) -> Any:
+        """Run, leave out or stand in for one block."""
+        first, end = self._ends(block)
+        if block.index == 0:
+            self._enter(proceed, block)
+        if block.index == first:
+            self._arrive(block)
+        if not first <= block.index < end:
+            output = proceed()
+            self._show_middle(block, output, None)
+            return output
+        assert self._rows is not None
+        call = self._moment.call
+        if not len(self._rows) or self._gathered:
+            not_run(call.record, block.path, call.rows - len(self._rows))
+        if not len(self._rows):
+            return self._stand_in(block) if block.index == first else block.pack(block.hidden, block.encoder)
+        output = proceed(block.take(self._rows, call.rows)) if self._gathered else proceed()
+        self._show_middle(block, output, self._rows if self._gathered else None)
+        return self._leave(block, output) if block.index == end - 1 else output
+
+    def _ends(self, block: Block) -> tuple[int, int]:
+        probe = self._moment.rules.gate.probe
+        if block.count <= 1 and probe:
+            raise UnsupportedModelError(
+                "the network has a single block, so nothing is left to reuse after those that the gate "
+                f"{self._moment.rules.gate.name!r} runs; use one that reads no block, such as 'easy'"
+            )
+        return middle(self._scope, probe, block.count)
+
+    def _enter(self, proceed: Proceed, block: Block) -> None:
+        gate, moment = self._moment.rules.gate, self._moment
+        if block.encoder is not None and not block.blocks.joined:
+            self._text = block.encoder.shape[1]
+        if gate.signal == "first_block" and moment.decides:
+            self._entry = self._tokens(block, block.hidden, block.encoder)[0]
+        if gate.signal == "modulated_input" and moment.decision is None:
+            moment.decide(attention_input(proceed, block))
+
+    def _arrive(self, block: Block) -> None:
+        moment = self._moment
+        self._before = self._tokens(block, block.hidden, block.encoder)
+        if moment.decision is None:
+            assert self._entry is not None
+            moment.decide(self._before[0] - self._entry)
+        self._entry = None
+        moment.require(moment.history())
+        self._rows = moment.computing.to(block.hidden.device)
+        self._gathered = 0 < len(self._rows) < moment.call.rows and moment.call.gathers
+
+    def _stand_in(self, block: Block) -> Any:
+        """What the blocks from here on would hand to those that follow."""
+        return self._packed(block, self._forecast())
+
+    def _forecast(self) -> Tokens:
+        assert self._before is not None
+        image, text = self._before
+        added_image, added_text = self._moment.history().predict(self._moment.call.timestep)
+        assert added_image is not None
+        return image + added_image, text if text is None or added_text is None else text + added_text
+
+    def _leave(self, block: Block, output: Any) -> Any:
+        """Put away what the blocks added, and give the rows that were not computed their forecast."""
+        assert self._before is not None and self._rows is not None
+        moment, rows = self._moment, self._rows
+        found = self._tokens(block, *block.unpack(output))
+        if len(rows) == moment.call.rows:
+            moment.history().store(_difference(found, self._before), moment.call.timestep)
+            self._show_feature()
+            return output
+        if not self._gathered:
+            found = _chosen(found, rows)
+        forecast = self._forecast()
+        moment.history().store(_difference(found, _chosen(self._before, rows)), moment.call.timestep, moment.computing)
+        self._show_feature()
+        image = forecast[0].index_copy(0, rows, found[0])
+        text = forecast[1]
+        if text is not None and found[1] is not None:
+            text = text.index_copy(0, rows, found[1])
+        return self._packed(block, (image, text))
+
+    def _show_feature(self) -> None:
+        feature = self._moment.history().newest[0]
+        if self._moment.rules.gate.feedback == "feature" and feature is not None:
+            self._moment.give_back(feature)
+
+    def _show_middle(self, block: Block, output: Any, rows: Tensor | None) -> None:
+        """Let the gate see the residual of the middle block."""
+        if self._moment.rules.gate.feedback != "middle_block" or block.index != block.count // 2:
+            return
+        after = self._tokens(block, *block.unpack(output))[0]
+        before = self._tokens(block, block.hidden, block.encoder)[0]
+        if rows is None:
+            self._moment.give_back(after - before)
+            return
+        before = before[rows] if len(before) != len(rows) else before
+        whole = after.new_zeros(self._moment.call.rows, *after.shape[1:])
+        self._moment.give_back(whole.index_copy(0, rows, after - before))
+
+    def _tokens(self, block: Block, hidden: Tensor, encoder: Tensor | None) -> Tokens:
+        if block.blocks.joined and self._text:
+            return hidden[:, self._text :], hidden[:, : self._text]
+        return hidden, encoder
+
+    def _packed(self, block: Block, tokens: Tokens) -> Any:
+        image, text = tokens
+        if block.blocks.joined and text is not None:
+            return torch.cat([text, image], dim=1)
+        return block.pack(image, text)
+
+
+def _difference(new: Tokens, old: Tokens) -> Tokens:
+    text = None if new[1] is None or old[1] is None else new[1] - old[1]
+    return new[0] - old[0], text
+
+
+def _chosen(tokens: Tokens, rows: Tensor) -> Tokens:
+    return tokens[0][rows], None if tokens[1] is None else tokens[1][rows]

@@ -1,0 +1,126 @@
+"""Feature caches: network calls, or parts of them, are left out and stood in for by what was computed before."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any, ClassVar
+
+from flowaccel.accelerators.base import Accelerator, Detach
+from flowaccel.accelerators.caching import GUARDS, SCOPES, Guard, Output, Rules, Scope, Stack, cache_of
+from flowaccel.accelerators.caching.decisions import UNITS, Unit
+from flowaccel.accelerators.serial import component
+from flowaccel.gates import GATES, Easy, Gate
+from flowaccel.hooks import session_of
+from flowaccel.predictors import PREDICTORS, Hold, Predictor
+
+_PARTS: dict[str, Mapping[str, type]] = {"gate": GATES, "scope": SCOPES, "predictor": PREDICTORS, "guard": GUARDS}
+
+
+@dataclass(frozen=True, init=False)
+class FeatureCache(Accelerator):
+    """Reuse what was computed at earlier steps: gate x scope x predictor x guard.
+
+    The published training-free caches are points in this space; `PRESETS` in `flowaccel.accelerators.cache_presets`
+    names them. Each part is an object, or the name of one, and then keywords go to the part that owns them:
+    `FeatureCache(gate="first_block", threshold=0.08, predictor="newton", order=2)`.
+
+    Args:
+        gate: when to compute: `interval`, `mask`, `first_block`, `modulated_input`, `magnitude`, `easy`, `codebook`,
+            `third_difference`.
+        scope: what is stood in for: `output`, `stack`, `range`, `module`. None takes `output` for gates that read
+            nothing inside of the network, else `stack`.
+        predictor: by what: `hold`, `newton`, `taylor`, `hermite`, `adams_bashforth`.
+        guard: what bounds the gate.
+        decide: who decides: every `image` by its conditional rows, so that it does not depend on what it is batched
+            with; every `row`; or the whole `batch`, as most published code does.
+        options: fields of these parts.
+
+    Raises:
+        ValueError: an unknown name, a value out of range, or a gate that cannot work in the scope.
+        TypeError: a keyword that no chosen part owns.
+    """
+
+    name: ClassVar[str] = "feature_cache"
+
+    gate: Gate = component(GATES)
+    scope: Scope = component(SCOPES)
+    predictor: Predictor = component(PREDICTORS)
+    guard: Guard = component(GUARDS)
+    decide: Unit = "image"
+
+    def __init__(
+        self,
+        gate: Gate | str = Easy.name,
+        scope: Scope | str | None = None,
+        predictor: Predictor | str = Hold.name,
+        guard: Guard | str = Guard.name,
+        decide: Unit = "image",
+        **options: Any,
+    ) -> None:
+        chosen = {
+            "gate": _part("gate", gate),
+            "predictor": _part("predictor", predictor),
+            "guard": _part("guard", guard),
+        }
+        chosen["scope"] = _part("scope", _usual_scope(chosen["gate"]) if scope is None else scope)
+        for part, value in _with_options(chosen, options).items():
+            object.__setattr__(self, part, value)
+        object.__setattr__(self, "decide", decide)
+        if decide not in UNITS:
+            raise ValueError(f"decide must be one of {', '.join(UNITS)}, got {decide!r}")
+        self._check_scope()
+
+    def _check_scope(self) -> None:
+        needs_blocks = self.gate.signal in ("first_block", "modulated_input") or self.gate.feedback == "middle_block"
+        if needs_blocks and self.scope.name not in ("stack", "range"):
+            raise ValueError(
+                f"gate {self.gate.name!r} reads blocks of the network, so it works in the scopes 'stack' and 'range', "
+                f"got {self.scope.name!r}"
+            )
+        if self.gate.feedback == "feature" and self.scope.name == "module":
+            raise ValueError(
+                f"gate {self.gate.name!r} reads the one feature that is cached, and scope 'module' caches many; use "
+                "'stack', 'range' or 'output', or a gate that reads nothing, such as 'interval'"
+            )
+
+    @property
+    def tags(self) -> frozenset[str]:
+        """Those of every accelerator, and that it leaves out network calls or parts of them."""
+        return super().tags | {"cache"}
+
+    def attach(self, pipe: Any) -> Detach:
+        """Surround the network's calls, and its blocks or modules where the scope needs them."""
+        rules = Rules(gate=self.gate, predictor=self.predictor, guard=self.guard, unit=self.decide)
+        return cache_of(rules, self.scope).attach(session_of(pipe))
+
+
+def _part(kind: str, value: Any) -> Any:
+    registry = _PARTS[kind]
+    if isinstance(value, str):
+        if value not in registry:
+            raise ValueError(f"{kind} must be one of {', '.join(registry)}, got {value!r}")
+        return registry[value]()
+    if not isinstance(value, tuple(registry.values())):
+        raise TypeError(f"{kind} must be one of {', '.join(registry)} or such an object, got {value!r}")
+    return value
+
+
+def _usual_scope(gate: Any) -> Scope:
+    inside = gate.signal in ("first_block", "modulated_input") or gate.feedback in ("middle_block", "feature")
+    return Stack() if inside or gate.name == "magnitude" else Output(residual=gate.name == Easy.name)
+
+
+def _with_options(chosen: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
+    """The parts with every option given to the one that owns it."""
+    owned: dict[str, dict[str, Any]] = {part: {} for part in chosen}
+    for key, value in options.items():
+        owner = next((part for part, object_ in chosen.items() if key in {f.name for f in fields(object_)}), None)
+        if owner is None:
+            listed = "; ".join(
+                f"{part} {object_.name!r}: {', '.join(f.name for f in fields(object_)) or 'none'}"
+                for part, object_ in chosen.items()
+            )
+            raise TypeError(f"no chosen part has the option {key!r}; they have {listed}")
+        owned[owner][key] = value
+    return {part: replace(object_, **owned[part]) if owned[part] else object_ for part, object_ in chosen.items()}

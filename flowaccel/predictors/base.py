@@ -1,0 +1,70 @@
+"""What every predictor is: weights of the computed values that stand for a value that was not computed."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Predictor(ABC):
+    """Abstract base. A subclass is a frozen dataclass with a `name`, entered in `PREDICTORS`.
+
+    A predicted value is a weighted sum of the last computed values. Values that were themselves predicted are never
+    used: extrapolation from them is unstable.
+    """
+
+    name: ClassVar[str]
+    """The name in recipes."""
+
+    @property
+    @abstractmethod
+    def anchors(self) -> int:
+        """How many computed values it uses at most, at least 1."""
+
+    @abstractmethod
+    def weights(self, times: Tensor, now: Tensor) -> Tensor:
+        """The weights of the computed values.
+
+        Args:
+            times: (rows, anchors) when the values were computed, newest first; at least 1 and at most `anchors` of
+                them, distinct within a row, float64.
+            now: (rows,) the time to predict.
+
+        Returns:
+            (rows, anchors), each row's sum is 1.
+        """
+
+
+def hold_weights(times: Tensor) -> Tensor:
+    """Weights that repeat the newest value."""
+    weights = torch.zeros_like(times)
+    weights[:, 0] = 1
+    return weights
+
+
+def check_order(order: int) -> None:
+    """Raise a ValueError unless `order` is a whole number from 0 to 4."""
+    if isinstance(order, bool) or not isinstance(order, int) or not 0 <= order <= 4:
+        raise ValueError(f"order must be a whole number from 0 (hold) to 4, got {order!r}")
+
+
+def differences(times: Tensor) -> Tensor:
+    """Difference quotients of the newest value as weights of the values, each over the last gap only (TaylorSeer's).
+
+    Row i of (rows, anchors, anchors) is D_i with D_0 = f and D_i = (D_{i-1} now - D_{i-1} before) / last gap, which
+    is the i-th derivative in the unit of the mean gap only where all gaps are alike.
+    """
+    rows, count = times.shape
+    # level[:, j] holds the weights of D_i at anchor j (0 = newest).
+    level = torch.eye(count, dtype=times.dtype, device=times.device).repeat(rows, 1, 1)
+    gaps = times[:, :-1] - times[:, 1:]
+    found = [level[:, 0]]
+    for _ in range(1, count):
+        level = (level[:, :-1] - level[:, 1:]) / gaps[:, : level.shape[1] - 1, None]
+        found.append(level[:, 0])
+    return torch.stack(found, dim=1)
