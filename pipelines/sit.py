@@ -16,9 +16,11 @@ from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from flowaccel.errors import RecipeConflictError
 from flowaccel.models import SiTTransformer2DModel, convention_of
 from flowaccel.pipelines.sit_blocks import Channels, CompiledBlocks, GuidedField, bare_field, step_times
 from flowaccel.pipelines.sit_blocks import guide as guide
+from flowaccel.recipe import recipe_of
 from flowaccel.samplers import FlowSampler
 from flowaccel.samplers.base import Project
 
@@ -314,6 +316,13 @@ class SiTBase(DiffusionPipeline):
                 "compiled blocks need a FlowTurboScheduler, or a FlowRungeKuttaScheduler with solver 'euler' or "
                 f"'heun', but the pipeline has a {type(self.scheduler).__name__}{f' ({solver})' if solver else ''}; "
                 "exchange the scheduler, or call decompile_blocks()"
+            )
+        caches = [accelerator.name for accelerator in recipe_of(self).accelerators if "cache" in accelerator.tags]
+        if caches:
+            raise RecipeConflictError(
+                f"compiled blocks call the network in ways that {caches[0]!r} does not see, so it would do nothing; "
+                "call decompile_blocks(), or flowaccel.restore on the pipeline (a cache can be had with "
+                "transformer.compile_repeated_blocks())"
             )
         if hasattr(self.transformer, "_hf_hook"):
             raise ValueError(

@@ -11,6 +11,7 @@ from flowaccel.hooks.families import denoiser as denoiser
 from flowaccel.hooks.families import family_of as family_of
 from flowaccel.hooks.families import networks as networks
 from flowaccel.hooks.families import register_family as register_family
+from flowaccel.hooks.macs import macs_by_module as macs_by_module
 from flowaccel.hooks.session import Call as Call
 from flowaccel.hooks.session import CallRecord as CallRecord
 from flowaccel.hooks.session import Run as Run
@@ -37,6 +38,7 @@ __all__ = [
     "close_session",
     "denoiser",
     "family_of",
+    "macs_by_module",
     "networks",
     "open_session",
     "register_family",

@@ -22,6 +22,7 @@ from flowaccel.compat import foreign_cache
 from flowaccel.errors import RecipeConflictError
 from flowaccel.hooks.blocks import BlockAround, BlockHooks, ModuleAround, take_rows
 from flowaccel.hooks.families import Family, family_of, networks, unwrapped
+from flowaccel.hooks.macs import shapes_of
 from flowaccel.hooks.wrap import Wrapped, entry_point, wrap
 
 COND, UNCOND, EXTRA = "cond", "uncond", "extra"
@@ -76,6 +77,8 @@ class Run:
     state: dict[Any, Any] = field(default_factory=dict)
     """What accelerators remember during the run, each under keys of its own; cleared when the run ends."""
     records: list[CallRecord] = field(default_factory=list)
+    shapes: dict[str, tuple[nn.Module, dict[str, Any], int]] = field(default_factory=dict)
+    """Of every network's first call: the network, its arguments without their data, and its rows."""
     started: float = field(default_factory=time.perf_counter)
     seconds: float = 0.0
     ended: bool = False
@@ -363,6 +366,8 @@ class Session:
             run.timesteps, run.sigmas = _levels(self.pipe.scheduler)
             run.begin = _begin(self.pipe.scheduler, run.timesteps, arguments.get("timestep"), network.family)
         step = run.steps_done
+        if network.name not in run.shapes:
+            run.shapes[network.name] = (network.module, shapes_of(arguments), _rows(arguments[network.sample]))
         position = min(run.begin + step, len(run.timesteps) - 1)
         branches, images = self._branches(run, network, arguments, step)
         return Call(

@@ -7,11 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from flowaccel.hooks import CallRecord, Run, session_of
+from flowaccel.hooks import CallRecord, Run, macs_by_module, session_of
 from flowaccel.recipe.recipe import Recipe
 from flowaccel.recipe.verbs import recipe_of
 
 COMPUTED = "computed"
+_BY_NETWORK = (COMPUTED, "mixed", "reused")
+"""What the network itself did, at least in part; refiners and the like count nothing here."""
+_LETTERS = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +26,12 @@ class StepReport:
     """The scheduler's."""
     sigma: float
     calls: tuple[CallRecord, ...]
+
+    @property
+    def computed(self) -> tuple[bool, ...]:
+        """Per image, whether an accelerator that decides let it be computed; empty where none does."""
+        images = [call.computed for call in self.calls if call.computed]
+        return tuple(any(image) for image in zip(*images, strict=False))
 
     @property
     def seconds(self) -> float:
@@ -49,6 +58,10 @@ class Report:
     """Whether it ended early: an exception, or `pipe._interrupt`."""
     unsaved: str | None
     """Why no network call was saved; None if some were."""
+    macs: int | None
+    """Multiply-adds that the networks did; None where they cannot be counted (compiled networks)."""
+    macs_saved: int | None
+    """Multiply-adds that they would have done besides, had every call been computed."""
 
     @property
     def calls(self) -> list[CallRecord]:
@@ -58,6 +71,34 @@ class Report:
     def count(self, what: str) -> int:
         """Network calls that were `what`: `computed`, `reused`, `refined` and so on."""
         return sum(call.what == what for call in self.calls)
+
+    @property
+    def hit_rate(self) -> float:
+        """Part of the images and steps that was reused, from 0 to 1."""
+        images = [computed for step in self.steps for computed in step.computed]
+        return images.count(False) / len(images) if images else 0.0
+
+    @property
+    def seconds_saved(self) -> float | None:
+        """Estimate: had every call taken as long as the computed ones did on average; None without any of either."""
+        computed = [call.seconds for call in self.calls if call.what == COMPUTED]
+        others = [call.seconds for call in self.calls if call.what != COMPUTED]
+        return len(others) * sum(computed) / len(computed) - sum(others) if computed and others else None
+
+    @property
+    def near_ties(self) -> int:
+        """Decisions so close to the threshold that rounding may take them otherwise."""
+        return sum(call.near_ties for call in self.calls)
+
+    @property
+    def host_reads(self) -> int:
+        """How often the host waited for the device to take a decision."""
+        return sum(call.host_reads for call in self.calls)
+
+    @property
+    def cache_bytes(self) -> int:
+        """The most that caches held of computed values."""
+        return max((call.cache_bytes for call in self.calls), default=0)
 
     def rows(self, what: str) -> int:
         """Rows of those calls."""
@@ -72,15 +113,37 @@ class Report:
             f"{'step':>4}  {'timestep':>9}  {'sigma':>7}  {'ms':>8}  calls",
         ]
         for step in self.steps:
-            calls = ", ".join(_describe(call) for call in step.calls)
+            calls = ", ".join(_describe(call) for call in step.calls) + _pattern(step)
             lines.append(
                 f"{step.step:>4}  {step.timestep:>9.2f}  {step.sigma:>7.4f}  {1000 * step.seconds:>8.2f}  {calls}"
             )
+        lines += self._savings()
         if self.failed:
             lines.append(f"The run ended early, after {len(self.steps)} of {self.num_steps} evaluations.")
         if self.unsaved is not None:
             lines.append(f"No network call was saved: {self.unsaved}.")
         return "\n".join(lines)
+
+    def _savings(self) -> list[str]:
+        """What caches did, in a line or two."""
+        if not any(step.computed for step in self.steps):
+            return []
+        macs = ""
+        if self.macs is not None and self.macs_saved is not None:
+            macs = f", {self.macs_saved / (self.macs + self.macs_saved):.0%} of the multiply-adds"
+        seconds = "" if self.seconds_saved is None else f", about {self.seconds_saved:.3f} s"
+        return [
+            f"Reused: {self.hit_rate:.0%} of the images and steps{macs}{seconds}.",
+            f"Held {self.cache_bytes / 1e6:.1f} MB; {self.host_reads} waits for the device, "
+            f"{self.near_ties} near-ties.",
+        ]
+
+
+def _pattern(step: StepReport) -> str:
+    """Which images were computed: one letter each, or their number."""
+    if len(step.computed) > _LETTERS:
+        return f"  {sum(step.computed)} of {len(step.computed)} images"
+    return "  " + "".join("C" if computed else "r" for computed in step.computed) if step.computed else ""
 
 
 def _describe(call: CallRecord) -> str:
@@ -108,7 +171,23 @@ def report(pipe: Any) -> Report:
         seconds=run.seconds,
         failed=run.failed,
         unsaved=_unsaved(recipe, run.records),
+        **_macs(run),
     )
+
+
+def _macs(run: Run) -> dict[str, int | None]:
+    """Multiply-adds done and saved, by the shapes of every network's first call."""
+    done = saved = 0
+    for name, (network, shapes, rows) in run.shapes.items():
+        counts = macs_by_module(network, shapes)
+        if counts is None:
+            return {"macs": None, "macs_saved": None}
+        for record in run.records:
+            if record.network == name:
+                left_out = sum(counts.get(path, 0) * number for path, number in record.not_run.items())
+                saved += left_out // rows
+                done += (counts[""] * record.rows - left_out) // rows if record.what in _BY_NETWORK else 0
+    return {"macs": done, "macs_saved": saved}
 
 
 def _steps(run: Run) -> list[StepReport]:

@@ -298,6 +298,20 @@ def test_other_schedulers(made: Any, name: str) -> None:
     assert sample(pipe, steps=2).isfinite().all()
 
 
+@pytest.mark.parametrize("first", ["accelerate", "compile"])
+def test_caches_are_refused_because_they_would_see_nothing(first: str) -> None:
+    pipe = pipeline()
+    if first == "accelerate":
+        flowaccel.accelerate(pipe, "ab_cache")
+    pipe.compile_blocks("eager")
+    if first == "compile":
+        flowaccel.accelerate(pipe, "ab_cache")
+    with pytest.raises(flowaccel.RecipeConflictError, match="'feature_cache' does not see"):
+        sample(pipe)
+    flowaccel.restore(pipe)
+    assert sample(pipe).isfinite().all()
+
+
 def test_offloading() -> None:
     pipe = pipeline()
     pipe.compile_blocks("eager")

@@ -1,0 +1,48 @@
+"""Multiply-adds of a network and its modules, counted without computing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+from torch.utils.flop_counter import FlopCounterMode
+
+from flowaccel.hooks.families import unwrapped
+
+
+def shapes_of(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call with tensors that have shapes and no data."""
+    shapes: dict[str, Any] = tree_map(_shape, arguments)
+    return shapes
+
+
+def macs_by_module(network: nn.Module, shapes: dict[str, Any]) -> dict[str, int] | None:
+    """Multiply-adds in matrix products, convolutions and attention of one call, of every module by its name in the
+    network; "" is the network. None where they cannot be counted: compiled modules, or a forward that looks at values.
+
+    Args:
+        network: the network; it is not changed, and nothing is computed.
+        shapes: from `shapes_of`.
+    """
+    network = unwrapped(network)
+    if any(module.__dict__.get("_compiled_call_impl") is not None for module in network.modules()):
+        return None
+    tensors = {name: _shape(value) for name, value in (*network.named_parameters(), *network.named_buffers())}
+    counter = FlopCounterMode(display=False)
+    try:
+        with counter, torch.no_grad():
+            torch.func.functional_call(network, tensors, kwargs=shapes)
+    except Exception:  # whatever a forward of somebody else's does with tensors that hold nothing
+        return None
+    root = type(network).__name__
+    return {
+        name.removeprefix(root).removeprefix("."): sum(counts.values()) // 2
+        for name, counts in counter.get_flop_counts().items()
+        if name == root or name.startswith(f"{root}.")
+    }
+
+
+def _shape(value: Any) -> Any:
+    return torch.empty_like(value, device="meta") if isinstance(value, Tensor) else value
