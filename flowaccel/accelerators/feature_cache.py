@@ -15,6 +15,8 @@ from flowaccel.hooks import session_of
 from flowaccel.predictors import PREDICTORS, Hold, Predictor
 
 _PARTS: dict[str, Mapping[str, type]] = {"gate": GATES, "scope": SCOPES, "predictor": PREDICTORS, "guard": GUARDS}
+_KINDS: dict[str, type] = {"gate": Gate, "predictor": Predictor}
+"""Of these anybody may write another; to be saved in a recipe it must be entered in the registry."""
 
 
 @dataclass(frozen=True, init=False)
@@ -101,7 +103,7 @@ def _part(kind: str, value: Any) -> Any:
         if value not in registry:
             raise ValueError(f"{kind} must be one of {', '.join(registry)}, got {value!r}")
         return registry[value]()
-    if not isinstance(value, tuple(registry.values())):
+    if not isinstance(value, _KINDS.get(kind, tuple(registry.values()))):
         raise TypeError(f"{kind} must be one of {', '.join(registry)} or such an object, got {value!r}")
     return value
 

@@ -40,8 +40,13 @@ class Block:
     """Name within the network, such as `transformer_blocks.3`."""
     blocks: BlockList
     module: nn.Module
-    arguments: dict[str, Any]
-    """What the block was called with, by name."""
+    bind: Callable[[], dict[str, Any]]
+    """Gives `arguments`, which not everybody asks for."""
+
+    @functools.cached_property
+    def arguments(self) -> dict[str, Any]:
+        """What the block was called with, by name."""
+        return self.bind()
 
     def take(self, rows: Tensor, full: int) -> dict[str, Any]:
         """The arguments for some of the rows: `rows` are their indices among `full`. What has another number of rows,
@@ -142,7 +147,7 @@ class BlockHooks:
         call = self._call
         if call is None:
             return forward(*args, **kwargs)
-        block = replace(wrapped.block, arguments=dict(wrapped.signature.bind(*args, **kwargs).arguments))
+        block = wrapped.called(args, kwargs)
 
         def compute(arguments: dict[str, Any] | None = None) -> Any:
             return forward(*args, **kwargs) if arguments is None else forward(**arguments)
@@ -153,7 +158,7 @@ class BlockHooks:
             returns = _output_order(call, block, proceed())
             wrapped.block = replace(wrapped.block, blocks=replace(block.blocks, returns=returns))
             wrapped.learned = True
-            block = replace(block, blocks=wrapped.block.blocks)
+            block = wrapped.called(args, kwargs)
         for around in self._arounds:
             proceed = _surrounded(around, proceed, call, block)
         return proceed()
@@ -169,6 +174,18 @@ class _WrappedBlock:
             return around(self, forward, args, kwargs)
 
         self.wrapped = wrap(block.module, self._entry, surround)
+
+    def called(self, args: Any, kwargs: Any) -> Block:
+        """The block of one call."""
+        known = self.block
+        return Block(
+            index=known.index,
+            count=known.count,
+            path=known.path,
+            blocks=known.blocks,
+            module=known.module,
+            bind=lambda: dict(self.signature.bind(*args, **kwargs).arguments),
+        )
 
     @property
     def in_place(self) -> bool:
@@ -322,7 +339,7 @@ def _blocks_of(network: nn.Module, family: Family) -> list[Block]:
     if not found:
         raise unsupported(network, family, "it has no list of alike blocks that take hidden_states")
     return [
-        Block(index=index, count=len(found), path=f"{blocks.path}.{place}", blocks=blocks, module=module, arguments={})
+        Block(index=index, count=len(found), path=f"{blocks.path}.{place}", blocks=blocks, module=module, bind=dict)
         for index, (blocks, place, module) in enumerate(found)
     ]
 

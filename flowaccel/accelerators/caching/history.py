@@ -17,8 +17,7 @@ class History:
     def __init__(self, predictor: Predictor) -> None:
         self._predictor = predictor
         self._values: list[Value] = []  # newest first
-        self._times = torch.zeros(0, 0, dtype=torch.float64)  # (rows, anchors)
-        self._depth = torch.zeros(0, dtype=torch.long)  # (rows,) how many of them are a row's own
+        self._times: list[tuple[float, ...]] = []  # per row, of its own values, newest first
 
     @property
     def empty(self) -> bool:
@@ -51,53 +50,43 @@ class History:
         if self.empty:
             if rows is not None:
                 raise ValueError("the first values must be those of all rows")
-            count = next(tensor.shape[0] for tensor in value if tensor is not None)
-            self._times = torch.full((count, self._predictor.anchors), torch.nan, dtype=torch.float64)
-            self._times[:, 0] = time
-            self._depth = torch.ones(count, dtype=torch.long)
+            self._times = [()] * next(tensor.shape[0] for tensor in value if tensor is not None)
             self._values = [value]
-            return
-        computed = torch.ones(len(self._times), dtype=torch.bool)
-        if rows is not None:
-            computed = torch.zeros_like(computed)
-            computed[rows] = True
-        shifts = computed & (self._times[:, 0] != time)
-        self._shift(shifts)
+        computed = range(len(self._times)) if rows is None else rows.tolist()
+        newer = [row for row in computed if self._times[row][:1] != (time,)]
+        if any(self._times):
+            self._shift(newer)
         self._values[0] = tuple(_replaced(old, new, rows) for old, new in zip(self._values[0], value, strict=True))
-        self._times[computed, 0] = time
+        for row in newer:
+            self._times[row] = (time, *self._times[row])[: self._predictor.anchors]
 
-    def _shift(self, rows: Tensor) -> None:
-        """Make room for a newer value in the rows that are true."""
-        anchors = self._predictor.anchors
-        self._times[rows, 1:] = self._times[rows, :-1]
-        self._depth[rows] = (self._depth[rows] + 1).clamp(max=anchors)
-        if bool(rows.all()):
-            self._values = [self._values[0], *self._values][:anchors]
-        elif bool(rows.any()):
-            shifted = [self._values[0], *self._values][:anchors]
-            padded = [*self._values, self._values[-1]][:anchors]
-            self._values = [
-                tuple(_mixed(rows, new, old) for new, old in zip(new_value, old_value, strict=True))
-                for new_value, old_value in zip(shifted, padded, strict=True)
+    def _shift(self, rows: list[int]) -> None:
+        """Make room for a newer value in these rows."""
+        if not rows:
+            return
+        shifted = [self._values[0], *self._values][: self._predictor.anchors]
+        if len(rows) < len(self._times):
+            mask = torch.zeros(len(self._times), dtype=torch.bool)
+            mask[rows] = True
+            unshifted = [*self._values, self._values[-1]]
+            shifted = [
+                tuple(_mixed(mask, new, old) for new, old in zip(new_value, old_value, strict=True))
+                for new_value, old_value in zip(shifted, unshifted, strict=False)
             ]
+        self._values = shifted
 
     def predict(self, time: float) -> Value:
         """The values of all rows at a time."""
-        weights = self._weights(time)
-        if bool((weights == weights[:1]).all()):
-            return _weighted(self._values, weights[0].tolist())
-        return tuple(
-            _mixture([value[place] for value in self._values], weights) for place in range(len(self._values[0]))
-        )
-
-    def _weights(self, time: float) -> Tensor:
-        """(rows, values) weights; a row that was computed less often has fewer."""
-        weights = torch.zeros(len(self._times), len(self._values), dtype=torch.float64)
-        for depth in self._depth.unique().tolist():
-            rows = self._depth == depth
-            now = torch.full((int(rows.sum()),), time, dtype=torch.float64)
-            weights[rows, :depth] = self._predictor.weights(self._times[rows, :depth], now)
-        return weights
+        now = torch.tensor([time], dtype=torch.float64)
+        weights = {
+            times: self._predictor.weights(torch.tensor([times], dtype=torch.float64), now)[0].tolist()
+            for times in set(self._times)
+        }
+        if len(weights) == 1:
+            return _weighted(self._values, next(iter(weights.values())))
+        padded = [weights[times] + [0.0] * (len(self._values) - len(times)) for times in self._times]
+        table = torch.tensor(padded, dtype=torch.float64)
+        return tuple(_mixture([value[place] for value in self._values], table) for place in range(len(self._values[0])))
 
 
 def _replaced(old: Tensor | None, new: Tensor | None, rows: Tensor | None) -> Tensor | None:
@@ -115,7 +104,7 @@ def _mixed(rows: Tensor, new: Tensor | None, old: Tensor | None) -> Tensor | Non
 
 def _weighted(values: list[Value], weights: list[float]) -> Value:
     """The weighted sum with the same weights in all rows; a value of weight 1 alone comes back as it is."""
-    used = [(value, weight) for value, weight in zip(values, weights, strict=True) if weight != 0.0]
+    used = [(value, weight) for value, weight in zip(values, weights, strict=False) if weight != 0.0]
     found: list[Tensor | None] = []
     for place, first in enumerate(used[0][0]):
         total = first if first is None or used[0][1] == 1.0 else first * used[0][1]

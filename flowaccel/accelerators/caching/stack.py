@@ -47,6 +47,7 @@ class _Pass:
 
     def __init__(self, moment: Moment, scope: Stack | Range) -> None:
         self._moment, self._scope = moment, scope
+        self._ends = (0, 0)  # first block and end of what is reused
         self._text = 0  # tokens of the text, which joined blocks hold first
         self._entry: Tensor | None = None  # image tokens before the first block
         self._before: Tokens | None = None  # tokens where the reuse begins
@@ -55,9 +56,10 @@ class _Pass:
 
     def block(self, proceed: Proceed, block: Block) -> Any:
         """Run, leave out or stand in for one block."""
-        first, end = self._ends(block)
         if block.index == 0:
+            self._ends = self._middle(block)
             self._enter(proceed, block)
+        first, end = self._ends
         if block.index == first:
             self._arrive(block)
         if not first <= block.index < end:
@@ -74,7 +76,7 @@ class _Pass:
         self._show_middle(block, output, self._rows if self._gathered else None)
         return self._leave(block, output) if block.index == end - 1 else output
 
-    def _ends(self, block: Block) -> tuple[int, int]:
+    def _middle(self, block: Block) -> tuple[int, int]:
         probe = self._moment.rules.gate.probe
         if block.count <= 1 and probe:
             raise UnsupportedModelError(
