@@ -70,7 +70,8 @@ COEFFICIENTS: dict[str, tuple[float, ...]] = {
     "wan2.1-i2v-480p": (-302.33167, 223.948934, -52.546397, 5.8734844, -0.201973289),
     "wan2.1-i2v-720p": (-114.363465, 65.265245, -18.8222071, 4.91518089, -0.234126827),
 }
-"""Published by TeaCache (Apache-2.0) for these checkpoints; thresholds were 0.25 to 0.8 for FLUX, 0.08 to 0.26 for Wan."""
+"""Published by TeaCache (Apache-2.0) for these checkpoints, with thresholds of 0.25 to 0.8 for FLUX, 0.08 to 0.26 for
+Wan."""
 
 
 @dataclass(frozen=True)
@@ -113,13 +114,16 @@ class ModulatedInput(Gate):
         if self.fitted_range is not None and not 0 <= self.fitted_range[0] < self.fitted_range[1]:
             raise ValueError(f"fitted_range must be two rising numbers of at least 0, got {self.fitted_range!r}")
 
+    @property
+    def _powers(self) -> Sequence[float]:
+        return COEFFICIENTS[self.coefficients] if isinstance(self.coefficients, str) else self.coefficients
+
     def rescaled(self, change: Tensor) -> Tensor:
         """The polynomial of a relative change."""
         if self.fitted_range is not None:
             change = change.clamp(*self.fitted_range)
         value = torch.zeros_like(change)
-        named = isinstance(self.coefficients, str)
-        for coefficient in COEFFICIENTS[str(self.coefficients)] if named else self.coefficients:
+        for coefficient in self._powers:
             value = value * change + coefficient
         return value.clamp(min=0)
 
