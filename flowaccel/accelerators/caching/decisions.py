@@ -30,7 +30,7 @@ class Decision:
     host_reads: int = 0
     """How often the host waited for the device to know."""
     not_finite: bool = False
-    """Whether a value that was not a number made a unit compute."""
+    """Whether a unit had to compute because what was computed last was not finite."""
 
     @property
     def mask(self) -> Tensor:
@@ -72,7 +72,7 @@ class Decider:
             scores,
             near_ties=sum(abs(value - 1.0) < NEAR for value in scores),
             host_reads=0 if self.gate.static and self.finite is None else 1,
-            not_finite=any(value != value for value in scores) or not all(finite),
+            not_finite=not all(finite),
         )
 
     def update(self, signal: Tensor | None, feedback: Tensor | None, decision: Decision, step: Step) -> None:
