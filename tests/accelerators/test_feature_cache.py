@@ -87,7 +87,7 @@ def test_gates_that_read_blocks_do_not_fit_where_these_do_not_run(gate: str, sco
 
 
 def test_a_gate_that_reads_the_cached_feature_does_not_fit_where_there_are_many() -> None:
-    with pytest.raises(ValueError, match="gate 'magnitude' reads the one feature.*scope 'module' caches many"):
+    with pytest.raises(ValueError, match=r"gate 'magnitude' reads the one feature.*scope 'module' caches many"):
         FeatureCache("magnitude", "module")
     assert FeatureCache("magnitude", "module", ratios=(1.0, 0.99)).gate.static
 
@@ -105,7 +105,7 @@ def test_scopes_refuse_what_is_out_of_range() -> None:
 
 def test_presets_are_ten_and_an_unknown_one_is_named() -> None:
     assert len(CACHE_PRESETS) == 10
-    with pytest.raises(ValueError, match="cache must be one of fbcache, dbcache.*got 'fb'"):
+    with pytest.raises(ValueError, match=r"cache must be one of fbcache, dbcache.*got 'fb'"):
         cache_preset("fb")
     with pytest.raises(TypeError, match="no chosen part has the option 'interval'"):
         cache_preset("fbcache", interval=2)
@@ -277,7 +277,7 @@ def test_a_network_of_one_block_has_nothing_left_after_the_probe(name: str) -> N
     pipe = case.make()
     pipe.transformer.transformer_blocks = pipe.transformer.transformer_blocks[-1:]
     accelerate(pipe, FeatureCache("first_block"))
-    with pytest.raises(UnsupportedModelError, match="single block.*'first_block'.*'easy'"):
+    with pytest.raises(UnsupportedModelError, match=r"single block.*'first_block'.*'easy'"):
         case(pipe)
     restore(pipe)
     accelerate(pipe, FeatureCache("interval", "stack", last=0))

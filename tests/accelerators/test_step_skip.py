@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -52,7 +53,7 @@ def test_the_decisions_are_those_of_the_published_rule_on_the_latents() -> None:
 
     session_of(pipe).on_call(watch)
     case(pipe, batch=1, steps=30)
-    moves = [0.0] + [float((new - old).abs().mean()) for old, new in zip(latents, latents[1:], strict=False)]
+    moves = [0.0] + [float((new - old).abs().mean()) for old, new in itertools.pairwise(latents)]
     expected, run = [], 0
     for step in range(30):
         skip = False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import json
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 
 import tiny
 from families import CASES, Case
-from flowaccel import Accelerator, FeatureCache, RecipeConflictError, accelerate, accelerated, report, restore
+from flowaccel import FeatureCache, RecipeConflictError, accelerate, accelerated, report, restore
 from flowaccel.accelerators import CACHE_PRESETS, cache_preset
 from flowaccel.accelerators.caching import Guard, Module, Output, Range, Scope, Stack
 from flowaccel.gates import (
@@ -250,7 +251,9 @@ class Modules(Added):
 
 @ALL
 @pytest.mark.parametrize(
-    ("scope", "witness"), [(Output(), Outputs), (Stack(), Added), (Module(), Modules)], ids=["output", "stack", "module"]
+    ("scope", "witness"),
+    [(Output(), Outputs), (Stack(), Added), (Module(), Modules)],
+    ids=["output", "stack", "module"],
 )
 def test_each_branch_gets_its_own_features_again(case: Case, scope: Scope, witness: type[Added]) -> None:
     pipe, seen = case.make(), witness()
@@ -281,7 +284,7 @@ def test_each_branch_gets_its_own_features_again(case: Case, scope: Scope, witne
 
 def failing_at(step: int) -> Callable[..., Any]:
     def around(proceed: Callable[..., Any], call: Call) -> Any:
-        if call.step == step and call.branches[-1] == "uncond":
+        if call.step == step and "uncond" in call.branches:
             raise RuntimeError("on purpose")
         return proceed()
 
@@ -326,7 +329,7 @@ def test_an_exception_in_a_callback_leaves_nothing_behind(case: Case) -> None:
 def test_another_number_of_steps_or_images_starts_afresh(case: Case, name: str) -> None:
     pipe = case.make()
     accelerate(pipe, cache(case, name))
-    for batch, evaluations in ((2, EVALUATIONS), (2, 6), (1, 7), (2, EVALUATIONS)):
+    for batch, evaluations in ((2, EVALUATIONS), (1, 7), (2, EVALUATIONS)):
         images, taken = fresh(case.name, name, batch, evaluations)
         assert torch.equal(made(case, pipe, evaluations, batch=batch), images)
         assert decisions(pipe) == taken
@@ -397,11 +400,10 @@ def derived(request: pytest.FixtureRequest) -> bool:
     return request.param
 
 
-@pytest.mark.parametrize("name", ["sd3", "wan21", "pixart", "flux", "auraflow", "cogview4", "dit"])
+@pytest.mark.parametrize("name", ["sd3", "wan21", "pixart", "flux", "auraflow"])
 @pytest.mark.parametrize("scope", SCOPES.values(), ids=SCOPES)
-@pytest.mark.parametrize("order", [0, 2])
 def test_rows_that_compute_beside_rows_that_reuse(
-    name: str, scope: Scope, order: int, derived: bool, monkeypatch: pytest.MonkeyPatch
+    name: str, scope: Scope, derived: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Image 0 reuses other steps than image 1; with a derived row the whole batch is computed and nothing gathered."""
     if derived:
@@ -409,7 +411,7 @@ def test_rows_that_compute_beside_rows_that_reuse(
             pytest.skip("its two kinds of blocks, or its shared arguments, cannot be derived")
         monkeypatch.delitem(FAMILIES, CASES[name].family)
     case, pipe = CASES[name], CASES[name].make()
-    accelerate(pipe, FeatureCache(Staggered(), scope, Newton(order), Guard(warmup=3, last=0)))
+    accelerate(pipe, FeatureCache(Staggered(), scope, Newton(2), Guard(warmup=3, last=0)))
     alone = []
     for image, seed in enumerate((3, 4)):
         monkeypatch.setattr(Staggered, "first", image)
@@ -425,11 +427,9 @@ def test_rows_that_compute_beside_rows_that_reuse(
 
 
 @dataclass(frozen=True)
-class Staggered(Gate):
+class Staggered(Easy):
     """Image i reuses the steps 3 k + i."""
 
-    name = "easy"
-    signal = "input"
     first = 0
 
     def score(self, state: Any, signal: Any, step: Any) -> Any:
@@ -569,8 +569,6 @@ def test_a_fresh_process_decides_and_makes_the_same(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     made_there = load_file(tmp_path / "found.safetensors")
     assert {name for name in expected if not torch.equal(made_there[name], expected[name])} == set()
-    import json
-
     assert json.loads((tmp_path / "taken.json").read_text()) == taken
 
 
@@ -705,7 +703,7 @@ def test_lora_can_come_and_go(case: Case, kind: str, order: str) -> None:
 
 
 @EVERY
-@pytest.mark.parametrize("steps", [3, 10, 20])
+@pytest.mark.parametrize("steps", [4, 20])
 def test_image_to_image_at_low_strength(name: str, steps: int) -> None:
     """Guards count the steps that are made, not those that the strength leaves out."""
     case = CASES["flux_img2img"]
@@ -835,32 +833,82 @@ def test_modules_of_compiled_blocks_are_refused(order: str) -> None:
 # -- what is not a number, and what does not fit
 
 
-@pytest.mark.parametrize(
-    ("scope", "name"), [(Output(), "sd3"), (Stack(), "flux"), (Module(), "wan21"), (Output(True), "pixart")]
-)
-@pytest.mark.parametrize("gate", [Interval(2), Easy(1e6)], ids=["static", "dynamic"])
-def test_what_is_not_finite_is_computed_in_full_and_said_once(scope: Scope, name: str, gate: Gate) -> None:
+POISONED: dict[str, tuple[Scope, Gate]] = {
+    "output, static": (Output(), Interval(2)),
+    "output, dynamic": (Output(True), Easy(1e6)),
+    "stack, static": (Stack(), Interval(2)),
+    "stack, dynamic": (Stack(), FirstBlock(1e6)),
+    "module, static": (Module(), Interval(2)),
+    "module, dynamic": (Module(), Easy(1e6)),
+}
+"""Gates that compute the steps 0 to 3, 5, 7 and 9."""
+
+
+def poison(pipe: Any, case: Case, step: int, image: int) -> Callable[[], None]:
+    """One image's features become NaN within a block at a step, deep inside of whatever is cached."""
+    module = pipe.transformer.transformer_blocks[1].attn.to_out[0]
+
+    def hook(module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
+        run = session_of(pipe).run
+        assert run is not None and run.images is not None
+        if run.ended or run.steps_done != step:
+            return None
+        output = output.clone()
+        output[image :: run.images] = torch.nan
+        return output
+
+    return module.register_forward_hook(hook).remove
+
+
+@pytest.mark.parametrize("name", ["sd3", "flux"])
+@pytest.mark.parametrize(("scope", "gate"), POISONED.values(), ids=POISONED)
+def test_what_is_not_finite_is_computed_in_full_for_that_image_and_said_once(
+    name: str, scope: Scope, gate: Gate
+) -> None:
     case = CASES[name]
     pipe = case.make()
+    accelerate(pipe, FeatureCache(gate, scope, Newton(1), Guard(warmup=4, last=0, max_run=1)))
+    expected, taken = made(case, pipe, batch=2), decisions(pipe)
+    assert [computed for _, _, computed in taken][:: len(case.branches)] == [
+        (step < 4 or step % 2 == 1,) * 2 for step in range(EVALUATIONS)
+    ]
+    stop = poison(pipe, case, 5, image=1)
+    with pytest.warns(RuntimeWarning, match="not finite.*cannot be reused") as warned:
+        found = made(case, pipe, batch=2)
+    assert len(warned) == 1
+    assert torch.isnan(found[1]).all()
+    assert_close(found[:1], expected[:1])
+    assert of_image(decisions(pipe), 0) == of_image(taken, 0), "the image beside it does as it always does"
+    steps = [computed[1] for _, _, computed in decisions(pipe)][:: len(case.branches)]
+    assert steps == [step not in (4,) for step in range(EVALUATIONS)]
+    stop()
+    assert torch.equal(made(case, pipe, batch=2), expected), "without a warning"
 
-    def poison(module: nn.Module, args: Any, output: Any) -> Any:
-        if session_of(pipe).run.steps_done == 4:
-            return (output[0] * torch.nan, *output[1:])
-        return output
 
-    accelerate(pipe, FeatureCache(gate, scope, Newton(1), Guard(warmup=2, last=0, max_run=2)))
-    handle = pipe.transformer.register_forward_hook(poison)
-    made(case, pipe)
-    handle.remove()
-    if not any(call.step == 4 and all(call.computed) for call in report(pipe).calls):
-        pytest.fail("the poisoned step must be one that is computed")
+@pytest.mark.parametrize("step", [2, 5])
+@pytest.mark.parametrize("name", ["sd3", "flux"])
+@pytest.mark.parametrize(("scope", "gate"), POISONED.values(), ids=POISONED)
+def test_nothing_is_predicted_from_what_was_not_finite(name: str, scope: Scope, gate: Gate, step: int) -> None:
+    """The latents are mended by hand, in the warm-up or after it; what the history holds must not come back."""
 
+    def mend(pipe: Any, step: int, timestep: Any, values: Any) -> Any:
+        return {"latents": values["latents"].nan_to_num()}
 
-def poisoned(case: Case, pipe: Any, step: int, image: int) -> Callable[..., Any]:
-    def around(proceed: Callable[..., Any], call: Call) -> Any:
+    case = CASES[name]
+    pipe = case.make()
+    accelerate(pipe, FeatureCache(gate, scope, Newton(2), Guard(warmup=4, last=0, max_run=1)))
+    poison(pipe, case, step, image=1)
+    outputs: list[Tensor] = []
+
+    def watch(proceed: Callable[..., Any], call: Call) -> Any:
         output = proceed()
-        if call.step == step:
-            output[0][image] = torch.nan
+        outputs.append(output[0])
         return output
 
-    return around
+    session_of(pipe).on_call(watch)
+    with pytest.warns(RuntimeWarning, match="not finite") as warned:
+        pipe(**case.arguments(steps=EVALUATIONS, batch=2), callback_on_step_end=mend)
+    assert len(warned) == 1
+    finite = [bool(torch.isfinite(output).all()) for output in outputs]
+    assert finite == [place // len(case.branches) != step for place in range(len(outputs))]
+    assert report(pipe).count("reused") + report(pipe).count("mixed") > 0

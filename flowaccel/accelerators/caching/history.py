@@ -65,6 +65,15 @@ class History:
         self._shift(shifts)
         self._values[0] = tuple(_replaced(old, new, rows) for old, new in zip(self._values[0], value, strict=True))
         self._times[computed, 0] = time
+        self._depth[computed] = self._depth[computed].clamp(min=1)
+
+    def forget(self, rows: Tensor) -> None:
+        """Predict nothing from what these rows computed so far; they must be computed next. `rows` are indices."""
+        self._depth[rows] = 0
+        self._values = [  # a weight of 0 does not make up for what is not a number
+            tuple(None if tensor is None else tensor.index_fill(0, rows.to(tensor.device), 0) for tensor in value)
+            for value in self._values
+        ]
 
     def _shift(self, rows: Tensor) -> None:
         """Make room for a newer value in the rows that are true."""
@@ -91,9 +100,9 @@ class History:
         )
 
     def _weights(self, time: float) -> Tensor:
-        """(rows, values) weights; a row that was computed less often has fewer."""
+        """(rows, values) weights; a row that was computed less often has fewer, and one that forgot has none."""
         weights = torch.zeros(len(self._times), len(self._values), dtype=torch.float64)
-        for depth in self._depth.unique().tolist():
+        for depth in self._depth[self._depth > 0].unique().tolist():
             rows = self._depth == depth
             now = torch.full((int(rows.sum()),), time, dtype=torch.float64)
             weights[rows, :depth] = self._predictor.weights(self._times[rows, :depth], now)
