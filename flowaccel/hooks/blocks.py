@@ -222,7 +222,7 @@ class ModuleHooks:
 
     def refresh(self) -> None:
         """Wrap the modules of the present networks, and unwrap all others."""
-        wanted: dict[nn.Module, tuple[str, list[ModuleAround]]] = {}
+        wanted: dict[nn.Module, tuple[str, str]] = {}
         for network in self._networks() if self._arounds else ():
             _refuse_whole_graph(network.module)
             found = _inner_modules(network.module, network.family, self._arounds)
@@ -232,17 +232,18 @@ class ModuleHooks:
         for module in list(self._wrapped):
             if module not in wanted or not self._wrapped[module].reachable:
                 self._wrapped.pop(module).remove()
-        for module, (path, arounds) in wanted.items():
+        for module, (path, name) in wanted.items():
             if module not in self._wrapped:
-                self._wrapped[module] = wrap(module, "forward", self._surround(path, arounds))
+                self._wrapped[module] = wrap(module, "forward", self._surround(path, name))
 
-    def _surround(self, path: str, arounds: list[ModuleAround]) -> Callable[..., Any]:
+    def _surround(self, path: str, name: str) -> Callable[..., Any]:
         def surround(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             call = self._call()
             proceed: Callable[[], Any] = functools.partial(forward, *args, **kwargs)
             if call is not None:
-                for around in arounds:
-                    proceed = functools.partial(around, proceed, call, path)
+                for around, kinds in self._arounds:  # those of now: they come and go while the module stays wrapped
+                    if name.startswith(kinds):
+                        proceed = functools.partial(around, proceed, call, path)
             return proceed()
 
         return surround
@@ -250,19 +251,19 @@ class ModuleHooks:
 
 def _inner_modules(
     network: nn.Module, family: Family, arounds: list[tuple[ModuleAround, tuple[str, ...]]]
-) -> dict[nn.Module, tuple[str, list[ModuleAround]]]:
+) -> dict[nn.Module, tuple[str, str]]:
+    """The modules that anybody surrounds: their path in the network, and their name in the block."""
     found = {}
     for block in _blocks_of(network, family):
         for name, child in block.module.named_children():
-            wanting = [around for around, kinds in arounds if name.startswith(kinds)]
-            if not wanting:
+            if not any(name.startswith(kinds) for _, kinds in arounds):
                 continue
             if entry_point(block.module) != "forward":
                 raise RecipeConflictError(
                     f"the blocks of the {type(unwrapped(network)).__name__} are compiled, so the modules in them "
                     "cannot be surrounded; compile nothing, or reuse whole blocks (scope 'stack')"
                 )
-            found[child] = (f"{block.path}.{name}", wanting)
+            found[child] = (f"{block.path}.{name}", name)
     return found
 
 

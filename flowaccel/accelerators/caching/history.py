@@ -60,6 +60,15 @@ class History:
         for row in newer:
             self._times[row] = (time, *self._times[row])[: self._predictor.anchors]
 
+    def forget(self, rows: Tensor) -> None:
+        """Predict nothing from what these rows computed so far; they must be computed next. `rows` are indices."""
+        for row in rows.tolist():
+            self._times[row] = ()
+        self._values = [  # a weight of 0 does not make up for what is not a number
+            tuple(None if tensor is None else tensor.index_fill(0, rows.to(tensor.device), 0) for tensor in value)
+            for value in self._values
+        ]
+
     def _shift(self, rows: list[int]) -> None:
         """Make room for a newer value in these rows."""
         if not rows:
@@ -81,9 +90,11 @@ class History:
         weights = {
             times: self._predictor.weights(torch.tensor([times], dtype=torch.float64), now)[0].tolist()
             for times in set(self._times)
+            if times
         }
-        if len(weights) == 1:
-            return _weighted(self._values, next(iter(weights.values())))
+        weights[()] = []  # of rows that forgot
+        if len(set(self._times)) == 1:
+            return _weighted(self._values, weights[self._times[0]])
         padded = [weights[times] + [0.0] * (len(self._values) - len(times)) for times in self._times]
         table = torch.tensor(padded, dtype=torch.float64)
         return tuple(_mixture([value[place] for value in self._values], table) for place in range(len(self._values[0])))

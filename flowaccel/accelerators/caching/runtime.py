@@ -116,12 +116,26 @@ class Moment:
         self._signal = None if signal is None else self.of_units(signal)
         decider = self._decider
         decision = decider.decide(self._units, self._signal, self.step)
-        if decision.not_finite and not self.memory.warned:
-            self.memory.warned = True
-            _warn_not_finite()
+        if decision.not_finite:
+            self._forget(decision.not_finite)
         self.decision = decision
         self.memory.decisions[self.call.network] = (self.call.step, decision)
         return decision
+
+    def _forget(self, units: tuple[int, ...]) -> None:
+        """Predict nothing from what those units computed so far."""
+        if not self.memory.warned:
+            self.memory.warned = True
+            _warn_not_finite()
+        for (network, branches, _), history in self.memory.histories.items():
+            if self.rules.unit == "batch":
+                rows = list(range(self.call.images * len(branches)))
+            elif self.rules.unit == "row":
+                rows = list(units)
+            else:
+                rows = [unit + branch * self.call.images for branch in range(len(branches)) for unit in units]
+            if network == self.call.network and (self.rules.unit == "image" or branches == self.call.branches):
+                history.forget(torch.tensor(rows))
 
     @property
     def _decider(self) -> Decider:
@@ -152,11 +166,11 @@ class Moment:
     def _note_finite(self, decider: Decider, finite: Tensor) -> None:
         """Per unit, whether all that was computed for it in this step is a number."""
         call = self.call
-        if self.rules.gate.static or self.rules.unit == "batch":
+        if self.rules.unit == "batch":
             finite = finite.all()[None]
         elif self.rules.unit == "image":
             finite = finite.view(len(call.branches), call.images).all(dim=0)
-        decider.finite = finite if self.decides or decider.finite is None else decider.finite & finite
+        decider.finite = finite if decider.finite is None else decider.finite & finite
 
     # -- rows
 

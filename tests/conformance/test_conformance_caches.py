@@ -1,0 +1,914 @@
+"""The promises of the feature caches: every family through its real pipeline, with every published cache."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import cpu_offload
+from accelerate.hooks import remove_hook_from_module
+from diffusers.hooks import apply_group_offloading, apply_layerwise_casting
+from peft import LoraConfig
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+import tiny
+from families import CASES, Case
+from flowaccel import FeatureCache, RecipeConflictError, accelerate, accelerated, report, restore
+from flowaccel.accelerators import CACHE_PRESETS, cache_preset
+from flowaccel.accelerators.caching import Guard, Module, Output, Range, Scope, Stack
+from flowaccel.gates import (
+    Codebook,
+    Easy,
+    FirstBlock,
+    Gate,
+    Interval,
+    Magnitude,
+    Mask,
+    ModulatedInput,
+    ThirdDifference,
+)
+from flowaccel.hooks import ATTENTION, FAMILIES, FEED_FORWARD, Block, Call, networks, session_of
+from flowaccel.predictors import Hold, Newton
+
+EVALUATIONS = 10
+CLOSE = 1e-4
+"""Of the largest value."""
+
+# Thresholds at which ten steps of these random networks are neither all computed nor, past the warm-up, all reused.
+SAVING: dict[str, dict[str, Any]] = {
+    "fbcache": {"threshold": 0.3, "max_run": 3},
+    "dbcache": {"threshold": 0.3, "max_run": 3, "warmup": 2, "blocks": 2},
+    "teacache": {},
+    "magcache": {},
+    "easycache": {"threshold": 0.2, "warmup": 2},
+    "taylorseer": {},
+    "adacache": {"codebook": ((0.5, 3), (1.0, 2), (2.0, 1))},
+    "ab_cache": {},
+    "adaptive_diffusion": {"threshold": 0.1},
+    "mask": {},
+}
+THRESHOLDS = {
+    ("fbcache", "sd3"): 0.6,
+    ("fbcache", "auraflow"): 0.6,
+    ("fbcache", "pixart"): 0.1,
+    ("fbcache", "wan21"): 0.1,
+    ("fbcache", "wan22"): 0.1,
+    ("fbcache", "cogview4"): 0.1,
+    ("dbcache", "sd3"): 0.6,
+    ("dbcache", "auraflow"): 0.6,
+    ("dbcache", "pixart"): 0.1,
+    ("dbcache", "wan21"): 0.1,
+    ("dbcache", "wan22"): 0.1,
+    ("easycache", "sit"): 0.05,
+}
+
+ALL = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+EVERY = pytest.mark.parametrize("name", CACHE_PRESETS)
+FEW = pytest.mark.parametrize("case", [CASES[name] for name in ("sd3", "flux", "wan22")], ids=["sd3", "flux", "wan22"])
+
+
+def cache(case: Case, name: str, **options: Any) -> FeatureCache:
+    """A published cache that saves something in a run of `EVALUATIONS`."""
+    threshold = {"threshold": THRESHOLDS[name, case.name]} if (name, case.name) in THRESHOLDS else {}
+    return cache_preset(name, **{**SAVING[name], **threshold, **options})
+
+
+def made(case: Case, pipe: Any, evaluations: int = EVALUATIONS, **options: Any) -> Tensor:
+    """The latents of one call; where the pipeline hands out only images, these."""
+    steps = 2 * evaluations if case.begins_at else evaluations
+    arguments = case.arguments(steps=steps, **options)
+    if case.name not in ("sit", "dit"):
+        arguments["output_type"] = "latent"
+    output = pipe(**arguments)
+    return torch.as_tensor(output.frames if hasattr(output, "frames") else output.images)
+
+
+Decisions = list[tuple[str, tuple[str, ...], tuple[bool, ...]]]
+
+
+def decisions(pipe: Any) -> Decisions:
+    """Of every network call of the last run: per image, whether it was computed."""
+    return [(call.network, call.branches, call.computed) for call in report(pipe).calls]
+
+
+def of_image(taken: Decisions, image: int) -> Decisions:
+    return [(network, branches, (computed[image],)) for network, branches, computed in taken]
+
+
+def saved(taken: Decisions) -> int:
+    return sum(not image for _, _, computed in taken for image in computed)
+
+
+def assert_close(actual: Tensor, expected: Tensor) -> None:
+    tolerance = CLOSE * max(1.0, float(expected.abs().max()))
+    torch.testing.assert_close(actual, expected, atol=tolerance, rtol=0)
+
+
+@functools.cache
+def untouched(name: str, batch: int = 2, evaluations: int = EVALUATIONS, seed: int = 0) -> Tensor:
+    return made(CASES[name], CASES[name].make(seed), batch=batch, evaluations=evaluations)
+
+
+@functools.cache
+def fresh(name: str, preset: str, batch: int = 2, evaluations: int = EVALUATIONS) -> tuple[Tensor, Decisions]:
+    """What a cache makes on a pipeline that never ran before."""
+    case = CASES[name]
+    pipe = case.make()
+    accelerate(pipe, cache(case, preset))
+    return made(case, pipe, batch=batch, evaluations=evaluations), decisions(pipe)
+
+
+@ALL
+@EVERY
+def test_the_caches_of_this_file_save_something_and_change_something(case: Case, name: str) -> None:
+    images, taken = fresh(case.name, name)
+    assert saved(taken) > 0
+    assert not torch.equal(images, untouched(case.name))
+    assert torch.isfinite(images).all()
+
+
+# -- 1: what never skips changes no bit
+
+NEVER: dict[str, Gate] = {
+    "interval": Interval(1),
+    "interval with phase": Interval(1, phase=1),
+    "mask": Mask((1,) * 5),
+    "first_block": FirstBlock(0),
+    "two blocks": FirstBlock(0, blocks=2),
+    "modulated_input": ModulatedInput(0),
+    "magnitude": Magnitude(0),
+    "magnitude with ratios": Magnitude(0, (1.0, 0.9)),
+    "easy": Easy(0),
+    "codebook": Codebook(((1.0, 1),)),
+    "third_difference": ThirdDifference(0),
+    "third_difference vector": ThirdDifference(0, "vector"),
+}
+ANYWHERE: dict[str, Scope] = {
+    "output": Output(),
+    "residual": Output(residual=True),
+    "stack": Stack(),
+    "range": Range(1, 1),
+    "module": Module(),
+}
+
+
+def fitting(scope: Scope) -> Iterator[tuple[str, FeatureCache]]:
+    for label, gate in NEVER.items():
+        try:
+            yield label, FeatureCache(gate, scope, Newton(2), Guard(warmup=1, last=0))
+        except ValueError as error:
+            assert "scope" in str(error)
+
+
+@ALL
+@pytest.mark.parametrize("scope", ANYWHERE.values(), ids=ANYWHERE)
+def test_never_skipping_is_bit_exact(case: Case, scope: Scope) -> None:
+    pipe = case.make()
+    different = []
+    for label, never in fitting(scope):
+        with accelerated(pipe, never):
+            if not torch.equal(made(case, pipe, 5, batch=2), untouched(case.name, evaluations=5)):
+                different.append(label)
+            assert saved(decisions(pipe)) == 0, label
+            assert {call.what for call in report(pipe).calls} == {"computed"}
+    assert different == []
+
+
+@ALL
+def test_never_skipping_is_bit_exact_for_rows_and_batches_too(case: Case) -> None:
+    pipe = case.make()
+    for unit in ("row", "batch"):
+        for gate in (FirstBlock(0), Easy(0), Interval(1)):
+            with accelerated(pipe, FeatureCache(gate, decide=unit)):
+                assert torch.equal(made(case, pipe, 5, batch=2), untouched(case.name, evaluations=5))
+
+
+# -- 2: the branches of guidance do not see each other
+
+
+class Added:
+    """What was added to the image tokens between the first block and the last, per branch and step: looked at from
+    outside of the cache."""
+
+    def __init__(self) -> None:
+        self.found: dict[tuple[str, str, int], Tensor] = {}
+        self._entry: Tensor | None = None
+
+    def watch(self, pipe: Any) -> None:
+        session_of(pipe).on_block(self._around)
+
+    def _around(self, proceed: Callable[..., Any], call: Call, block: Block) -> Any:
+        if block.index == 0:
+            self._entry = block.hidden
+        output = proceed()
+        if block.index == block.count - 1:
+            assert self._entry is not None
+            tokens = self._entry.shape[1]
+            added = block.unpack(output)[0][:, -tokens:] - self._entry
+            for branch in call.branches:
+                self.found[call.network, branch, call.step] = added[call.rows_of(branch)]
+        return output
+
+
+class Outputs(Added):
+    """The outputs of the network instead."""
+
+    def watch(self, pipe: Any) -> None:
+        session_of(pipe).on_call(self._around_call)
+
+    def _around_call(self, proceed: Callable[..., Any], call: Call) -> Any:
+        output = proceed()
+        for branch in call.branches:
+            self.found[call.network, branch, call.step] = output[0][call.rows_of(branch)]
+        return output
+
+
+class Modules(Added):
+    """The first tensor of every module instead, one after the other."""
+
+    def watch(self, pipe: Any) -> None:
+        session_of(pipe).on_module(self._around_module, ATTENTION + FEED_FORWARD)
+
+    def _around_module(self, proceed: Callable[..., Any], call: Call, path: str) -> Any:
+        output = proceed()
+        tensor = output[0] if isinstance(output, tuple) else output
+        for branch in call.branches:
+            key = (call.network, branch, call.step)
+            value = tensor[call.rows_of(branch)].flatten(1)
+            self.found[key] = torch.cat([self.found[key], value], dim=1) if key in self.found else value
+        return output
+
+
+@ALL
+@pytest.mark.parametrize(
+    ("scope", "witness"),
+    [(Output(), Outputs), (Stack(), Added), (Module(), Modules)],
+    ids=["output", "stack", "module"],
+)
+def test_each_branch_gets_its_own_features_again(case: Case, scope: Scope, witness: type[Added]) -> None:
+    pipe, seen = case.make(), witness()
+    accelerate(pipe, FeatureCache(Interval(3), scope, Hold(), Guard(warmup=1, last=0)))
+    seen.watch(pipe)
+    made(case, pipe, batch=2)
+    assert saved(decisions(pipe)) > 0
+    assert {branch for _, branch, _ in seen.found} == {"cond", "uncond"}
+    last: dict[tuple[str, str], Tensor] = {}
+    computed = {(call.network, call.step): all(call.computed) for call in report(pipe).calls}
+    reused = 0
+    for (network, branch, step), found in seen.found.items():
+        if computed[network, step]:
+            last[network, branch] = found
+            continue
+        other = last[network, "uncond" if branch == "cond" else "cond"]
+        own = last[network, branch]
+        assert not torch.equal(own, other)
+        tell = float((own - other).abs().max())
+        assert float((found - own).abs().max()) < 1e-3 * tell, "the branch's own features come again"
+        assert float((found[0] - found[1]).abs().max()) > 1e-3 * tell, "and each image's own"
+        reused += 1
+    assert reused >= 2 * (EVALUATIONS // 3)
+
+
+# -- 3, 4: nothing of a run is left to the next
+
+
+def failing_at(step: int) -> Callable[..., Any]:
+    def around(proceed: Callable[..., Any], call: Call) -> Any:
+        if call.step == step and "uncond" in call.branches:
+            raise RuntimeError("on purpose")
+        return proceed()
+
+    return around
+
+
+@ALL
+@EVERY
+def test_a_run_after_an_aborted_one_is_as_fresh(case: Case, name: str) -> None:
+    pipe = case.make()
+    accelerate(pipe, cache(case, name))
+    stop = session_of(pipe).on_call(failing_at(6))
+    with pytest.raises(RuntimeError, match="on purpose"):
+        made(case, pipe, batch=2)
+    assert report(pipe).failed and session_of(pipe).run.state == {}
+    stop()
+    images, taken = fresh(case.name, name)
+    assert torch.equal(made(case, pipe, batch=2), images)
+    assert decisions(pipe) == taken
+    assert session_of(pipe).run.state == {}
+
+
+@FEW
+def test_an_exception_in_a_callback_leaves_nothing_behind(case: Case) -> None:
+    def callback(pipe: Any, step: int, timestep: Any, values: Any) -> Any:
+        if step == 5:
+            raise KeyboardInterrupt
+        return values
+
+    pipe = case.make()
+    accelerate(pipe, cache(case, "fbcache"))
+    with pytest.raises(KeyboardInterrupt):
+        pipe(**case.arguments(steps=EVALUATIONS, batch=2), callback_on_step_end=callback)
+    assert session_of(pipe).run.state == {}
+    images, taken = fresh(case.name, "fbcache")
+    assert torch.equal(made(case, pipe, batch=2), images)
+    assert decisions(pipe) == taken
+
+
+@ALL
+@EVERY
+def test_another_number_of_steps_or_images_starts_afresh(case: Case, name: str) -> None:
+    pipe = case.make()
+    accelerate(pipe, cache(case, name))
+    for batch, evaluations in ((2, EVALUATIONS), (1, 7), (2, EVALUATIONS)):
+        images, taken = fresh(case.name, name, batch, evaluations)
+        assert torch.equal(made(case, pipe, evaluations, batch=batch), images)
+        assert decisions(pipe) == taken
+
+
+# -- 5: two pipelines of one class
+
+
+@ALL
+@pytest.mark.parametrize("first_off", [0, 1])
+def test_pipelines_are_switched_on_and_off_in_any_order(case: Case, first_off: int) -> None:
+    pipes = [case.make(0), case.make(1)]
+    plain = [untouched(case.name, evaluations=6, seed=seed) for seed in (0, 1)]
+    caches = [cache(case, "taylorseer"), cache(case, "teacache")]
+    with accelerated(pipes[1], caches[1]):
+        alone = made(case, pipes[1], 6, batch=2)
+    accelerate(pipes[0], caches[0])
+    assert torch.equal(made(case, pipes[1], 6, batch=2), plain[1])
+    accelerate(pipes[1], caches[1])
+    both = [fresh(case.name, "taylorseer", 2, 6)[0], alone]
+    for pipe, images in zip(pipes, both, strict=True):
+        assert torch.equal(made(case, pipe, 6, batch=2), images)
+    restore(pipes[first_off])
+    assert torch.equal(made(case, pipes[first_off], 6, batch=2), plain[first_off])
+    assert torch.equal(made(case, pipes[1 - first_off], 6, batch=2), both[1 - first_off])
+    restore(pipes[1 - first_off])
+    assert torch.equal(made(case, pipes[1 - first_off], 6, batch=2), plain[1 - first_off])
+
+
+def test_runs_of_two_pipelines_that_take_turns_do_not_mix() -> None:
+    case = CASES["flux"]
+    pipes = [case.make(), case.make()]
+    for pipe, name in zip(pipes, ("fbcache", "magcache"), strict=True):
+        accelerate(pipe, cache(case, name))
+    inner = []
+
+    def nested(proceed: Callable[..., Any], call: Call) -> Any:
+        if call.step == 4 and call.branches == ("uncond",):
+            inner.append(made(case, pipes[1], batch=2))
+        return proceed()
+
+    session_of(pipes[0]).on_call(nested)
+    assert torch.equal(made(case, pipes[0], batch=2), fresh("flux", "fbcache")[0])
+    assert torch.equal(inner[0], fresh("flux", "magcache")[0])
+
+
+# -- 6: an image does not depend on what it is batched with
+
+
+@ALL
+@EVERY
+def test_a_batch_of_two_is_two_runs(case: Case, name: str) -> None:
+    together, taken = fresh(case.name, name)
+    pipe = case.make()
+    accelerate(pipe, cache(case, name))
+    alone = []
+    for image in (0, 1):
+        alone.append(made(case, pipe, seed=3 + image))
+        assert decisions(pipe) == of_image(taken, image)
+    assert_close(together, torch.cat(alone))
+
+
+SCOPES: dict[str, Scope] = {"output": Output(), "residual": Output(True), "stack": Stack(), "module": Module()}
+
+
+@pytest.fixture(params=[False, True], ids=["written", "derived"])
+def derived(request: pytest.FixtureRequest) -> bool:
+    return request.param
+
+
+@pytest.mark.parametrize("name", ["sd3", "wan21", "pixart", "flux", "auraflow"])
+@pytest.mark.parametrize("scope", SCOPES.values(), ids=SCOPES)
+def test_rows_that_compute_beside_rows_that_reuse(
+    name: str, scope: Scope, derived: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Image 0 reuses other steps than image 1; with a derived row the whole batch is computed and nothing gathered."""
+    if derived:
+        if name in ("auraflow", "flux"):
+            pytest.skip("its two kinds of blocks, or its shared arguments, cannot be derived")
+        monkeypatch.delitem(FAMILIES, CASES[name].family)
+    case, pipe = CASES[name], CASES[name].make()
+    accelerate(pipe, FeatureCache(Staggered(), scope, Newton(2), Guard(warmup=3, last=0)))
+    alone = []
+    for image, seed in enumerate((3, 4)):
+        monkeypatch.setattr(Staggered, "first", image)
+        alone.append(made(case, pipe, seed=seed))
+        assert saved(decisions(pipe)) > 0
+    monkeypatch.setattr(Staggered, "first", 0)
+    together = made(case, pipe, batch=2)
+    kinds = {call.what for call in report(pipe).calls}
+    assert kinds == {"computed", "mixed"}
+    assert_close(together, torch.cat(alone))
+    gathered = [call for call in report(pipe).calls if call.what == "mixed" and call.not_run]
+    assert bool(gathered) == (not derived and not isinstance(scope, Module)) or isinstance(scope, Output)
+
+
+@dataclass(frozen=True)
+class Staggered(Easy):
+    """Image i reuses the steps 3 k + i."""
+
+    first = 0
+
+    def score(self, state: Any, signal: Any, step: Any) -> Any:
+        images = torch.arange(len(signal)) + self.first
+        return 2.0 * (images != step.index % 3), state
+
+    def update(self, state: Any, signal: Any, feedback: Any, computed: Any, step: Any) -> Any:
+        return {"seen": torch.ones(len(signal))}
+
+
+def split_guidance(pipe: Any) -> None:
+    """From here on every batch of both branches comes to the network as two calls, the conditional one first."""
+    for network in networks(pipe).values():
+        inner, signature = network.forward, inspect.signature(network.forward)
+
+        @functools.wraps(inner)
+        def forward(*args: Any, inner: Any = inner, signature: Any = signature, **kwargs: Any) -> Any:
+            bound = signature.bind(*args, **kwargs).arguments
+            rows = next(iter(bound.values())).shape[0]
+            halves = [_half(bound, rows, part) for part in (0, 1)]
+            order = (0, 1) if session_of(pipe).families[0] in ("sit", "dit") else (1, 0)
+            outputs = {part: inner(**halves[part]) for part in order}
+            if isinstance(outputs[0], tuple):
+                return (torch.cat([outputs[0][0], outputs[1][0]]),)
+            return type(outputs[0])(sample=torch.cat([outputs[0].sample, outputs[1].sample]))
+
+        network.forward = forward
+
+
+def _half(value: Any, rows: int, part: int) -> Any:
+    if isinstance(value, dict):
+        return {key: _half(entry, rows, part) for key, entry in value.items()}
+    if isinstance(value, Tensor) and value.dim() and value.shape[0] == rows:
+        return value[part * rows // 2 : (part + 1) * rows // 2]
+    return value
+
+
+BATCHED = [case for case in CASES.values() if len(case.branches[0]) == 2]
+
+
+@pytest.mark.parametrize("case", BATCHED, ids=[case.name for case in BATCHED])
+@EVERY
+def test_split_guidance_decides_and_makes_what_batched_guidance_does(case: Case, name: str) -> None:
+    batched, taken = fresh(case.name, name)
+    pipe = case.make()
+    accelerate(pipe, cache(case, name))
+    split_guidance(pipe)
+    found = made(case, pipe, batch=2)
+    split = decisions(pipe)
+    assert [branches for _, branches, _ in split] == [("cond",), ("uncond",)] * EVALUATIONS
+    assert [computed for _, _, computed in split] == [computed for _, _, computed in taken for _ in range(2)]
+    assert_close(found, batched)
+
+
+# -- 8: switching off brings everything back
+
+
+def anatomy(pipe: Any) -> dict[str, Any]:
+    return {
+        name: (
+            list(network.state_dict()),
+            [(path, id(module)) for path, module in network.named_modules()],
+            inspect.signature(network.forward),
+            inspect.signature(type(network).forward),
+        )
+        for name, network in networks(pipe).items()
+    }
+
+
+@ALL
+@EVERY
+def test_switching_off_restores_everything(case: Case, name: str) -> None:
+    pipe = case.make()
+    made(case, pipe, 2)  # what a run itself leaves behind
+    before, keys = anatomy(pipe), tiny.snapshot(pipe)
+    accelerate(pipe, cache(case, name))
+    made(case, pipe, batch=2)
+    assert anatomy(pipe) == before, "while it is on, too"
+    restore(pipe)
+    assert anatomy(pipe) == before
+    assert tiny.snapshot(pipe) == keys
+    for network in networks(pipe).values():
+        for module in network.modules():
+            assert "forward" not in vars(module)
+            assert module.forward.__func__ is type(module).forward
+    assert torch.equal(made(case, pipe, batch=2), untouched(case.name))
+
+
+def test_parity_forms_restore_everything_too() -> None:
+    case = CASES["sd3"]
+    pipe = case.make()
+    made(case, pipe, 2)
+    keys = tiny.snapshot(pipe)
+    for name in CACHE_PRESETS:
+        accelerate(pipe, cache(case, name, parity=True))
+        assert not torch.equal(made(case, pipe, batch=2), untouched(case.name)), name
+        restore(pipe)
+        assert tiny.snapshot(pipe) == keys
+    assert torch.equal(made(case, pipe, batch=2), untouched(case.name))
+
+
+# -- 9: save, load in a fresh process
+
+LOADED = """
+import json, sys
+from pathlib import Path
+sys.path[:0] = [{tests!r}, {here!r}]
+from safetensors.torch import save_file
+from families import CASES
+from flowaccel.pipelines import AcceleratedPipeline
+from test_conformance_caches import made, decisions
+
+folder, found, taken = Path({folder!r}), {{}}, {{}}
+for name, case in CASES.items():
+    absent = {{part: None for part, value in case.make(seed=5).components.items() if value is None}}
+    pipe = AcceleratedPipeline.from_pretrained(folder / name, **absent)
+    pipe.set_progress_bar_config(disable=True)
+    found[name], taken[name] = made(case, pipe, batch=2).contiguous(), repr(decisions(pipe))
+save_file(found, folder / "found.safetensors", taken)
+(folder / "taken.json").write_text(json.dumps(taken))
+"""
+
+
+def test_a_fresh_process_decides_and_makes_the_same(tmp_path: Path) -> None:
+    """A preset for each family."""
+    expected, taken = {}, {}
+    for (name, case), preset in zip(CASES.items(), CACHE_PRESETS, strict=True):
+        pipe = case.make()
+        accelerate(pipe, cache(case, preset))
+        pipe.save_pretrained(tmp_path / name)
+        expected[name], found = fresh(name, preset)
+        assert saved(found) > 0
+        taken[name] = repr(found)
+    here = Path(__file__).parent
+    script = LOADED.format(tests=str(here.parent), here=str(here), folder=str(tmp_path))
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr[-3000:]
+    made_there = load_file(tmp_path / "found.safetensors")
+    assert {name for name in expected if not torch.equal(made_there[name], expected[name])} == set()
+    assert json.loads((tmp_path / "taken.json").read_text()) == taken
+
+
+# -- 10: beside others
+
+
+def modules(pipe: Any) -> list[nn.Module]:
+    return [component for component in pipe.components.values() if isinstance(component, nn.Module)]
+
+
+def sequential_offload(pipe: Any) -> Callable[[], None]:
+    """What `enable_sequential_cpu_offload` puts on, with the CPU in the part of the GPU."""
+    for module in modules(pipe):
+        cpu_offload(module, execution_device=torch.device("cpu"))
+    return lambda: [remove_hook_from_module(module, recurse=True) for module in modules(pipe)].clear()
+
+
+def group_offload(kind: str) -> Callable[[Any], Callable[[], None]]:
+    def put_on(pipe: Any) -> Callable[[], None]:
+        cpu = torch.device("cpu")
+        more = {"num_blocks_per_group": 1} if kind == "block_level" else {}
+        for network in networks(pipe).values():
+            apply_group_offloading(network, onload_device=cpu, offload_device=cpu, offload_type=kind, **more)
+        return lambda: _remove_diffusers_hooks(pipe)
+
+    return put_on
+
+
+def layerwise_casting(pipe: Any) -> Callable[[], None]:
+    for network in networks(pipe).values():
+        apply_layerwise_casting(network, storage_dtype=torch.float32, compute_dtype=torch.float32)
+    return lambda: _remove_diffusers_hooks(pipe)
+
+
+def _remove_diffusers_hooks(pipe: Any) -> None:
+    for network in networks(pipe).values():
+        for module in network.modules():
+            registry = module.__dict__.get("_diffusers_hook")
+            for name in list(registry.hooks) if registry else ():
+                registry.remove_hook(name, recurse=False)
+
+
+NEIGHBOURS = {
+    "sequential": sequential_offload,
+    "group leaf": group_offload("leaf_level"),
+    "group block": group_offload("block_level"),
+    "casting": layerwise_casting,
+}
+KINDS = ["fbcache", "teacache", "taylorseer", "ab_cache", "module"]
+
+
+def kind_of(case: Case, kind: str) -> FeatureCache:
+    if kind == "module":
+        return FeatureCache(Interval(3), Module(), Newton(1), Guard(warmup=2))
+    return cache(case, kind)
+
+
+@FEW
+@pytest.mark.parametrize("neighbour", NEIGHBOURS.values(), ids=NEIGHBOURS)
+@pytest.mark.parametrize("order", ["cache first", "neighbour first"])
+def test_beside_offloading_in_both_orders(case: Case, neighbour: Callable[[Any], Any], order: str) -> None:
+    for kind in KINDS:
+        reference, pipe = case.make(), case.make()
+        accelerate(reference, kind_of(case, kind))
+        expected, taken = made(case, reference, batch=2), decisions(reference)
+        undo = None
+        if order == "neighbour first":
+            undo = neighbour(pipe)
+        accelerate(pipe, kind_of(case, kind))
+        if undo is None:
+            undo = neighbour(pipe)
+        for _ in range(2):
+            assert torch.equal(made(case, pipe, batch=2), expected), kind
+            assert decisions(pipe) == taken, kind
+        restore(pipe)
+        assert torch.equal(made(case, pipe, batch=2), untouched(case.name)), kind
+        undo()
+        assert torch.equal(made(case, pipe, batch=2), untouched(case.name)), kind
+
+
+@FEW
+def test_lower_storage_precision_keeps_the_cache_consistent(case: Case) -> None:
+    """Weights stored in bfloat16 give other images; with and without offered time they are those of one pipeline."""
+    pipes = [case.make(), case.make()]
+    for pipe in pipes:
+        for network in networks(pipe).values():
+            apply_layerwise_casting(network, storage_dtype=torch.bfloat16, compute_dtype=torch.float32)
+    plain = made(case, pipes[0], batch=2)
+    assert not torch.equal(plain, untouched(case.name))
+    with accelerated(pipes[1], cache(case, "mask")):
+        cached = made(case, pipes[1], batch=2)
+        assert saved(decisions(pipes[1])) > 0
+    assert not torch.equal(cached, plain)
+    assert torch.equal(made(case, pipes[1], batch=2), plain)
+
+
+@FEW
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("order", ["LoRA first", "cache first"])
+def test_lora_can_come_and_go(case: Case, kind: str, order: str) -> None:
+    def load(which: Any) -> None:
+        torch.manual_seed(0)
+        for network in networks(which).values():
+            targets = ["to_q", "to_v", "net.2", "proj_mlp"]
+            network.add_adapter(
+                LoraConfig(r=2, lora_alpha=8, target_modules=targets, init_lora_weights=False), adapter_name="style"
+            )
+
+    def unload(which: Any) -> None:
+        for network in networks(which).values():
+            network.unload_lora()
+
+    reference, pipe = case.make(), case.make()
+    load(reference)
+    accelerate(reference, kind_of(case, kind))
+    expected = made(case, reference, batch=2)
+    steps = [load, lambda which: accelerate(which, kind_of(case, kind))]
+    for step in steps if order == "LoRA first" else reversed(steps):
+        step(pipe)
+    assert torch.equal(made(case, pipe, batch=2), expected)
+    unload(pipe)
+    without = case.make()
+    accelerate(without, kind_of(case, kind))
+    cached = made(case, without, batch=2)
+    assert not torch.equal(cached, expected)
+    assert torch.equal(made(case, pipe, batch=2), cached)
+    load(pipe)
+    assert torch.equal(made(case, pipe, batch=2), expected)
+    unload(pipe)
+    restore(pipe)
+    assert torch.equal(made(case, pipe, batch=2), untouched(case.name))
+
+
+@EVERY
+@pytest.mark.parametrize("steps", [4, 20])
+def test_image_to_image_at_low_strength(name: str, steps: int) -> None:
+    """Guards count the steps that are made, not those that the strength leaves out."""
+    case = CASES["flux_img2img"]
+    pipe = case.make()
+    arguments = case.arguments(steps=steps, batch=2) | {"strength": 0.3, "output_type": "latent"}
+    plain = pipe(**arguments, return_dict=False)[0]
+    evaluations = int(steps * 0.3)
+    options = cache(case, name)
+    accelerate(pipe, FeatureCache(options.gate, options.scope, options.predictor, Guard(warmup=1, last=1)))
+    first = pipe(**arguments | {"generator": case.arguments(batch=2)["generator"]}, return_dict=False)[0]
+    found = report(pipe)
+    assert found.num_steps == len(found.steps) == evaluations
+    assert all(all(call.computed) for step in (found.steps[0], found.steps[-1]) for call in step.calls)
+    if evaluations <= 2:
+        assert torch.equal(first, plain)
+        assert found.unsaved is not None
+    again = pipe(**arguments | {"generator": case.arguments(batch=2)["generator"]}, return_dict=False)[0]
+    assert torch.equal(first, again)
+
+
+@EVERY
+def test_each_of_two_transformers_has_a_memory_of_its_own(name: str) -> None:
+    """Wan 2.2 changes over on the way: the second one starts by computing, and never gets what the first computed."""
+    _, taken = fresh("wan22", name)
+    for network in ("transformer", "transformer_2"):
+        calls = [computed for which, _, computed in taken if which == network]
+        assert len(calls) > 2
+        assert all(calls[0]) and all(calls[1]), "the first step of both branches"
+
+
+# -- 10: torch.compile of the repeated blocks
+
+
+class Counting:
+    """A backend that runs graphs as they are, and counts them."""
+
+    def __init__(self) -> None:
+        self.graphs = 0
+
+    def __call__(self, graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        self.graphs += 1
+        return graph.forward
+
+
+COMPILED = [CASES[name] for name in ("sit", "sd3", "flux", "wan21")]
+STATIC_AND_DYNAMIC = {
+    "stack, static": FeatureCache(Interval(3), Stack(), Newton(1), Guard(warmup=2)),
+    "stack, static mask": FeatureCache(Mask("fast"), Stack()),
+    "stack, first block": FeatureCache(FirstBlock(0.5), Stack(), Newton(1), Guard(max_run=2)),
+    "stack, modulated input": FeatureCache(ModulatedInput(0.25), Stack()),
+    "stack, middle block": FeatureCache(Codebook(((0.5, 3), (1.0, 2), (2.0, 1))), Stack()),
+    "stack, magnitude": FeatureCache(Magnitude(0.1), Stack(), Hold(), Guard(max_run=2)),
+    "range, easy": FeatureCache(Easy(0.3), Range(1, 0)),
+    "output, static": FeatureCache(Interval(2), Output()),
+    "output, easy": FeatureCache(Easy(0.3), Output(True)),
+    "output, third difference": FeatureCache(ThirdDifference(0.3), Output()),
+}
+
+
+def compiled(case: Case) -> tuple[Any, Counting]:
+    torch._dynamo.reset()
+    pipe, backend = case.make(), Counting()
+    for network in networks(pipe).values():
+        network.compile_repeated_blocks(fullgraph=True, backend=backend)
+    return pipe, backend
+
+
+@pytest.mark.parametrize("case", COMPILED, ids=[case.name for case in COMPILED])
+def test_compiled_blocks_keep_their_graphs(case: Case) -> None:
+    """No graph breaks (`fullgraph` raises), and not a graph more than without the cache; the images are those of the
+    cache on the pipeline as it is."""
+    pipe, backend = compiled(case)
+    made(case, pipe, batch=1)
+    plain = backend.graphs
+    assert plain > 0
+    for label, chosen in STATIC_AND_DYNAMIC.items():
+        eager = case.make()
+        accelerate(eager, chosen)
+        expected, taken = made(case, eager), decisions(eager)
+        assert saved(taken) > 0, label
+        pipe, backend = compiled(case)
+        accelerate(pipe, chosen)
+        for _ in range(2):
+            assert_close(made(case, pipe), expected)
+            assert decisions(pipe) == taken, label
+        assert 0 < backend.graphs <= plain, label
+        restore(pipe)
+        made(case, pipe)
+        assert backend.graphs <= plain, label
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("case", COMPILED, ids=[case.name for case in COMPILED])
+def test_compiling_after_the_cache_was_put_on_is_the_same(case: Case) -> None:
+    pipe, backend = compiled(case)
+    made(case, pipe)
+    plain = backend.graphs
+    torch._dynamo.reset()
+    pipe, backend = case.make(), Counting()
+    accelerate(pipe, STATIC_AND_DYNAMIC["stack, first block"])
+    expected = made(case, pipe)
+    pipe.transformer.compile_repeated_blocks(fullgraph=True, backend=backend)
+    assert_close(made(case, pipe), expected)
+    assert 0 < backend.graphs <= plain
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("order", ["compiled first", "cache first"])
+def test_modules_of_compiled_blocks_are_refused(order: str) -> None:
+    case = CASES["sd3"]
+    pipe = case.make()
+    chosen = FeatureCache(Interval(2), Module())
+    if order == "compiled first":
+        pipe.transformer.compile_repeated_blocks(fullgraph=True, backend="eager")
+        with pytest.raises(RecipeConflictError, match=r"blocks of the SD3Transformer2DModel are compiled.*'stack'"):
+            accelerate(pipe, chosen)
+    else:
+        accelerate(pipe, chosen)
+        pipe.transformer.compile_repeated_blocks(fullgraph=True, backend="eager")
+        with pytest.raises(RecipeConflictError, match=r"blocks of the SD3Transformer2DModel are compiled.*'stack'"):
+            made(case, pipe)
+        restore(pipe)
+    assert_close(made(case, pipe, batch=2), untouched("sd3"))
+    torch._dynamo.reset()
+
+
+# -- what is not a number, and what does not fit
+
+
+POISONED: dict[str, tuple[Scope, Gate]] = {
+    "output, static": (Output(), Interval(2)),
+    "output, dynamic": (Output(True), Easy(1e6)),
+    "stack, static": (Stack(), Interval(2)),
+    "stack, dynamic": (Stack(), FirstBlock(1e6)),
+    "module, static": (Module(), Interval(2)),
+    "module, dynamic": (Module(), Easy(1e6)),
+}
+"""Gates that compute the steps 0 to 3, 5, 7 and 9."""
+
+
+def poison(pipe: Any, case: Case, step: int, image: int) -> Callable[[], None]:
+    """One image's features become NaN within a block at a step, deep inside of whatever is cached."""
+    module = pipe.transformer.transformer_blocks[1].attn.to_out[0]
+
+    def hook(module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
+        run = session_of(pipe).run
+        assert run is not None and run.images is not None
+        if run.ended or run.steps_done != step:
+            return None
+        output = output.clone()
+        output[image :: run.images] = torch.nan
+        return output
+
+    return module.register_forward_hook(hook).remove
+
+
+@pytest.mark.parametrize("name", ["sd3", "flux"])
+@pytest.mark.parametrize(("scope", "gate"), POISONED.values(), ids=POISONED)
+def test_what_is_not_finite_is_computed_in_full_for_that_image_and_said_once(
+    name: str, scope: Scope, gate: Gate
+) -> None:
+    case = CASES[name]
+    pipe = case.make()
+    accelerate(pipe, FeatureCache(gate, scope, Newton(1), Guard(warmup=4, last=0, max_run=1)))
+    expected, taken = made(case, pipe, batch=2), decisions(pipe)
+    assert [computed for _, _, computed in taken][:: len(case.branches)] == [
+        (step < 4 or step % 2 == 1,) * 2 for step in range(EVALUATIONS)
+    ]
+    stop = poison(pipe, case, 5, image=1)
+    with pytest.warns(RuntimeWarning, match="not finite.*cannot be reused") as warned:
+        found = made(case, pipe, batch=2)
+    assert len(warned) == 1
+    assert torch.isnan(found[1]).all()
+    assert_close(found[:1], expected[:1])
+    assert of_image(decisions(pipe), 0) == of_image(taken, 0), "the image beside it does as it always does"
+    steps = [computed[1] for _, _, computed in decisions(pipe)][:: len(case.branches)]
+    assert steps == [step not in (4,) for step in range(EVALUATIONS)]
+    stop()
+    assert torch.equal(made(case, pipe, batch=2), expected), "without a warning"
+
+
+@pytest.mark.parametrize("step", [2, 5])
+@pytest.mark.parametrize("name", ["sd3", "flux"])
+@pytest.mark.parametrize(("scope", "gate"), POISONED.values(), ids=POISONED)
+def test_nothing_is_predicted_from_what_was_not_finite(name: str, scope: Scope, gate: Gate, step: int) -> None:
+    """The latents are mended by hand, in the warm-up or after it; what the history holds must not come back."""
+
+    def mend(pipe: Any, step: int, timestep: Any, values: Any) -> Any:
+        return {"latents": values["latents"].nan_to_num()}
+
+    case = CASES[name]
+    pipe = case.make()
+    accelerate(pipe, FeatureCache(gate, scope, Newton(2), Guard(warmup=4, last=0, max_run=1)))
+    poison(pipe, case, step, image=1)
+    outputs: list[Tensor] = []
+
+    def watch(proceed: Callable[..., Any], call: Call) -> Any:
+        output = proceed()
+        outputs.append(output[0])
+        return output
+
+    session_of(pipe).on_call(watch)
+    with pytest.warns(RuntimeWarning, match="not finite") as warned:
+        pipe(**case.arguments(steps=EVALUATIONS, batch=2), callback_on_step_end=mend)
+    assert len(warned) == 1
+    finite = [bool(torch.isfinite(output).all()) for output in outputs]
+    assert finite == [place // len(case.branches) != step for place in range(len(outputs))]
+    assert report(pipe).count("reused") + report(pipe).count("mixed") > 0
