@@ -40,7 +40,9 @@ def recipes(
 
 def _show_presets() -> None:
     _show(("name", "what it is"), PRESETS.items())
-    Console().print("Append @N for N steps, for example heun@8.")
+    Console().print(
+        "Append @N for N steps, for example heun@8; caches take options, for example fbcache:threshold=0.1,max_run=3@28."
+    )
 
 
 def _show(header: tuple[str, str], rows: Iterable[tuple[str, str]]) -> None:

@@ -67,14 +67,20 @@ def _cache(name: str, text: str) -> Accelerator:
         key, equals, value = part.partition("=")
         if not key.isidentifier():
             raise ValueError(f"options of {name!r} look like threshold=0.1,max_run=3,parity, got {text!r}")
-        try:
-            options[key] = json.loads(value) if equals else True
-        except ValueError:
-            options[key] = value
+        options[key] = _value(value) if equals else True
     try:
         return cache_preset(name, **options)
     except TypeError as error:
         raise ValueError(f"preset {name!r}: {error}") from error
+
+
+def _value(text: str) -> Any:
+    for read in (json.loads, float):  # JSON knows no .3
+        try:
+            return read(text)
+        except ValueError:
+            continue
+    return text
 
 
 def _refines_nothing(blocks: str) -> bool:
