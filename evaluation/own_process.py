@@ -6,6 +6,7 @@ with any number of `{"progress": n}` and then with `{"result": ...}` or `{"error
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -82,7 +83,8 @@ class OwnProcess:
             self._process.kill()
         for stream in (self._process.stdin, self._process.stdout):
             if stream is not None:
-                stream.close()
+                with contextlib.suppress(BrokenPipeError):  # what a process that has ended was not told
+                    stream.close()
         self._process.wait()
 
     def check(self, manifest: dict[str, Any]) -> None:
@@ -118,11 +120,9 @@ class OwnProcess:
 
     def _answers(self, **request: Any) -> Iterator[dict[str, Any]]:
         assert self._process.stdin is not None and self._process.stdout is not None
-        try:
+        with contextlib.suppress(BrokenPipeError):  # it has ended, and the reading below says how
             self._process.stdin.write(json.dumps(request) + "\n")
             self._process.stdin.flush()
-        except BrokenPipeError:
-            pass  # it has ended, and the next line says how
         while True:
             line = self._process.stdout.readline()
             if not line:

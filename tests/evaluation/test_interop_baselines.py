@@ -31,6 +31,7 @@ from flowaccel.pipelines import load_pipeline
 
 cache_dit = pytest.importorskip("cache_dit", reason="cache-dit is not installed: pip install 'flowaccel[cache-dit]'")
 process = pytest.importorskip("flowaccel.evaluation.cache_dit_process")
+pytestmark = pytest.mark.slow
 
 STEPS, LAYERS = 6, 3
 EXACT = "cache-dit:Fn_compute_blocks=1,max_warmup_steps=1,residual_diff_threshold=0"
