@@ -85,7 +85,7 @@ def test_refiner_mode_of_a_preset() -> None:
         ("flowturbo-H2P4R2-consistant", "unknown recipe"),
         (
             "xyzzy",
-            "unknown recipe 'xyzzy': presets are none, euler, heun, midpoint, rk4, ab2, sde, flowturbo-BLOCKS, fbcache,",
+            "unknown recipe 'xyzzy': presets are none, euler, heun, midpoint, rk4, ab2, sde, flowturbo-BLOCKS, ",
         ),
         ("@4", "unknown recipe '@4'"),
         ("heun@", "must be a number of steps, at least 1, got 'heun@'"),
