@@ -1,6 +1,8 @@
 """Quality against measured seconds: samples, metrics with intervals, interleaved timing, reports."""
 
 from flowaccel.evaluation.attention import set_attention as set_attention
+from flowaccel.evaluation.baselines import Baseline as Baseline
+from flowaccel.evaluation.baselines import parse_baseline as parse_baseline
 from flowaccel.evaluation.compare import compare_rows as compare_rows
 from flowaccel.evaluation.conditions import Classes as Classes
 from flowaccel.evaluation.conditions import Conditions as Conditions
@@ -23,8 +25,8 @@ from flowaccel.evaluation.metrics import not_worse as not_worse
 from flowaccel.evaluation.moments import Moments as Moments
 from flowaccel.evaluation.moments import frechet_distance as frechet_distance
 from flowaccel.evaluation.moments import frechet_infinity as frechet_infinity
-from flowaccel.evaluation.runner import DEFAULT_METRICS as DEFAULT_METRICS
-from flowaccel.evaluation.runner import Protocol as Protocol
+from flowaccel.evaluation.protocol import DEFAULT_METRICS as DEFAULT_METRICS
+from flowaccel.evaluation.protocol import Protocol as Protocol
 from flowaccel.evaluation.runner import evaluate as evaluate
 from flowaccel.evaluation.schema import Results as Results
 from flowaccel.evaluation.schema import load_results as load_results
@@ -37,6 +39,7 @@ from flowaccel.evaluation.tables import markdown_table as markdown_table
 
 __all__ = [
     "DEFAULT_METRICS",
+    "Baseline",
     "CallCounter",
     "Classes",
     "Conditions",
@@ -66,6 +69,7 @@ __all__ = [
     "measure",
     "measure_latency",
     "not_worse",
+    "parse_baseline",
     "sample_generator",
     "save_results",
     "save_statistics",

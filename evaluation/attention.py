@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -11,6 +12,8 @@ from flowaccel.extras import require
 
 # our names -> diffusers' backend names
 BACKENDS = {"sdpa": "native", "xformers": "xformers", "flash": "_native_flash"}
+
+_CHOSEN: WeakKeyDictionary[torch.nn.Module, str] = WeakKeyDictionary()
 
 
 def set_attention(pipe: Any, name: str) -> None:
@@ -32,6 +35,12 @@ def set_attention(pipe: Any, name: str) -> None:
     except (RuntimeError, ImportError, ValueError) as error:
         reason = str(error).strip().split("\n")[0]
         raise ValueError(f"diffusers refuses attention {name!r} for {type(network).__name__} ({reason})") from error
+    _CHOSEN[network] = name
+
+
+def chosen_attention(pipe: Any) -> str | None:
+    """What `set_attention` was last told for this pipeline's network, or None."""
+    return _CHOSEN.get(pipe.transformer if hasattr(pipe, "transformer") else pipe.unet)
 
 
 def _try_kernel(name: str, device: torch.device, dtype: torch.dtype) -> None:

@@ -9,7 +9,8 @@ from .conditions import Prompts, load_conditions
 from .features import FeatureNetwork, load_features, load_reference
 from .latency import Timing
 from .metrics import RowSamples, difference, find_metric
-from .runner import BASELINE, row_samples
+from .protocol import BASELINE
+from .runner import row_samples
 from .schema import Results, load_results, row
 from .store import SampleStore, folder_name
 

@@ -9,7 +9,8 @@ import functools
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -73,7 +74,7 @@ class CallCounter:
         self.calls = dict.fromkeys(self._modules, 0)
         self.rows = dict.fromkeys(self._modules, 0)
         for name, module in self._modules.items():
-            self._wrappers.enter_context(_replaced_method(module, "forward", functools.partial(self._counted, name)))
+            self._wrappers.enter_context(replaced_method(module, "forward", functools.partial(self._counted, name)))
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -168,12 +169,12 @@ def _timed_method(
             synchronize(device)
             seconds[stage] += clock() - start
 
-    with _replaced_method(owner, method, timed):
+    with replaced_method(owner, method, timed):
         yield
 
 
 @contextmanager
-def _replaced_method(owner: object, method: str, around: Callable[..., Any]) -> Iterator[None]:
+def replaced_method(owner: object, method: str, around: Callable[..., Any]) -> Iterator[None]:
     """Inside the block `owner.method(...)` is `around(original, ...)`, on this instance only."""
     original = getattr(owner, method)
     had_own = method in vars(owner)  # an instance that was already wrapped by someone else gets that wrapper back
@@ -190,3 +191,65 @@ def _replaced_method(owner: object, method: str, around: Callable[..., Any]) -> 
             setattr(owner, method, original)
         else:
             delattr(owner, method)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """What one pipeline call of a row costs; per image, but for the first and the last two."""
+
+    evaluations: int
+    """Of the scheduler."""
+    network_rows: float
+    refiner_rows: float
+    macs: float
+    stages: dict[str, float]
+    """Seconds of the call."""
+    peak_memory_mb: float | None
+    """Where the device can tell."""
+
+
+def measure_cost(
+    pipe: Any,
+    images: int,
+    switched: Callable[[], AbstractContextManager[Callable[[], object]]],
+    extra: Mapping[str, nn.Module],
+) -> Cost:
+    """Count two calls of their own, outside of any timed rounds.
+
+    Args:
+        pipe: the pipeline.
+        images: how many a call makes.
+        switched: what switches the row on; it yields what makes the call.
+        extra: small networks that stand in.
+    """
+    with CallCounter({"network": denoiser(pipe)}) as inner, switched() as make:
+        with CallCounter(extra) as small:
+            macs = count_macs(make) / images
+        evaluations = len(pipe.scheduler.timesteps)
+        reset_peak_memory(pipe.device)
+        with timed_stages(_stages(pipe), device=pipe.device) as stages:
+            make()
+        peak = peak_memory_mb(pipe.device) if pipe.device.type == "cuda" else None
+    return Cost(
+        evaluations=evaluations,
+        network_rows=inner.rows["network"] / images / 2,  # counted over the two calls above
+        refiner_rows=sum(small.rows.values()) / images,
+        macs=macs,
+        stages=dict(stages),
+        peak_memory_mb=peak,
+    )
+
+
+def denoiser(pipe: Any) -> Any:
+    """The network that a pipeline calls at its steps."""
+    return pipe.transformer if hasattr(pipe, "transformer") else pipe.unet
+
+
+def _stages(pipe: Any) -> dict[str, tuple[object, str]]:
+    found = {"network": (denoiser(pipe), "forward")}
+    if getattr(pipe, "vae", None) is not None:
+        found["decode"] = (pipe.vae, "decode")
+    encoders = [
+        name for name in ("text_encoder", "text_encoder_2", "text_encoder_3") if getattr(pipe, name, None) is not None
+    ]
+    return found | {name: (getattr(pipe, name), "forward") for name in encoders}

@@ -11,14 +11,16 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 
 Variant = Callable[[], object]
 Clock = Callable[[], float]
+Around = Callable[[], AbstractContextManager[Any]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,6 +101,7 @@ def measure_latency(
     device: torch.device | str,
     clock: Clock = time.perf_counter,
     on_round: Callable[[int, int], None] | None = None,
+    within: Mapping[str, Around] | None = None,
 ) -> dict[str, Timing]:
     """Time callables against each other; every call does one unit of work (divide by the batch yourself).
 
@@ -115,6 +118,8 @@ def measure_latency(
         device: where the work runs; CUDA and MPS are synchronised, others need nothing.
         clock: returns seconds; a test passes its own.
         on_round: called as `on_round(i, n)` after timed round i of n, i from 1, outside the timed region.
+        within: by name, what to enter before and to leave after every call of that variant, outside the timed region;
+            switching something on and off is not what is measured.
 
     Raises:
         ValueError: `variants` is empty, or a number is out of range. An exception of a variant passes through.
@@ -129,17 +134,22 @@ def measure_latency(
         raise ValueError(f"agreement must be above 0, for example 0.05 for 5 %, got {agreement}")
     device = torch.device(device)
 
-    first = {name: _timed_call(call, device, clock) for name, call in variants.items()}
+    around = {name: (within or {}).get(name, nullcontext) for name in variants}
+
+    def one_round() -> dict[str, float]:
+        return _one_round(variants, around, device, clock)
+
+    first = {name: _timed_call(call, around[name], device, clock) for name, call in variants.items()}
     previous: dict[str, float] | None = None
     for _ in range(max_warmup):
-        current = _one_round(variants, device, clock)
+        current = one_round()
         if previous is not None and _agree(previous, current, agreement):
             break
         previous = current
 
     collected: dict[str, list[float]] = {name: [] for name in variants}
     for index in range(rounds):
-        for name, seconds in _one_round(variants, device, clock).items():
+        for name, seconds in one_round().items():
             collected[name].append(seconds)
         if on_round is not None:
             on_round(index + 1, rounds)
@@ -154,16 +164,18 @@ def synchronize(device: torch.device) -> None:
         torch.mps.synchronize()
 
 
-def _one_round(variants: Mapping[str, Variant], device: torch.device, clock: Clock) -> dict[str, float]:
+def _one_round(
+    variants: Mapping[str, Variant], around: Mapping[str, Around], device: torch.device, clock: Clock
+) -> dict[str, float]:
     """Mean of the two calls of each variant, called in the order A B C ... C B A."""
     totals = dict.fromkeys(variants, 0.0)
     for name in (*variants, *reversed(list(variants))):
-        totals[name] += _timed_call(variants[name], device, clock)
+        totals[name] += _timed_call(variants[name], around[name], device, clock)
     return {name: total / 2 for name, total in totals.items()}
 
 
-def _timed_call(call: Variant, device: torch.device, clock: Clock) -> float:
-    with _no_garbage_collection():
+def _timed_call(call: Variant, around: Around, device: torch.device, clock: Clock) -> float:
+    with around(), _no_garbage_collection():
         synchronize(device)
         start = clock()
         call()

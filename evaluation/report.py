@@ -45,7 +45,7 @@ def _glossary(results: Results) -> dict[str, str]:
     terms = dict(GLOSSARY)
     for name, metric in metric_displays(results["rows"]).items():
         terms[metric["display"]] = f"{METRIC_GLOSSARY.get(name, '')} (results.json: {name}, n = {metric['n']})".strip()
-    return terms
+    return terms | {entry["recipe"]: entry["remark"] for entry in results["rows"] if "remark" in entry}
 
 
 def _embedded(file: Path) -> dict[str, str | int]:

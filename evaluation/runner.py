@@ -8,85 +8,41 @@ not.
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
+import itertools
+import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from flowaccel import Recipe, accelerated, is_accelerated
 
+from .baselines import NATIVE, calibrated, check_native, native
 from .conditions import Conditions
-from .cost import CallCounter, count_macs, peak_memory_mb, reset_peak_memory, timed_stages
+from .cost import Cost, measure_cost
 from .environment import environment
 from .features import FeatureNetwork, check_reference, fingerprint, load_features, load_reference
 from .figures import PARETO_METRICS, pareto, pareto_png, sample_grid
 from .latency import Timing, measure_latency
 from .metrics import METRICS, RowSamples, find_metric, measure
+from .own_process import REMARK, OwnProcess, carried_over, loaded_from
 from .processes import World, claimed, processes
+from .protocol import BASELINE, Protocol, RowSpec, call, no_images, plan_rows, row_manifest, row_store
 from .report import html_report
 from .schema import SCHEMA_VERSION, Results, Row, load_results, save_results
 from .statistics import is_statistics
-from .store import SampleStore, folder_name, generate, sample_generator
+from .store import SampleStore, generate_batches, in_batches, write_atomically
 from .text import load_clip, text_match
 
-BASELINE = "baseline"
-DEFAULT_METRICS = ("fid", "kid", "class_accuracy", "rel_l2")
+CALIBRATION = "calibration.json"
 _GRID_SAMPLES = 10
 
 Notify = Callable[[str, int, int], None]
 """`notify(stage, done, total)`, for progress bars."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Protocol:
-    """What is compared with what, and how."""
-
-    conditions: Conditions
-    """Classes or prompts to sample for."""
-    steps: int
-    """Steps of the untouched pipeline."""
-    baseline_steps: tuple[int, ...] = ()
-    """Also measure the untouched pipeline with these numbers of steps."""
-    num_samples: int = 2000
-    seed: int = 0
-    batch_size: int = 100
-    guidance_scale: float | None = None
-    """None leaves the pipeline's default."""
-    features: str = "zoo:digits-features"
-    reference: str = "zoo:digits"
-    metrics: tuple[str, ...] = DEFAULT_METRICS
-    rounds: int = 10
-    """Timed rounds of two calls per row."""
-    clip: str | None = None
-    """The CLIP network of clip_score; None takes the feature network."""
-    latency_batch: int = 25
-    """Images per timed call."""
-    resamples: int = 200
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "num_samples", "batch_size", "latency_batch", "resamples"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.rounds < 2:
-            raise ValueError(f"rounds must be at least 2 (10 for an interval worth printing), got {self.rounds}")
-        if self.num_samples < 2:
-            raise ValueError("num_samples must be at least 2: a covariance needs two samples")
-        for metric in self.metrics:
-            find_metric(metric)
-
-
-@dataclass(frozen=True, kw_only=True)
-class RowSpec:
-    """One row: a recipe at a number of steps."""
-
-    name: str
-    recipe: Recipe
-    steps: int
-    family: str
 
 
 @dataclass
@@ -104,41 +60,17 @@ class _Run:
     weights: dict[str, str] = field(init=False)
     """Fingerprints of the pipeline's networks."""
     world: World = field(init=False)
+    settings: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """By row, what a baseline was calibrated to."""
+    own: dict[str, OwnProcess] = field(default_factory=dict)
+    """The processes of the rows that need one."""
 
     @property
     def ids(self) -> list[int]:
         return list(range(self.protocol.num_samples))
 
     def store(self, row: RowSpec) -> SampleStore:
-        return SampleStore(self.out / "rows" / folder_name(row.name))
-
-
-def plan_rows(recipes: Sequence[Recipe], protocol: Protocol) -> list[RowSpec]:
-    """The rows of an evaluation in order: the untouched pipeline, fewer steps, the recipes.
-
-    Raises:
-        ValueError: two rows of one name.
-    """
-    rows = [RowSpec(name=BASELINE, recipe=Recipe(name=BASELINE), steps=protocol.steps, family=BASELINE)]
-    rows += [
-        RowSpec(name=f"{BASELINE}@{steps}", recipe=Recipe(name=BASELINE), steps=steps, family=BASELINE)
-        for steps in protocol.baseline_steps
-        if steps != protocol.steps
-    ]
-    rows += [
-        RowSpec(
-            name=r.name,
-            recipe=r,
-            steps=r.num_inference_steps or protocol.steps,
-            family=r.name.split("@")[0].split("-")[0],
-        )
-        for r in recipes
-    ]
-    names = [row.name for row in rows]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise ValueError(f"rows need different names, got more than once: {', '.join(twice)}; give the recipes names")
-    return rows
+        return row_store(self.out, row)
 
 
 def evaluate(
@@ -162,13 +94,15 @@ def evaluate(
     Raises:
         ValueError: the pipeline is accelerated already or makes no images, names clash, or `out` holds samples made
             differently or is in use by another run.
+        UnsupportedModelError: a baseline does not work with the pipeline; found before any sample is made.
+        MissingExtraError: a baseline's package is missing.
         ConnectionError: another process of this run has ended.
         OSError: something could not be written; what was made so far stays, and the same call goes on from there.
     """
     if is_accelerated(pipe):
         raise ValueError("evaluate needs the untouched pipeline; call flowaccel.restore(pipe) first")
     if "num_frames" in inspect.signature(type(pipe).__call__).parameters:
-        raise _no_images(pipe)
+        raise no_images(pipe)
     loaded = [recipe.loaded(pipe) for recipe in recipes]
     run = _Run(pipe=pipe, protocol=protocol, rows=plan_rows(loaded, protocol), out=Path(out), notify=notify)
     run.network = load_features(protocol.features, "cpu" if pipe.device.type == "meta" else pipe.device)
@@ -177,7 +111,8 @@ def evaluate(
     _check_early(run)
     run.weights = {name: fingerprint(part) for name, part in pipe.components.items() if isinstance(part, nn.Module)}
     pipe.set_progress_bar_config(disable=True)
-    with processes() as run.world, claimed(run.out, run.world):
+    with processes() as run.world, claimed(run.out, run.world), contextlib.ExitStack() as stack:
+        _try_baselines(run, stack)
         _make_samples(run)
         results = _measure(run) if run.world.first else None
         run.world.wait()
@@ -202,13 +137,13 @@ def _measure(run: _Run) -> Results:
     )
     run.notify("metrics", 1, 1)
     costs = [_cost(run, row) for row in run.rows]
-    timings = _time(run)
+    timings, apart = _time(run)
     results: Results = {
         "schema": SCHEMA_VERSION,
         "protocol": _describe(run),
         "environment": environment(run.pipe.device) | {"world_size": run.world.size},
         "rows": [
-            _row(run, row, cost, costs[0], timings, metrics[row.name])
+            _row(run, row, cost, costs[0], timings, metrics[row.name]) | _baseline_entry(run, row, apart)
             for row, cost in zip(run.rows, costs, strict=True)
         ],
     }
@@ -221,6 +156,11 @@ def _measure(run: _Run) -> Results:
 
 def _check_early(run: _Run) -> None:
     """Refuse now what would otherwise fail once all samples are made."""
+    for row in run.rows:
+        if row.baseline is not None:
+            row.baseline.describe()
+            if row.baseline.family != NATIVE:
+                loaded_from(run.pipe, row.baseline)
     reference = run.protocol.reference
     check_reference(reference)
     bare = is_statistics(reference) and load_reference(reference, run.network).features is None
@@ -240,11 +180,17 @@ def _check_early(run: _Run) -> None:
             )
 
 
-def _no_images(pipe: Any) -> ValueError:
-    return ValueError(
-        f"evaluate needs a pipeline that makes images, and {type(pipe).__name__} does not; "
-        "`flowaccel generate` writes videos, comparing them is not in this version"
-    )
+def _try_baselines(run: _Run, stack: contextlib.ExitStack) -> None:
+    """Start the processes of the rows that need one, and refuse every baseline that does not work with the pipeline."""
+    for row in run.rows:
+        if row.baseline is not None and row.baseline.family == NATIVE:
+            check_native(run.pipe, row.baseline, lambda steps: call(run.pipe, run.protocol, [0], steps), row.steps)
+    for row in run.rows:
+        if row.baseline is not None and row.baseline.family != NATIVE:
+            run.protocol.conditions.save(run.out)
+            process = OwnProcess(run.pipe, row.baseline, run.protocol, run.out, run.store(row).folder)
+            run.own[row.name] = stack.enter_context(process)
+            process.check(json.loads(json.dumps(row_manifest(run.pipe, run.protocol, row, run.weights))))
 
 
 def _make_samples(run: _Run) -> None:
@@ -252,72 +198,92 @@ def _make_samples(run: _Run) -> None:
     world = run.world
     if world.first:
         _open_stores(run)
+        _calibrate(run)
     world.wait()
     if not world.first:
         _open_stores(run)  # compares this process's networks with those of the first
-    missing = {row.name: run.store(row).missing(run.ids) for row in run.rows}
+        _calibrate(run)
+    todo = {row.name: _todo(run, row) for row in run.rows}
     world.wait()  # only now, with every process's list complete, may files appear
-    shares = {name: world.share(ids) for name, ids in missing.items()}
-    done = len(run.rows) * run.protocol.num_samples - sum(len(ids) for ids in missing.values())
-    total = done + sum(len(ids) for ids in shares.values())
+    shares = {row.name: _share(run, row, todo[row.name]) for row in run.rows}
+    done = len(run.rows) * run.protocol.num_samples - sum(len(ids) for ids in todo.values())
+    total = done + sum(len(batch) for batches in shares.values() for batch in batches)
     run.notify("samples", done, total)
     for row in run.rows:
-        with _row_pipeline(run, row) as make:
-            for made in generate(run.store(row), shares[row.name], run.protocol.batch_size, make):
-                done += made
-                run.notify("samples", done, total)
+        for made in _generated(run, row, shares[row.name]):
+            done += made
+            run.notify("samples", done, total)
     world.wait()
+
+
+def _todo(run: _Run, row: RowSpec) -> list[int]:
+    """The samples to be made; of what decides for a whole batch, whole batches."""
+    missing = run.store(row).missing(run.ids)
+    if row.baseline is None or not row.baseline.by_batch:
+        return missing
+    begun = {sample_id // run.protocol.batch_size for sample_id in missing}
+    return [sample_id for sample_id in run.ids if sample_id // run.protocol.batch_size in begun]
+
+
+def _share(run: _Run, row: RowSpec, todo: list[int]) -> list[list[int]]:
+    """This process's batches of them."""
+    size = run.protocol.batch_size
+    if row.baseline is None or not row.baseline.by_batch:
+        return in_batches(run.world.share(todo), size)
+    batches = [list(batch) for _, batch in itertools.groupby(todo, key=lambda sample_id: sample_id // size)]
+    return [batches[index] for index in run.world.share(range(len(batches)))]
+
+
+def _generated(run: _Run, row: RowSpec, batches: list[list[int]]) -> Iterator[int]:
+    if row.name in run.own:
+        yield from run.own[row.name].samples(batches)
+        return
+    with _row_pipeline(run, row) as make:
+        yield from generate_batches(run.store(row), batches, make)
+
+
+def _calibrate(run: _Run) -> None:
+    """Read what the baselines were calibrated to, or calibrate them: once in a run, for all processes alike."""
+    for row in run.rows:
+        if row.baseline is None or not row.baseline.calibrates:
+            continue
+        path = run.store(row).folder / CALIBRATION
+        if not path.exists():
+            make = functools.partial(call, run.pipe, run.protocol, steps=row.steps)
+            found = calibrated(run.pipe, row.baseline, make)
+            write_atomically(path, json.dumps(found).encode())
+        run.settings[row.name] = json.loads(path.read_text())
 
 
 def _open_stores(run: _Run) -> None:
     for row in run.rows:
-        run.store(row).open(_manifest(run, row))
+        run.store(row).open(row_manifest(run.pipe, run.protocol, row, run.weights))
 
 
-def _manifest(run: _Run, row: RowSpec) -> dict[str, Any]:
-    """Everything that a row's samples depend on, and nothing else."""
-    return {
-        "pipeline": type(run.pipe).__name__,
-        "scheduler": _plain_config(run.pipe.scheduler),
-        "dtype": str(_denoiser(run.pipe).dtype),
-        "weights": run.weights | {name: fingerprint(module) for name, module in row.recipe.networks.items()},
-        "recipe": [{"name": a.name, **a.to_dict()} for a in row.recipe.accelerators],
-        "steps": row.steps,
-        "guidance_scale": run.protocol.guidance_scale,
-        "conditions": run.protocol.conditions.describe(),
-        "seed": run.protocol.seed,
-    }
-
-
-def _plain_config(scheduler: Any) -> dict[str, Any]:
-    return {"class": type(scheduler).__name__} | {
-        key: value for key, value in scheduler.config.items() if not key.startswith("_")
-    }
-
-
-def _denoiser(pipe: Any) -> Any:
-    return pipe.transformer if hasattr(pipe, "transformer") else pipe.unet
+def _switched_on(run: _Run, row: RowSpec) -> contextlib.AbstractContextManager[Any]:
+    """Inside, the pipeline is that of the row."""
+    if row.baseline is not None:
+        return native(run.pipe, row.baseline, **run.settings.get(row.name, {}))
+    # An empty recipe is observed too, and what is untouched must not even be that.
+    return accelerated(run.pipe, row.recipe) if row.recipe.accelerators else contextlib.nullcontext()
 
 
 @contextlib.contextmanager
 def _row_pipeline(run: _Run, row: RowSpec) -> Iterator[Callable[[list[int]], Tensor]]:
-    """A function ids -> uint8 images that samples with the row's recipe."""
-    # An empty recipe is observed too, and what is untouched must not even be that.
-    with accelerated(run.pipe, row.recipe) if row.recipe.accelerators else contextlib.nullcontext():
-        yield lambda ids: call(run.pipe, run.protocol, ids, row.steps)
+    """A function ids -> uint8 images that samples with the row's recipe or baseline."""
 
+    def make(ids: list[int]) -> Tensor:
+        return call(run.pipe, run.protocol, ids, row.steps)
 
-def call(pipe: Any, protocol: Protocol, ids: Sequence[int], steps: int) -> Tensor:
-    """One pipeline call for sample ids: uint8 images (N, C, H, W), rounded."""
-    arguments = protocol.conditions.arguments(ids)
-    if protocol.guidance_scale is not None:
-        arguments["guidance_scale"] = protocol.guidance_scale
-    generators = [sample_generator(protocol.seed, sample_id) for sample_id in ids]
-    output = pipe(**arguments, num_inference_steps=steps, generator=generators, output_type="np")
-    images = getattr(output, "images", None)
-    if images is None:
-        raise _no_images(pipe)
-    return (torch.from_numpy(images).permute(0, 3, 1, 2) * 255).round().clamp(0, 255).to(torch.uint8)
+    def make_afresh(ids: list[int]) -> Tensor:
+        with _switched_on(run, row):
+            return make(ids)
+
+    if row.baseline is not None:  # others' state may outlive a call
+        yield make_afresh
+        return
+    with _switched_on(run, row):
+        yield make
 
 
 def _read_samples(run: _Run) -> list[RowSamples]:
@@ -350,66 +316,39 @@ def row_samples(
     )
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Cost:
-    evaluations: int
-    network_rows: float
-    refiner_rows: float
-    macs: float
-    stages: dict[str, float]
-    peak_memory_mb: float | None
-
-
-def _cost(run: _Run, row: RowSpec) -> _Cost:
-    """Counted on one call of its own, outside the timed rounds."""
-    ids = run.ids[: run.protocol.latency_batch]
-    with CallCounter({"network": _denoiser(run.pipe)}) as inner, _row_pipeline(run, row) as make:
-        with CallCounter(row.recipe.networks) as extra:
-            macs = count_macs(lambda: make(ids)) / len(ids)
-        evaluations = len(run.pipe.scheduler.timesteps)
-        reset_peak_memory(run.pipe.device)
-        with timed_stages(_stages(run.pipe), device=run.pipe.device) as stages:
-            make(ids)
-        peak = peak_memory_mb(run.pipe.device) if run.pipe.device.type == "cuda" else None
-    return _Cost(
-        evaluations=evaluations,
-        network_rows=inner.rows["network"] / len(ids) / 2,  # counted over the two calls above
-        refiner_rows=sum(extra.rows.values()) / len(ids),
-        macs=macs,
-        stages=dict(stages),
-        peak_memory_mb=peak,
-    )
-
-
-def _stages(pipe: Any) -> dict[str, tuple[object, str]]:
-    found = {"network": (_denoiser(pipe), "forward")}
-    if getattr(pipe, "vae", None) is not None:
-        found["decode"] = (pipe.vae, "decode")
-    encoders = [
-        name for name in ("text_encoder", "text_encoder_2", "text_encoder_3") if getattr(pipe, name, None) is not None
-    ]
-    return found | {name: (getattr(pipe, name), "forward") for name in encoders}
-
-
-def _time(run: _Run) -> dict[str, Timing]:
+def _cost(run: _Run, row: RowSpec) -> Cost:
+    if row.name in run.own:
+        return run.own[row.name].cost()
     ids = run.ids[: run.protocol.latency_batch]
 
-    def variant(row: RowSpec) -> Callable[[], object]:
-        def once() -> object:
-            with _row_pipeline(run, row) as make:
-                return make(ids)
+    @contextlib.contextmanager
+    def switched() -> Iterator[Callable[[], object]]:
+        with _row_pipeline(run, row) as make:
+            yield lambda: make(ids)
 
-        return once
+    return measure_cost(run.pipe, len(ids), switched, row.recipe.networks)
 
-    return measure_latency(
-        {row.name: variant(row) for row in run.rows},
+
+def _time(run: _Run) -> tuple[dict[str, Timing], dict[str, tuple[Timing, Timing]]]:
+    """Timings of all rows, and what was timed apart: the untouched pipeline and the row, in the row's own process."""
+    ids = run.ids[: run.protocol.latency_batch]
+    here = [row for row in run.rows if row.name not in run.own]
+    timings = measure_latency(
+        {row.name: functools.partial(call, run.pipe, run.protocol, ids, row.steps) for row in here},
         rounds=run.protocol.rounds,
         device=run.pipe.device,
         on_round=lambda done, total: run.notify("timing", done, total),
+        within={row.name: functools.partial(_switched_on, run, row) for row in here},
     )
+    apart: dict[str, tuple[Timing, Timing]] = {}
+    for name, process in run.own.items():
+        run.notify("own timing", len(apart), len(run.own))
+        apart[name] = process.time()
+        run.notify("own timing", len(apart), len(run.own))
+    return timings | {name: carried_over(timings[BASELINE], *pair) for name, pair in apart.items()}, apart
 
 
-def _row(run: _Run, row: RowSpec, cost: _Cost, base: _Cost, timings: dict[str, Timing], metrics: dict[str, Any]) -> Row:
+def _row(run: _Run, row: RowSpec, cost: Cost, base: Cost, timings: dict[str, Timing], metrics: dict[str, Any]) -> Row:
     timing, untouched = timings[row.name], timings[BASELINE]
     images = min(run.protocol.latency_batch, run.protocol.num_samples)
     ratio = untouched.ratio_to(timing)
@@ -444,11 +383,36 @@ def _row(run: _Run, row: RowSpec, cost: _Cost, base: _Cost, timings: dict[str, T
     return entry
 
 
+def _baseline_entry(run: _Run, row: RowSpec, apart: dict[str, tuple[Timing, Timing]]) -> Any:
+    """What the result file says beside the numbers about a baseline of another library."""
+    if row.baseline is None:
+        return {}
+    entry: dict[str, Any] = {"baseline": row.baseline.describe() | run.settings.get(row.name, {})}
+    remarks = []
+    protocol = run.protocol
+    if row.name in apart:
+        to_ms = 1000 / min(protocol.latency_batch, protocol.num_samples)
+        there, own = apart[row.name]
+        entry["own_process"] = {
+            "untouched_per_round": [seconds * to_ms for seconds in there.seconds],
+            "per_round": [seconds * to_ms for seconds in own.seconds],
+        }
+        entry["throttled"] = own.throttled
+        remarks.append(REMARK)
+    if row.baseline.by_batch and protocol.batch_size != protocol.latency_batch:
+        remarks.append(
+            f"It decides for the whole batch: its samples were made in batches of {protocol.batch_size}, its time and "
+            f"cost measured in batches of {protocol.latency_batch}."
+        )
+    return entry | ({"remark": " ".join(remarks)} if remarks else {})
+
+
 def _describe(run: _Run) -> Any:  # the schema's Protocol
     own = asdict(run.protocol) | {
         "conditions": run.protocol.conditions.describe(),
         "metrics": list(run.protocol.metrics),
         "baseline_steps": list(run.protocol.baseline_steps),
+        "baselines": list(run.protocol.baselines),
     }
     own["clip"] = run.clip and run.clip.name
     own["clip_fingerprint"] = run.clip and run.clip.fingerprint

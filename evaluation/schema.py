@@ -31,7 +31,9 @@ class LatencyBase(TypedDict):
 class Latency(LatencyBase, total=False):
     """One whole pipeline call divided by its batch, in milliseconds per image, over interleaved rounds."""
 
-    per_round: list[float]  # round i of all rows was measured together, so any two rows can be compared
+    # Round i of all rows was measured together, so any two rows can be compared. For a row with `own_process` it is
+    # the untouched pipeline's round i, divided by the speed-up in round i of that process.
+    per_round: list[float]
 
 
 class WallClock(TypedDict):
@@ -80,6 +82,13 @@ class Metric(MetricBase, total=False):
     versus: dict[str, Versus]  # paired differences by the name of the other row; claims rest on these
 
 
+class OwnProcess(TypedDict):
+    """What was really timed of a row that needs a process of its own, in milliseconds per image."""
+
+    untouched_per_round: list[float]  # the untouched pipeline there
+    per_round: list[float]  # the row, interleaved with it
+
+
 class RowBase(TypedDict):
     """Required keys of `Row`."""
 
@@ -101,6 +110,9 @@ class Row(RowBase, total=False):
     stages: dict[str, float]  # seconds of one call by stage, "total" among them
     first_call_s: float  # seconds of the first call, with compilation and autotuning
     peak_memory_mb: float  # 10^6 bytes; on the CPU the maximum of the process so far
+    baseline: dict[str, Any]  # of another library's accelerator: its name, package, options and what was calibrated
+    own_process: OwnProcess  # only of rows timed apart; latency_ms_per_image is then carried over, see `remark`
+    remark: str  # what a reader has to know about how this row was measured
     throttled: bool  # the machine became slower while timing: trust the ratios, not the milliseconds
     pareto: bool  # no other row is both faster and better
 
@@ -126,6 +138,7 @@ class Protocol(ProtocolBase, total=False):
     clip_fingerprint: str
     metrics: list[str]
     rounds: int  # timed rounds
+    baselines: list[str]  # accelerators of other libraries
 
 
 class Results(TypedDict):
@@ -134,7 +147,9 @@ class Results(TypedDict):
     schema: int  # SCHEMA_VERSION of the writer
     protocol: Protocol
     environment: dict[str, Any]  # see environment.environment
-    rows: list[Row]  # the first is the untouched pipeline, then the same with fewer steps ("baseline@N")
+    # The first is the untouched pipeline, then come the same with fewer steps ("baseline@N"), the baselines of other
+    # libraries and the recipes.
+    rows: list[Row]
 
 
 def save_results(results: Results, path: str | os.PathLike[str]) -> None:

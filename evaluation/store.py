@@ -132,8 +132,19 @@ def generate(
         make: ids -> uint8 images (len(ids), C, H, W).
     """
     todo = store.missing(ids)
-    for start in range(0, len(todo), batch_size):
-        batch = todo[start : start + batch_size]
+    yield from generate_batches(store, in_batches(todo, batch_size), make)
+
+
+def in_batches(ids: Sequence[int], batch_size: int) -> list[list[int]]:
+    """`ids` cut into lists of `batch_size`, the last one perhaps shorter."""
+    return [list(ids[start : start + batch_size]) for start in range(0, len(ids), batch_size)]
+
+
+def generate_batches(
+    store: SampleStore, batches: Sequence[list[int]], make: Callable[[list[int]], Tensor]
+) -> Iterator[int]:
+    """Make the samples of each batch, whether they are there or not; yields the number of samples of each."""
+    for batch in batches:
         for sample_id, image in zip(batch, make(batch), strict=True):
             store.write(sample_id, image)
         yield len(batch)

@@ -69,12 +69,15 @@ def console_table(results: Results) -> Table:
     To save width the second lines of MACs and ms/image are left out, and better or worse is green or red.
     """
     header, body = cells(results)
+    remarks = "".join(f"\n{entry['recipe']}: {entry['remark']}" for entry in results["rows"] if "remark" in entry)
     table = Table(
         box=box.SIMPLE_HEAD,
         collapse_padding=True,
         pad_edge=False,
-        caption="±: 1.96 standard errors. Second lines: 95 % interval; difference to the first row with its interval, "
-        "bold where it excludes equality.",
+        caption=Text(
+            "±: 1.96 standard errors. Second lines: 95 % interval; difference to the first row with its interval, "
+            f"bold where it excludes equality.{remarks}"
+        ),
         caption_justify="left",
     )
     for index, name in enumerate(header):  # Text, not str: a name is not markup
@@ -124,6 +127,8 @@ def _cost_cells(entry: Row, untouched: str) -> list[Cell]:
     spread = f"{_figures(latency['p10'])} to {_figures(latency['p90'])}"
     if entry.get("throttled", False):
         spread += ", machine slowed down"
+    if "own_process" in entry:
+        spread += ", own process"
     low, high = speedup["wall_clock"]["ci95"]
     speed = Cell(text="1x", note="untouched")
     if entry["recipe"] != untouched:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from diffusers.hooks._helpers import TransformerBlockRegistry
+from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
 from diffusers.pipelines import pipeline_loading_utils
 
 
@@ -37,6 +37,11 @@ def block_output_order(block_class: type) -> tuple[str, ...]:
     }
     places.pop(None, None)
     return tuple(places[index] for index in sorted(places))
+
+
+def register_block(block_class: type) -> None:
+    """Tell diffusers' own caches of a block class that takes `hidden_states` first and returns them alone."""
+    TransformerBlockRegistry.register(block_class, TransformerBlockMetadata(return_hidden_states_index=0))
 
 
 def foreign_cache(network: Any) -> str | None:

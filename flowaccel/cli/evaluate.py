@@ -42,6 +42,14 @@ def evaluate(
     baseline_steps: Annotated[
         str, typer.Option(help="Fewer steps of the untouched pipeline, such as 10,20; default a quarter and a half.")
     ] = "",
+    baseline: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME[:KEY=VALUE,...]",
+            help="Another library's accelerator: native:fbc, native:taylorseer, native:mag or cache-dit; may be given "
+            "several times.",
+        ),
+    ] = None,
     steps: Annotated[int, typer.Option(min=1, help="Steps of the untouched pipeline.")] = 50,
     num_samples: Annotated[int, typer.Option(min=2, help="Images per row.")] = 2000,
     classes: Annotated[str | None, typer.Option(help="Class ids, such as 0-9; default all.")] = None,
@@ -87,6 +95,7 @@ def evaluate(
         protocol = Protocol(
             conditions=parse_conditions(pipeline, classes, None, prompts),
             steps=steps,
+            baselines=tuple(baseline or ()),
             baseline_steps=_numbers("--baseline-steps", baseline_steps) or fewer_steps(steps),
             num_samples=num_samples,
             seed=seed,

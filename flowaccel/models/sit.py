@@ -19,6 +19,7 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
+from flowaccel.compat import register_block
 from flowaccel.models import official
 from flowaccel.models.convention import SIT, FlowConvention
 
@@ -93,6 +94,9 @@ class SiTBlock(nn.Module):
         hidden_states = hidden_states + gate1.unsqueeze(1) * attended
         transformed = self.ff(modulate(self.norm2(hidden_states), shift2, scale2))
         return hidden_states + gate2.unsqueeze(1) * transformed
+
+
+register_block(SiTBlock)
 
 
 class SiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):

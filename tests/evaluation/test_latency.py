@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -152,3 +153,20 @@ def test_wrong_use_is_explained(options: dict[str, object], message: str) -> Non
 def test_ratio_of_two_measurements_is_refused() -> None:
     with pytest.raises(ValueError, match="other has 3 rounds and this timing has 2"):
         timing([1.0, 1.0]).ratio_to(timing([1.0, 1.0, 1.0]))
+
+
+def test_switching_on_and_off_is_not_timed() -> None:
+    machine = FakeMachine()
+
+    @contextmanager
+    def switched() -> Iterator[None]:
+        machine.calls.append("(")
+        machine.now += 100.0
+        yield
+        machine.now += 100.0
+        machine.calls.append(")")
+
+    found = machine.measure({"a": lambda _: 1.0, "b": lambda _: 2.0}, rounds=2, max_warmup=0, within={"b": switched})
+    assert "".join(machine.calls) == "a(b)" + "a(b)(b)a" * 2
+    assert found["b"].first_call_s == 2.0
+    assert found["a"].seconds == (1.0, 1.0) and found["b"].seconds == (2.0, 2.0)

@@ -1,0 +1,167 @@
+"""What is compared with what, and how: the protocol of an evaluation, its rows, and how a row's samples are made."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flowaccel import Recipe
+
+from .baselines import Baseline, parse_baseline
+from .conditions import Conditions
+from .cost import denoiser
+from .features import fingerprint
+from .metrics import find_metric
+from .store import SampleStore, folder_name, sample_generator
+
+BASELINE = "baseline"
+DEFAULT_METRICS = ("fid", "kid", "class_accuracy", "rel_l2")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Protocol:
+    """What is compared with what, and how."""
+
+    conditions: Conditions
+    """Classes or prompts to sample for."""
+    steps: int
+    """Steps of the untouched pipeline."""
+    baseline_steps: tuple[int, ...] = ()
+    """Also measure the untouched pipeline with these numbers of steps."""
+    baselines: tuple[str, ...] = ()
+    """Also measure these accelerators of other libraries, see `parse_baseline`."""
+    num_samples: int = 2000
+    seed: int = 0
+    batch_size: int = 100
+    guidance_scale: float | None = None
+    """None leaves the pipeline's default."""
+    features: str = "zoo:digits-features"
+    reference: str = "zoo:digits"
+    metrics: tuple[str, ...] = DEFAULT_METRICS
+    rounds: int = 10
+    """Timed rounds of two calls per row."""
+    clip: str | None = None
+    """The CLIP network of clip_score; None takes the feature network."""
+    latency_batch: int = 25
+    """Images per timed call."""
+    resamples: int = 200
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "num_samples", "batch_size", "latency_batch", "resamples"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.rounds < 2:
+            raise ValueError(f"rounds must be at least 2 (10 for an interval worth printing), got {self.rounds}")
+        if self.num_samples < 2:
+            raise ValueError("num_samples must be at least 2: a covariance needs two samples")
+        for metric in self.metrics:
+            find_metric(metric)
+        for baseline in self.baselines:
+            parse_baseline(baseline)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowSpec:
+    """One row: a recipe, or a baseline of another library, at a number of steps."""
+
+    name: str
+    recipe: Recipe
+    steps: int
+    family: str
+    baseline: Baseline | None = None
+
+
+def plan_rows(recipes: Sequence[Recipe], protocol: Protocol) -> list[RowSpec]:
+    """The rows of an evaluation in order: the untouched pipeline, fewer steps, the baselines, the recipes.
+
+    Raises:
+        ValueError: two rows of one name.
+    """
+    rows = [RowSpec(name=BASELINE, recipe=Recipe(name=BASELINE), steps=protocol.steps, family=BASELINE)]
+    rows += [
+        RowSpec(name=f"{BASELINE}@{steps}", recipe=Recipe(name=BASELINE), steps=steps, family=BASELINE)
+        for steps in protocol.baseline_steps
+        if steps != protocol.steps
+    ]
+    for text in protocol.baselines:
+        baseline = parse_baseline(text)
+        rows.append(
+            RowSpec(
+                name=text,
+                recipe=Recipe(name=text),
+                steps=protocol.steps,
+                family=baseline.family,
+                baseline=baseline,
+            )
+        )
+    rows += [
+        RowSpec(
+            name=r.name,
+            recipe=r,
+            steps=r.num_inference_steps or protocol.steps,
+            family=r.name.split("@")[0].split("-")[0],
+        )
+        for r in recipes
+    ]
+    names = [row.name for row in rows]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f"rows need different names, got more than once: {', '.join(twice)}; give the recipes names")
+    return rows
+
+
+def row_store(out: Path, row: RowSpec) -> SampleStore:
+    """Where the samples of a row lie in a run folder."""
+    return SampleStore(out / "rows" / folder_name(row.name))
+
+
+def row_manifest(pipe: Any, protocol: Protocol, row: RowSpec, weights: dict[str, str]) -> dict[str, Any]:
+    """Everything that a row's samples depend on, and nothing else."""
+    manifest = {
+        "pipeline": type(pipe).__name__,
+        "scheduler": _plain_config(pipe.scheduler),
+        "dtype": str(denoiser(pipe).dtype),
+        "weights": weights | {name: fingerprint(module) for name, module in row.recipe.networks.items()},
+        "recipe": [{"name": a.name, **a.to_dict()} for a in row.recipe.accelerators],
+        "steps": row.steps,
+        "guidance_scale": protocol.guidance_scale,
+        "conditions": protocol.conditions.describe(),
+        "seed": protocol.seed,
+    }
+    if row.baseline is not None:
+        manifest["recipe"] = [row.baseline.describe()]
+        if row.baseline.by_batch:
+            manifest["batch_size"] = protocol.batch_size
+    return manifest
+
+
+def _plain_config(scheduler: Any) -> dict[str, Any]:
+    return {"class": type(scheduler).__name__} | {
+        key: value for key, value in scheduler.config.items() if not key.startswith("_")
+    }
+
+
+def call(pipe: Any, protocol: Protocol, ids: Sequence[int], steps: int) -> Tensor:
+    """One pipeline call for sample ids: uint8 images (N, C, H, W), rounded."""
+    arguments = protocol.conditions.arguments(ids)
+    if protocol.guidance_scale is not None:
+        arguments["guidance_scale"] = protocol.guidance_scale
+    generators = [sample_generator(protocol.seed, sample_id) for sample_id in ids]
+    output = pipe(**arguments, num_inference_steps=steps, generator=generators, output_type="np")
+    images = getattr(output, "images", None)
+    if images is None:
+        raise no_images(pipe)
+    return (torch.from_numpy(images).permute(0, 3, 1, 2) * 255).round().clamp(0, 255).to(torch.uint8)
+
+
+def no_images(pipe: Any) -> ValueError:
+    """The error for a pipeline that makes something else."""
+    return ValueError(
+        f"evaluate needs a pipeline that makes images, and {type(pipe).__name__} does not; "
+        "`flowaccel generate` writes videos, comparing them is not in this version"
+    )
