@@ -24,7 +24,7 @@ MASKS = {
 
 class _Schedule(Gate):
     def score(self, state: State, signal: Tensor | None, step: Step) -> tuple[Tensor, State]:
-        return torch.tensor([2.0 if self.computes(state, step) else 0.0]), state
+        return torch.tensor([2.0 if self.computes(state, step) else 0.0]), state  # nothing is near a threshold
 
     def computes(self, state: State, step: Step) -> bool:
         raise NotImplementedError

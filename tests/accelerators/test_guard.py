@@ -10,7 +10,7 @@ import torch
 
 from flowaccel.accelerators.caching import Guard
 from flowaccel.accelerators.caching.decisions import Decider, all_compute
-from flowaccel.gates import Gate, Interval, Step
+from flowaccel.gates import Gate, Interval, Mask, Step
 
 STEPS = 12
 
@@ -101,7 +101,25 @@ def test_scores_of_one_and_scores_that_are_no_numbers_compute() -> None:
 def test_what_was_computed_and_is_not_finite_computes_again_for_that_unit() -> None:
     found = decide(Scores(NEVER, NEVER), Guard(last=0), units=2, finite={4: [True, False], 5: [True, False]})
     assert (shown(found, 0), shown(found, 1)) == ("crrrrrrrrrrr", "crrrrccrrrrr")
-    assert [decision.not_finite for decision in found] == [step in (5, 6) for step in range(STEPS)]
+    assert [decision.not_finite for decision in found] == [(1,) if step in (5, 6) else () for step in range(STEPS)]
+
+
+def test_schedules_compute_again_for_a_unit_that_is_not_finite_and_keep_their_rhythm() -> None:
+    found = decide(Interval(3), Guard(last=0), units=2, finite={3: [True, False], 4: [True, False]})
+    assert [decision.compute for decision in found[3:7]] == [(True,), (False, True), (False, True), (True,)]
+    assert shown(found) == "crrcrrcrrcrr"
+
+
+def test_what_was_not_finite_in_the_warmup_is_found_after_it() -> None:
+    decider = Decider(gate=Scores(NEVER), guard=Guard(warmup=3))
+    for index in range(5):
+        step = Step(index=index, count=STEPS, time=0.0)
+        decision = decider.decide(1, None, step)
+        decider.update(None, None, decision, step)
+        assert decision.compute == (index < 4,)
+        if decision.compute[0]:
+            seen = torch.tensor([index != 1])
+            decider.finite = seen if decider.finite is None else decider.finite & seen
 
 
 def test_the_device_is_read_once_per_decision_and_not_for_schedules_alone() -> None:
@@ -134,3 +152,10 @@ def test_schedules_have_one_unit_for_all() -> None:
 def test_values_out_of_range_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Guard(**options)
+
+
+def test_schedules_have_no_near_ties() -> None:
+    for gate in (Interval(2), Interval(3, phase=1), Mask("fast"), Mask((1, 0) * (STEPS // 2))):
+        found = decide(gate, Guard(last=0))
+        assert 0 < sum(decision.compute[0] for decision in found) < STEPS
+        assert sum(decision.near_ties for decision in found) == 0

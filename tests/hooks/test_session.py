@@ -393,3 +393,28 @@ def test_closing_leaves_nothing(sd3: Any) -> None:
     assert after["pipe"] == sorted({*before["pipe"]} | {key for key in after["pipe"] if key.startswith("_")})
     assert {"set_timesteps", "step"}.isdisjoint(after["scheduler vars"])
     close_session(sd3)
+
+
+def test_modules_obey_those_who_surround_them_now(sd3: Any) -> None:
+    session = open_session(sd3)
+    seen: list[tuple[str, str]] = []
+
+    def around(name: str) -> Any:
+        return lambda proceed, call, path: (seen.append((name, path)), proceed())[1]
+
+    first = session.on_module(around("first"), ("attn",))
+    second = session.on_module(around("second"), ("attn", "ff"))
+    sd3(**arguments(steps=1))
+    blocks = [f"transformer_blocks.{i}" for i in range(3)]
+    assert {path for name, path in seen if name == "first"} == {f"{block}.attn" for block in blocks}
+    assert {path for name, path in seen if name == "second"} > {f"{block}.ff" for block in blocks}
+    assert [name for name, path in seen if path == "transformer_blocks.0.attn"] == ["second", "first"], "last outermost"
+    first()
+    seen.clear()
+    sd3(**arguments(steps=1))
+    assert {name for name, _ in seen} == {"second"}
+    second()
+    seen.clear()
+    sd3(**arguments(steps=1))
+    assert seen == []
+    assert not [module for module in sd3.transformer.transformer_blocks.modules() if "forward" in vars(module)]

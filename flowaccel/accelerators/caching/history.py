@@ -132,6 +132,8 @@ def _mixture(tensors: list[Tensor | None], weights: Tensor) -> Tensor | None:
     for tensor, column in zip(tensors, weights.unbind(dim=1), strict=True):
         if tensor is None:
             return None
-        term = tensor * column.to(tensor.device, tensor.dtype).view(-1, *[1] * (tensor.dim() - 1))
+        exact = torch.promote_types(tensor.dtype, torch.float32)  # weights are seldom exact in half precision
+        term = tensor * column.to(tensor.device, exact).view(-1, *[1] * (tensor.dim() - 1))
         total = term if total is None else total + term
-    return total
+    newest = tensors[0]
+    return None if total is None or newest is None else total.to(newest.dtype)

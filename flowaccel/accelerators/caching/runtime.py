@@ -13,6 +13,7 @@ from torch import Tensor
 from flowaccel.accelerators.caching.decisions import Decider, Decision, Unit, all_compute
 from flowaccel.accelerators.caching.guard import Guard
 from flowaccel.accelerators.caching.history import History
+from flowaccel.errors import UnsupportedModelError
 from flowaccel.gates import Gate, Step
 from flowaccel.hooks import Call, CallRecord, Session
 from flowaccel.predictors import Predictor
@@ -60,6 +61,11 @@ class Cache:
     def _around_call(self, proceed: Proceed, call: Call) -> Any:
         if EXTRA in call.branches:
             return proceed()
+        if not isinstance(call.sample, Tensor):
+            raise UnsupportedModelError(
+                f"{type(call.module).__name__} takes a list of images, and caches need them as one tensor; leave the "
+                "cache off"
+            )
         moment = Moment(self.rules, call.run.state.setdefault(self, Memory()), call)
         if moment.decision is None and self.rules.gate.signal in ("none", "input"):
             moment.decide(None if self.rules.gate.signal == "none" else call.sample)
