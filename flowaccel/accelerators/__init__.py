@@ -3,6 +3,7 @@
 from flowaccel.accelerators.base import Accelerator as Accelerator
 from flowaccel.accelerators.cache_presets import CACHE_PRESETS as CACHE_PRESETS
 from flowaccel.accelerators.cache_presets import cache_preset as cache_preset
+from flowaccel.accelerators.calibration import Calibration as Calibration
 from flowaccel.accelerators.feature_cache import FeatureCache as FeatureCache
 from flowaccel.accelerators.sampler import Sampler as Sampler
 from flowaccel.accelerators.step_skip import StepSkip as StepSkip
@@ -16,6 +17,7 @@ __all__ = [
     "ACCELERATORS",
     "CACHE_PRESETS",
     "Accelerator",
+    "Calibration",
     "FeatureCache",
     "Sampler",
     "StepSkip",
