@@ -118,12 +118,12 @@ def polynomial(x: Any, y: Any) -> tuple[tuple[float, ...], float]:
     """
     if not len(x):
         raise ValueError("nothing to fit to: no change was finite")
-    degree = min(DEGREE, len(np.unique(x)) - 1)
-    # Powers of numbers around 0.1 are nearly parallel; on the unit interval they are not.
     scale = float(np.abs(x).max()) or 1.0
-    scaled = np.polyfit(x / scale, y, degree)
+    x = x / scale  # powers of numbers around 0.1 are nearly parallel
+    degree = min(DEGREE, len(np.unique(x.round(6))) - 1)
+    scaled = np.polyfit(x, y, degree)
     coefficients = scaled / scale ** np.arange(degree, -1, -1)
-    residual, total = float(((np.polyval(scaled, x / scale) - y) ** 2).sum()), float(((y - y.mean()) ** 2).sum())
+    residual, total = float(((np.polyval(scaled, x) - y) ** 2).sum()), float(((y - y.mean()) ** 2).sum())
     return tuple(map(float, coefficients)), 1 - residual / total if total else 1.0
 
 

@@ -97,7 +97,7 @@ def test_guard_predictor_and_guidance_are_taken() -> None:
 def test_batches_do_not_matter() -> None:
     one, two = (calibrate(tiny.sit_pipeline(), "adacache", 1.3, sampling(batch_size=size)) for size in (1, 2))
     a, b = cache_of(one).gate, cache_of(two).gate
-    torch.testing.assert_close(torch.tensor(a.pairs), torch.tensor(b.pairs), rtol=1e-3, atol=0)  # type: ignore[attr-defined]
+    torch.testing.assert_close(torch.tensor(a.pairs), torch.tensor(b.pairs), rtol=1e-2, atol=1e-6)  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize(

@@ -85,8 +85,8 @@ def test_out_of_reach(name: str, observation: Observation) -> None:
 
 def test_least_is_the_least() -> None:
     assert least(lambda threshold: 1 + (threshold >= 0.3123), 2, "it") == 0.313
-    dips = least(lambda threshold: 1 + (threshold >= 0.3123) - (0.3129 < threshold < 0.314), 2, "it")
-    assert dips == pytest.approx(0.3123, rel=1e-6)
+    dips = least(lambda threshold: 1 + (threshold >= 0.3123) - (0.31299 < threshold < 0.31301), 2, "it")
+    assert dips == pytest.approx(0.3123)
 
 
 def test_networks_are_decided_for_apart() -> None:
