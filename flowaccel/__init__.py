@@ -7,6 +7,7 @@ from diffusers import SchedulerMixin as SchedulerMixin
 
 from flowaccel.accelerators import Accelerator as Accelerator
 from flowaccel.accelerators import FeatureCache as FeatureCache
+from flowaccel.accelerators import LevelCache as LevelCache
 from flowaccel.accelerators import Sampler as Sampler
 from flowaccel.accelerators import StepSkip as StepSkip
 from flowaccel.accelerators import VelocityRefiner as VelocityRefiner
@@ -49,6 +50,7 @@ __all__ = [
     "FlowSDEScheduler",
     "FlowTurboScheduler",
     "FlowaccelError",
+    "LevelCache",
     "MissingExtraError",
     "Recipe",
     "RecipeConflictError",

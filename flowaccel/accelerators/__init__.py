@@ -3,20 +3,28 @@
 from flowaccel.accelerators.base import Accelerator as Accelerator
 from flowaccel.accelerators.cache_presets import CACHE_PRESETS as CACHE_PRESETS
 from flowaccel.accelerators.cache_presets import cache_preset as cache_preset
+from flowaccel.accelerators.calibration import Calibration as Calibration
 from flowaccel.accelerators.feature_cache import FeatureCache as FeatureCache
+from flowaccel.accelerators.level_cache import LEVELS as LEVELS
+from flowaccel.accelerators.level_cache import Level as Level
+from flowaccel.accelerators.level_cache import LevelCache as LevelCache
 from flowaccel.accelerators.sampler import Sampler as Sampler
 from flowaccel.accelerators.step_skip import StepSkip as StepSkip
 from flowaccel.accelerators.velocity_refiner import VelocityRefiner as VelocityRefiner
 
 ACCELERATORS: dict[str, type[Accelerator]] = {
-    kind.name: kind for kind in (Sampler, VelocityRefiner, FeatureCache, StepSkip)
+    kind.name: kind for kind in (Sampler, VelocityRefiner, FeatureCache, LevelCache, StepSkip)
 }
 
 __all__ = [
     "ACCELERATORS",
     "CACHE_PRESETS",
+    "LEVELS",
     "Accelerator",
+    "Calibration",
     "FeatureCache",
+    "Level",
+    "LevelCache",
     "Sampler",
     "StepSkip",
     "VelocityRefiner",

@@ -7,8 +7,9 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar
 
 from flowaccel.accelerators.base import Accelerator, Detach
-from flowaccel.accelerators.caching import GUARDS, SCOPES, Guard, Output, Rules, Scope, Stack, cache_of
+from flowaccel.accelerators.caching import GUARDS, SCOPES, Cache, Guard, Output, Rules, Scope, Stack, cache_of
 from flowaccel.accelerators.caching.decisions import UNITS, Unit
+from flowaccel.accelerators.calibration import CALIBRATIONS, Calibration, watch
 from flowaccel.accelerators.serial import component
 from flowaccel.gates import GATES, Easy, Gate
 from flowaccel.hooks import session_of
@@ -36,6 +37,8 @@ class FeatureCache(Accelerator):
         guard: what bounds the gate.
         decide: who decides: every `image` by its conditional rows, so that it does not depend on what it is batched
             with; every `row`; or the whole `batch`, as most published code does.
+        calibration: what its numbers were fitted on, as `flowaccel calibrate` writes it. On another network, scheduler
+            or number of steps it still runs, and warns once per pipeline.
         options: fields of these parts.
 
     Raises:
@@ -50,6 +53,7 @@ class FeatureCache(Accelerator):
     predictor: Predictor = component(PREDICTORS)
     guard: Guard = component(GUARDS)
     decide: Unit = "image"
+    calibration: Calibration | None = component(CALIBRATIONS, default=None)
 
     def __init__(
         self,
@@ -58,6 +62,7 @@ class FeatureCache(Accelerator):
         predictor: Predictor | str = Hold.name,
         guard: Guard | str = Guard.name,
         decide: Unit = "image",
+        calibration: Calibration | None = None,
         **options: Any,
     ) -> None:
         chosen = {
@@ -69,6 +74,9 @@ class FeatureCache(Accelerator):
         for part, value in _with_options(chosen, options).items():
             object.__setattr__(self, part, value)
         object.__setattr__(self, "decide", decide)
+        object.__setattr__(self, "calibration", calibration)
+        if calibration is not None and not isinstance(calibration, Calibration):
+            raise TypeError(f"calibration must be a Calibration or None, got {calibration!r}")
         if decide not in UNITS:
             raise ValueError(f"decide must be one of {', '.join(UNITS)}, got {decide!r}")
         self._check_scope()
@@ -93,8 +101,17 @@ class FeatureCache(Accelerator):
 
     def attach(self, pipe: Any) -> Detach:
         """Surround the network's calls, and its blocks or modules where the scope needs them."""
+        session = session_of(pipe)
+        detach = self.running().attach(session)
+        if self.calibration is None:
+            return detach
+        removers = [watch(session, self.calibration), detach]
+        return lambda: [remove() for remove in removers].clear()
+
+    def running(self) -> Cache:
+        """The machinery of this cache, not attached yet."""
         rules = Rules(gate=self.gate, predictor=self.predictor, guard=self.guard, unit=self.decide)
-        return cache_of(rules, self.scope).attach(session_of(pipe))
+        return cache_of(rules, self.scope)
 
 
 def _part(kind: str, value: Any) -> Any:

@@ -7,7 +7,7 @@ import sys
 
 import typer
 
-from flowaccel.cli import compare, convert, demo, evaluate, generate, recipes, stats, train, zoo
+from flowaccel.cli import calibrate, compare, convert, demo, evaluate, generate, recipes, stats, train, zoo
 
 app = typer.Typer(
     name="flowaccel",
@@ -21,6 +21,7 @@ app.command("demo")(demo.demo)
 app.command("generate")(generate.generate)
 app.command("evaluate")(evaluate.evaluate)
 app.command("compare")(compare.compare)
+app.command("calibrate")(calibrate.calibrate)
 app.command("stats")(stats.stats)
 app.command("export-npz")(stats.export)
 app.command("convert")(convert.convert)

@@ -11,6 +11,7 @@ from flowaccel.hooks.families import denoiser as denoiser
 from flowaccel.hooks.families import family_of as family_of
 from flowaccel.hooks.families import networks as networks
 from flowaccel.hooks.families import register_family as register_family
+from flowaccel.hooks.identity import Identity as Identity
 from flowaccel.hooks.macs import macs_by_module as macs_by_module
 from flowaccel.hooks.session import Call as Call
 from flowaccel.hooks.session import CallRecord as CallRecord
@@ -31,6 +32,7 @@ __all__ = [
     "Call",
     "CallRecord",
     "Family",
+    "Identity",
     "Run",
     "Session",
     "Wrapped",

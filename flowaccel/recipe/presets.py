@@ -7,9 +7,18 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from flowaccel.accelerators import CACHE_PRESETS, Accelerator, Sampler, VelocityRefiner, cache_preset
+from flowaccel.accelerators import (
+    CACHE_PRESETS,
+    LEVELS,
+    Accelerator,
+    Level,
+    LevelCache,
+    Sampler,
+    VelocityRefiner,
+    cache_preset,
+)
 from flowaccel.accelerators.sampler import SAMPLERS
 from flowaccel.errors import WeightsNotFoundError
 from flowaccel.recipe.recipe import Recipe
@@ -21,6 +30,10 @@ PRESETS = {
     **{name: f"the {name} sampler" for name in SAMPLERS if name != "flowturbo"},
     "flowturbo-BLOCKS": "FlowTurbo with BLOCKS such as H2P4R2; append -consistent or -single for other refiner steps",
     **{name: preset.summary for name, preset in CACHE_PRESETS.items()},
+    **{
+        name: f"the cache calibrated for the model and steps, {speedup}x fewer computed calls; else a generic one"
+        for name, speedup in LEVELS.items()
+    },
 }
 """Preset names and what they are. `@N` after a name asks for N steps; caches take options, `fbcache:threshold=0.1`."""
 
@@ -39,6 +52,8 @@ def preset(name: str) -> Recipe:
         return Recipe(name=name, num_inference_steps=count)
     if stem in SAMPLERS and stem != "flowturbo":
         return Recipe([Sampler(stem)], name=name, num_inference_steps=count)
+    if stem in LEVELS:
+        return Recipe([LevelCache(cast(Level, stem))], name=name, num_inference_steps=count)
     kind, colon, options_text = stem.partition(":")
     if kind in CACHE_PRESETS:
         return Recipe([_cache(kind, options_text)], name=name, num_inference_steps=count)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import inspect
-import json
 import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,7 +13,7 @@ from torch import nn
 from flowaccel.accelerators import ACCELERATORS, Accelerator, rules, serial
 from flowaccel.accelerators.serial import Part
 from flowaccel.errors import RecipeConflictError, UnsupportedModelError
-from flowaccel.hooks import denoiser
+from flowaccel.hooks import Identity, denoiser
 from flowaccel.recipe import storage
 
 SCHEMA = 1
@@ -27,7 +24,7 @@ _KEYS = ["schema", "name", "num_inference_steps", "base", "accelerators"]
 class Base:
     """The network that learned parts were made for: its class, and a short hash of its configuration.
 
-    The hash is over what differs from the defaults of the class, so that it stays when diffusers adds an argument.
+    The hash is that of `flowaccel.hooks.Identity`.
     """
 
     network: str
@@ -36,27 +33,12 @@ class Base:
     @classmethod
     def of(cls, pipe: Any) -> Self:
         """The base that `pipe` holds."""
-        network = denoiser(pipe)
-        network = getattr(network, "_orig_mod", network)  # what torch.compile wraps
-        defaults = {
-            name: parameter.default for name, parameter in inspect.signature(type(network).__init__).parameters.items()
-        }
-        chosen = {
-            name: value
-            for name, value in _json(dict(network.config)).items()
-            if not name.startswith("_") and (name not in defaults or value != _json(defaults[name]))
-        }
-        digest = hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()
-        return cls(type(network).__name__, digest[:12])
+        found = Identity.of(denoiser(pipe))
+        return cls(found.kind, found.config)
 
     def __str__(self) -> str:
         """For messages."""
         return f"{self.network} (configuration {self.config})"
-
-
-def _json(value: Any) -> Any:
-    """As it looks after having been written and read: tuples are lists."""
-    return json.loads(json.dumps(value, default=str))
 
 
 @dataclass(frozen=True)

@@ -59,6 +59,7 @@ def image(pipe: Any, steps: int = 5) -> Tensor:
         ("flowturbo-H2P4", ["sampler"], 6),
         ("flowturbo-P3R0", ["sampler"], 3),
         ("flowturbo-H2P4R2@8", ["sampler", "velocity_refiner"], 8),
+        ("balanced@20", ["level_cache"], 20),
     ],
 )
 def test_presets(name: str, kinds: list[str], steps: int | None) -> None:
@@ -85,7 +86,8 @@ def test_refiner_mode_of_a_preset() -> None:
         ("flowturbo-H2P4R2-consistant", "unknown recipe"),
         (
             "xyzzy",
-            "unknown recipe 'xyzzy': presets are none, euler, heun, midpoint, rk4, ab2, sde, flowturbo-BLOCKS, ",
+            "unknown recipe 'xyzzy': presets are none, euler, heun, midpoint, rk4, ab2, sde, flowturbo-BLOCKS, "
+            "fbcache,",
         ),
         ("@4", "unknown recipe '@4'"),
         ("heun@", "must be a number of steps, at least 1, got 'heun@'"),
@@ -105,6 +107,7 @@ def test_bad_preset_says_what_is_wrong(name: str, message: str) -> None:
         preset(name)
 
 
+@pytest.mark.filterwarnings("ignore:nothing is calibrated")
 def test_every_preset_in_the_table_works() -> None:
     pipe = tiny.sit_pipeline()
     untouched = image(pipe)
@@ -155,6 +158,7 @@ def test_resolve_refuses_the_rest(wrong: Any) -> None:
         Recipe([Sampler("rk4", {"shift": 3.0})], name="shifted", num_inference_steps=6),
         Recipe([Sampler("sde", {"last_step_size": 0.1})]),
         preset("flowturbo-H2P4R2-single"),
+        preset("safe"),
         Recipe([Sampler("flowturbo", {"blocks": "H1R1"}), VelocityRefiner()], name="based", base=Base("Net", "0123")),
     ],
     ids=lambda recipe: recipe.name,

@@ -53,13 +53,15 @@ class Cache:
 
     def __init__(self, rules: Rules) -> None:
         self.rules = rules
+        self.active: Callable[[Call], bool] | None = None
+        """Asked at every call whether to take part; None always does."""
 
     def attach(self, session: Session) -> Callable[[], None]:
         """Surround what the scope needs; returns what undoes it."""
         return session.on_call(self._around_call)
 
     def _around_call(self, proceed: Proceed, call: Call) -> Any:
-        if EXTRA in call.branches:
+        if EXTRA in call.branches or not (self.active is None or self.active(call)):
             return proceed()
         if not isinstance(call.sample, Tensor):
             raise UnsupportedModelError(

@@ -1,0 +1,136 @@
+"""Rebuild `flowaccel/accelerators/calibrated.json`, the caches behind the presets `safe`, `balanced` and `fast`.
+
+For each sampler and number of evaluations of zoo:sit-digits, and for each level, every method is calibrated to the
+level's speed-up. Of those that reach it in a run, the one with the least relative L2 error against the untouched images
+is shipped; the errors of all are recorded beside it. The thresholds that EasyCache needs are printed: those of the
+generic cache are chosen by them.
+
+    python benchmarks/calibrate_levels.py
+    python benchmarks/calibrate_levels.py --generic   # what the generic cache and fewer steps do; writes nothing
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from flowaccel import FeatureCache, Recipe, Sampler, __version__, accelerated, zoo
+from flowaccel.accelerators import LEVELS
+from flowaccel.accelerators.level_cache import CALIBRATED, GENERIC
+from flowaccel.calibration import METHODS, Observation, Sampling, fitted, observe_methods, verified
+from flowaccel.evaluation import Classes
+from flowaccel.evaluation.paired import rel_l2
+from flowaccel.pipelines import load_pipeline
+from flowaccel.predictors import Hold, Newton, Predictor
+
+MODEL = "zoo:sit-digits"
+RUNS = (("euler", 20), ("euler", 50), ("heun", 10), ("heun", 25))  # 20 and 50 evaluations each
+IMAGES = 20
+TOLERANCE = 0.98  # of the speed-up aimed at: reuse changes what follows, and with it the decisions
+PREDICTORS: dict[str, Predictor] = {"hold": Hold(), "newton": Newton(order=1)}
+
+
+def main() -> None:
+    """Write the file, or with --generic nothing, and print what was found."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--generic", action="store_true")
+    generic = parser.parse_args().generic
+    pipe = load_pipeline(zoo.folder(MODEL))
+    pipe.set_progress_bar_config(disable=True)
+    entries = []
+    for sampler, steps in RUNS:
+        base = Recipe([Sampler(sampler)])
+        sampling = Sampling(conditions=Classes(tuple(range(10))), steps=steps, num_samples=IMAGES, batch_size=IMAGES)
+        observation = observe_methods(pipe, sampling, list(METHODS.values()), base=base, model=MODEL)
+        for level, target in LEVELS.items():
+            if generic:
+                cache = measure_generic(pipe, observation, sampling, base, level)
+                report(f"{sampler} {steps}", level, {"generic": cache})
+                fewer, error = fewer_steps(pipe, observation, sampling, base, target)
+                print(f"{sampler} {steps:<3} {level:<9} {fewer} steps, no cache: rel_l2 {error:.4f}")
+                continue
+            tried = candidates(pipe, observation, sampling, base, target)
+            entries.append(entry(level, target, tried))
+            report(f"{sampler} {steps}", level, tried)
+    if generic:
+        return
+    header = {"schema": 1, "made_by": "benchmarks/calibrate_levels.py", "flowaccel": __version__, "model": MODEL}
+    CALIBRATED.write_text(json.dumps(header | {"entries": entries}, indent=1) + "\n", encoding="utf-8")
+
+
+def candidates(
+    pipe: Any, observation: Observation, sampling: Sampling, base: Recipe, target: float
+) -> dict[str, FeatureCache]:
+    """Every method that can reach the target, calibrated and measured."""
+    found = {}
+    for method in METHODS.values():
+        for name, predictor in PREDICTORS.items():
+            if method.fit is None and isinstance(predictor, Hold):
+                continue
+            try:
+                cache = fitted(method, observation, target, predictor=predictor)
+            except ValueError as error:
+                print(f"  {method.name}: {error}", file=sys.stderr)
+                break
+            recipe = verified(pipe, cache, observation, sampling, base=base)
+            found[f"{method.name}, {name}"] = recipe.accelerators[-1]
+    return found
+
+
+def measure_generic(pipe: Any, observation: Observation, sampling: Sampling, base: Recipe, level: str) -> FeatureCache:
+    """The generic cache of a level, measured."""
+    about = fitted(METHODS["easycache"], observation, LEVELS[level]).calibration
+    cache = replace(GENERIC[level], calibration=about)
+    return verified(pipe, cache, observation, sampling, base=base).accelerators[-1]
+
+
+def fewer_steps(
+    pipe: Any, observation: Observation, sampling: Sampling, base: Recipe, target: float
+) -> tuple[int, float]:
+    """The competitor: as many steps as a speed-up leaves, and the error of their images."""
+    steps = round(sampling.steps / target)
+    with accelerated(pipe, base):
+        images = torch.cat(list(replace(sampling, steps=steps).run(pipe, lambda *_: None, "")))
+    return steps, float(rel_l2(images, observation.images).mean())
+
+
+def entry(level: str, target: float, tried: dict[str, FeatureCache]) -> dict[str, Any]:
+    """The best candidate as a recipe, and what the others did."""
+    reached = {name: cache for name, cache in tried.items() if measured(cache)[0] >= TOLERANCE * target}
+    best = min(reached, key=lambda name: measured(reached[name])[1])
+    recipe = Recipe([reached[best]], name=f"{level}: {best}")
+    return {
+        "level": level,
+        "recipe": recipe.to_dict(),
+        "conditions": {"classes": "0-9", "images": IMAGES, "seed": 0},
+        "candidates": {
+            name: dict(zip(("measured_speedup", "rel_l2"), measured(cache), strict=True))
+            for name, cache in tried.items()
+        },
+    }
+
+
+def measured(cache: FeatureCache) -> tuple[float, float]:
+    """Speed-up in computed network calls, and error."""
+    assert cache.calibration is not None
+    speedup, error = cache.calibration.measured_speedup, cache.calibration.rel_l2
+    assert speedup is not None and error is not None
+    return speedup, error
+
+
+def report(run: str, level: str, tried: dict[str, FeatureCache]) -> None:
+    """A line per candidate."""
+    for name, cache in tried.items():
+        speedup, error = measured(cache)
+        threshold = getattr(cache.gate, "threshold", float("nan"))
+        print(f"{run:<9} {level:<9} {name:<17} {speedup:5.2f}x  rel_l2 {error:.4f}  threshold {threshold:.4g}")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()

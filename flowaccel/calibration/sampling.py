@@ -1,0 +1,82 @@
+"""The user's own runs that a calibration is made on."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flowaccel.evaluation import Conditions, sample_generator
+
+Notify = Callable[[str, int, int], None]
+"""`notify(stage, done, total)`, for progress bars."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """What is sampled.
+
+    Args:
+        conditions: prompts or classes, in turn.
+        steps: `num_inference_steps` of every call, at least 3.
+        num_samples: images or videos, at least 1.
+        seed: of everything random.
+        batch_size: per call, at least 1.
+        arguments: further arguments of every call, such as `guidance_scale`.
+
+    Raises:
+        ValueError: out of range.
+    """
+
+    conditions: Conditions
+    steps: int
+    num_samples: int
+    seed: int = 0
+    batch_size: int = 16
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.steps < 3:
+            raise ValueError(f"steps must be at least 3, got {self.steps}: with fewer there is nothing to reuse")
+        for name in ("num_samples", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+    @property
+    def batches(self) -> list[Sequence[int]]:
+        """Sample ids, batch by batch."""
+        ids = range(self.num_samples)
+        return [ids[start : start + self.batch_size] for start in range(0, self.num_samples, self.batch_size)]
+
+    def guidance_scale(self, pipe: Any) -> float | None:
+        """That of the runs: as given, else the pipeline's default; None where it has none."""
+        parameter = inspect.signature(type(pipe).__call__).parameters.get("guidance_scale")
+        value = self.arguments.get("guidance_scale", None if parameter is None else parameter.default)
+        return float(value) if isinstance(value, (int, float)) else None
+
+    def run(self, pipe: Any, notify: Notify, stage: str) -> Iterator[Tensor]:
+        """Call the pipeline batch by batch; yields what it made, uint8 (N, C, H, W), frames one below the other."""
+        done = 0
+        notify(stage, 0, self.num_samples)
+        for ids in self.batches:
+            generators = [sample_generator(self.seed, sample_id) for sample_id in ids]
+            output = pipe(
+                **self.conditions.arguments(ids),
+                **{**self.arguments, "output_type": "np"},
+                num_inference_steps=self.steps,
+                generator=generators,
+            )
+            done += len(ids)
+            notify(stage, done, self.num_samples)
+            yield _pixels(output)
+
+
+def _pixels(output: Any) -> Tensor:
+    made = np.asarray(output.frames if hasattr(output, "frames") else output.images)
+    numbers = torch.from_numpy(made).flatten(1, -3)  # (N, frames * H, W, C)
+    return (numbers.movedim(-1, 1) * 255).round().clamp(0, 255).to(torch.uint8)
