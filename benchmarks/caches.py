@@ -79,6 +79,7 @@ PEERS = (
     "native:fbc:threshold=0.1",
     "native:taylorseer:cache_interval=3,disable_cache_before_step=3",
     "native:mag",
+    "native:mag:threshold=0.2",
 )
 CACHE_DIT = (
     "cache-dit:Fn_compute_blocks=1,Bn_compute_blocks=0,max_warmup_steps=3,residual_diff_threshold=0.08",
@@ -125,9 +126,14 @@ def quality_stage(arguments: argparse.Namespace) -> None:
 
 def measure(arguments: argparse.Namespace) -> Any:
     """The results of all rows."""
+    baselines = arguments.baselines
+    if baselines is None:
+        baselines = [*PEERS, *(CACHE_DIT if importlib.util.find_spec("cache_dit") else ())]
     path = zoo.folder(arguments.pipe) if arguments.pipe.startswith(zoo.PREFIX) else arguments.pipe
     pipe = load_pipeline(path)
     pipe.scheduler = FlowRungeKuttaScheduler(solver="euler")
+    pipe.save_pretrained(arguments.out / "pipeline")  # cache-dit's process loads it from there
+    pipe = load_pipeline(arguments.out / "pipeline")
     protocol = Protocol(
         conditions=Classes(tuple(range(10))),
         steps=arguments.steps,
@@ -136,10 +142,8 @@ def measure(arguments: argparse.Namespace) -> Any:
         seed=arguments.seed,
         metrics=("fid", "class_accuracy", "rel_l2", "psnr"),
         rounds=arguments.rounds,
+        baselines=tuple(baselines),
     )
-    baselines = arguments.baselines
-    if baselines is None:
-        baselines = [*PEERS, *(CACHE_DIT if importlib.util.find_spec("cache_dit") else ())]
     with Progress() as bar:
         tasks: dict[str, Any] = {}
 
@@ -149,7 +153,7 @@ def measure(arguments: argparse.Namespace) -> Any:
             bar.update(tasks[stage], completed=done, total=total)
 
         recipes = [preset(name) for name in arguments.recipes]
-        return evaluate(pipe, recipes, protocol, arguments.out, notify, baselines=baselines)
+        return evaluate(pipe, recipes, protocol, arguments.out, notify)
 
 
 def versus_peers(run: Path, results: Any) -> list[dict[str, Any]]:
