@@ -57,6 +57,8 @@ from flowaccel.hooks import ATTENTION, FAMILIES, FEED_FORWARD, Block, Call, netw
 from flowaccel.predictors import Hold, Newton
 
 EVALUATIONS = 10
+SHORT = 7
+"""Evaluations that are enough for the caches which never wait long to save something."""
 CLOSE = 1e-4
 """Of the largest value."""
 
@@ -554,7 +556,7 @@ def test_switching_off_restores_everything(case: Case, name: str) -> None:
     made(case, pipe, 2)  # what a run itself leaves behind
     before, keys = anatomy(pipe), tiny.snapshot(pipe)
     accelerate(pipe, cache(case, name))
-    made(case, pipe, batch=2)
+    made(case, pipe, SHORT, batch=2)
     assert anatomy(pipe) == before, "while it is on, too"
     restore(pipe)
     assert anatomy(pipe) == before
@@ -563,7 +565,7 @@ def test_switching_off_restores_everything(case: Case, name: str) -> None:
         for module in network.modules():
             assert "forward" not in vars(module)
             assert module.forward.__func__ is type(module).forward
-    assert torch.equal(made(case, pipe, batch=2), untouched(case.name))
+    assert torch.equal(made(case, pipe, SHORT, batch=2), untouched(case.name, evaluations=SHORT))
 
 
 def test_parity_forms_restore_everything_too() -> None:
@@ -666,8 +668,6 @@ NEIGHBOURS = {
     "casting": layerwise_casting,
 }
 KINDS = ["fbcache", "teacache", "module"]
-SHORT = 7
-"""Evaluations that are enough for these to save something."""
 
 
 def kind_of(case: Case, kind: str) -> FeatureCache:
