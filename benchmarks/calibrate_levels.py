@@ -5,8 +5,8 @@ level's speed-up. Of those that reach it in a run, the one with the least relati
 is shipped; the errors of all are recorded beside it. The thresholds that EasyCache needs are printed: those of the
 generic cache are chosen by them.
 
-    python benchmarks/calibrate_levels.py
-    python benchmarks/calibrate_levels.py --generic   # what the generic cache and fewer steps do; writes nothing
+    python benchmarks/calibrate_levels.py --record
+    python benchmarks/calibrate_levels.py --generic --record   # what the generic cache does, and fewer steps instead
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import argparse
 import json
 import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from flowaccel import FeatureCache, Recipe, Sampler, __version__, accelerated, z
 from flowaccel.accelerators import LEVELS
 from flowaccel.accelerators.level_cache import CALIBRATED, GENERIC
 from flowaccel.calibration import METHODS, Observation, Sampling, fitted, observe_methods, verified
-from flowaccel.evaluation import Classes
+from flowaccel.evaluation import Classes, environment
 from flowaccel.evaluation.paired import rel_l2
 from flowaccel.pipelines import load_pipeline
 from flowaccel.predictors import Hold, Newton, Predictor
@@ -31,36 +32,46 @@ from flowaccel.predictors import Hold, Newton, Predictor
 MODEL = "zoo:sit-digits"
 RUNS = (("euler", 20), ("euler", 50), ("heun", 10), ("heun", 25))  # 20 and 50 evaluations each
 IMAGES = 20
+RESULT = Path(__file__).parent / "results" / "generic_cache_sit-digits_cpu.json"
 TOLERANCE = 0.98  # of the speed-up aimed at: reuse changes what follows, and with it the decisions
 PREDICTORS: dict[str, Predictor] = {"hold": Hold(), "newton": Newton(order=1)}
 
 
 def main() -> None:
-    """Write the file, or with --generic nothing, and print what was found."""
+    """Print what was found, and with --record write it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--generic", action="store_true")
-    generic = parser.parse_args().generic
+    parser.add_argument("--generic", action="store_true", help="measure the generic cache and fewer steps instead")
+    parser.add_argument("--record", action="store_true")
+    arguments = parser.parse_args()
     pipe = load_pipeline(zoo.folder(MODEL))
     pipe.set_progress_bar_config(disable=True)
-    entries = []
+    rows = []
     for sampler, steps in RUNS:
         base = Recipe([Sampler(sampler)])
         sampling = Sampling(conditions=Classes(tuple(range(10))), steps=steps, num_samples=IMAGES, batch_size=IMAGES)
         observation = observe_methods(pipe, sampling, list(METHODS.values()), base=base, model=MODEL)
         for level, target in LEVELS.items():
-            if generic:
-                cache = measure_generic(pipe, observation, sampling, base, level)
-                report(f"{sampler} {steps}", level, {"generic": cache})
-                fewer, error = fewer_steps(pipe, observation, sampling, base, target)
-                print(f"{sampler} {steps:<3} {level:<9} {fewer} steps, no cache: rel_l2 {error:.4f}")
-                continue
-            tried = candidates(pipe, observation, sampling, base, target)
-            entries.append(entry(level, target, tried))
-            report(f"{sampler} {steps}", level, tried)
-    if generic:
+            if arguments.generic:
+                found = generic(pipe, observation, sampling, base, level)
+                rows.append({"run": f"{sampler} {steps}", "level": level, **found})
+                print(rows[-1], flush=True)
+            else:
+                tried = candidates(pipe, observation, sampling, base, target)
+                rows.append(entry(level, target, tried))
+                report(f"{sampler} {steps}", level, tried)
+    if not arguments.record:
         return
-    header = {"schema": 1, "made_by": "benchmarks/calibrate_levels.py", "flowaccel": __version__, "model": MODEL}
-    CALIBRATED.write_text(json.dumps(header | {"entries": entries}, indent=1) + "\n", encoding="utf-8")
+    protocol = {"model": MODEL, "classes": "0-9", "images": IMAGES, "seed": 0}
+    if arguments.generic:
+        write(RESULT, {"protocol": protocol, "environment": environment(pipe.device), "rows": rows})
+    else:
+        made = {"made_by": "benchmarks/calibrate_levels.py", "flowaccel": __version__}
+        write(CALIBRATED, {"schema": 1, **made, "protocol": protocol, "entries": rows})
+
+
+def write(path: Path, data: dict[str, Any]) -> None:
+    """As JSON."""
+    path.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
 
 
 def candidates(
@@ -82,21 +93,18 @@ def candidates(
     return found
 
 
-def measure_generic(pipe: Any, observation: Observation, sampling: Sampling, base: Recipe, level: str) -> FeatureCache:
-    """The generic cache of a level, measured."""
+def generic(
+    pipe: Any, observation: Observation, sampling: Sampling, base: Recipe, level: str
+) -> dict[str, float | int]:
+    """The generic cache of a level, and its competitor: as many steps as the level's speed-up leaves."""
     about = fitted(METHODS["easycache"], observation, LEVELS[level]).calibration
     cache = replace(GENERIC[level], calibration=about)
-    return verified(pipe, cache, observation, sampling, base=base).accelerators[-1]
-
-
-def fewer_steps(
-    pipe: Any, observation: Observation, sampling: Sampling, base: Recipe, target: float
-) -> tuple[int, float]:
-    """The competitor: as many steps as a speed-up leaves, and the error of their images."""
-    steps = round(sampling.steps / target)
+    speedup, error = measured(verified(pipe, cache, observation, sampling, base=base).accelerators[-1])
+    fewer = round(sampling.steps / LEVELS[level])
     with accelerated(pipe, base):
-        images = torch.cat(list(replace(sampling, steps=steps).run(pipe, lambda *_: None, "")))
-    return steps, float(rel_l2(images, observation.images).mean())
+        images = torch.cat(list(replace(sampling, steps=fewer).run(pipe, lambda *_: None, "")))
+    competitor = float(f"{rel_l2(images, observation.images).mean():.4g}")
+    return {"measured_speedup": speedup, "rel_l2": error, "fewer_steps": fewer, "fewer_steps_rel_l2": competitor}
 
 
 def entry(level: str, target: float, tried: dict[str, FeatureCache]) -> dict[str, Any]:
@@ -107,7 +115,6 @@ def entry(level: str, target: float, tried: dict[str, FeatureCache]) -> dict[str
     return {
         "level": level,
         "recipe": recipe.to_dict(),
-        "conditions": {"classes": "0-9", "images": IMAGES, "seed": 0},
         "candidates": {
             name: dict(zip(("measured_speedup", "rel_l2"), measured(cache), strict=True))
             for name, cache in tried.items()

@@ -33,6 +33,7 @@ COMMANDS = (
     "generate",
     "evaluate",
     "compare",
+    "calibrate",
     "stats",
     "export-npz",
     "convert",
@@ -110,7 +111,7 @@ def test_without_a_command_comes_the_help(arguments: list[str]) -> None:
 
 
 def test_unknown_command_and_option() -> None:
-    assert "No such command" in fails("calibrate")
+    assert "No such command" in fails("quantise")
     assert "No such option" in fails("generate", "x", "--colour", "red")
 
 
