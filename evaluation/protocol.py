@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,7 +105,7 @@ def plan_rows(recipes: Sequence[Recipe], protocol: Protocol) -> list[RowSpec]:
             name=r.name,
             recipe=r,
             steps=r.num_inference_steps or protocol.steps,
-            family=r.name.split("@")[0].split("-")[0],
+            family=re.split("[@:-]", r.name)[0],
         )
         for r in recipes
     ]
