@@ -1,6 +1,6 @@
 """Feature caches against each other, against diffusers' own and cache-dit's, and against fewer steps.
 
-    python benchmarks/caches.py                    # quality and seconds on zoo:sit-digits, about 40 minutes; resumes
+    python benchmarks/caches.py                    # quality and seconds on zoo:sit-digits, about half an hour; resumes
     python benchmarks/caches.py --num-samples 100  # a quick look
     python benchmarks/caches.py --stage overhead   # what the hooks, a reused call and gathering cost, five minutes
 
@@ -95,8 +95,8 @@ def main() -> None:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stage", choices=("quality", "overhead"), default="quality")
-    parser.add_argument("--num-samples", type=int, default=500)
-    parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--num-samples", type=int, default=300)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--pipe", default="zoo:sit-digits")
@@ -144,6 +144,7 @@ def measure(arguments: argparse.Namespace) -> Any:
         seed=arguments.seed,
         metrics=("fid", "class_accuracy", "rel_l2", "psnr"),
         rounds=arguments.rounds,
+        latency_batch=10,
         baselines=tuple(baselines),
     )
     with Progress() as bar:

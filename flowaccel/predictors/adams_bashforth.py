@@ -9,11 +9,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from flowaccel.predictors.base import Predictor, check_order
+from flowaccel.predictors.base import OrderedPredictor
 
 
 @dataclass(frozen=True)
-class AdamsBashforth(Predictor):
+class AdamsBashforth(OrderedPredictor):
     """AB-Cache (arXiv 2504.10540): f_n = sum over i = 1..k of (-1)^(i + 1) C(k, i) f_{n - i}, as if steps were even.
 
     The weights are our reading of the abstract (the degree k - 1 polynomial through k even steps). They are applied to
@@ -27,16 +27,6 @@ class AdamsBashforth(Predictor):
     """
 
     name: ClassVar[str] = "adams_bashforth"
-
-    order: int = 1
-
-    def __post_init__(self) -> None:
-        check_order(self.order)
-
-    @property
-    def anchors(self) -> int:
-        """`order` + 1."""
-        return self.order + 1
 
     def weights(self, times: Tensor, now: Tensor) -> Tensor:
         """Alternating binomial coefficients."""

@@ -40,17 +40,34 @@ class Predictor(ABC):
         """
 
 
+@dataclass(frozen=True)
+class OrderedPredictor(Predictor):
+    """A predictor that uses one value more than its order.
+
+    Args:
+        order: 0 to 4; 0 holds.
+
+    Raises:
+        ValueError: an order out of range.
+    """
+
+    order: int = 1
+
+    def __post_init__(self) -> None:
+        if isinstance(self.order, bool) or not isinstance(self.order, int) or not 0 <= self.order <= 4:
+            raise ValueError(f"order must be a whole number from 0 (hold) to 4, got {self.order!r}")
+
+    @property
+    def anchors(self) -> int:
+        """`order` + 1."""
+        return self.order + 1
+
+
 def hold_weights(times: Tensor) -> Tensor:
     """Weights that repeat the newest value."""
     weights = torch.zeros_like(times)
     weights[:, 0] = 1
     return weights
-
-
-def check_order(order: int) -> None:
-    """Raise a ValueError unless `order` is a whole number from 0 to 4."""
-    if isinstance(order, bool) or not isinstance(order, int) or not 0 <= order <= 4:
-        raise ValueError(f"order must be a whole number from 0 (hold) to 4, got {order!r}")
 
 
 def differences(times: Tensor) -> Tensor:

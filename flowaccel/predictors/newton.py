@@ -8,11 +8,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from flowaccel.predictors.base import Predictor, check_order, hold_weights
+from flowaccel.predictors.base import OrderedPredictor, hold_weights
 
 
 @dataclass(frozen=True)
-class Newton(Predictor):
+class Newton(OrderedPredictor):
     """Newton's divided differences: exact for polynomials up to `order` on any grid of times.
 
     Until `order` + 1 values were computed the order is lower; order 0 holds.
@@ -28,18 +28,12 @@ class Newton(Predictor):
 
     name: ClassVar[str] = "newton"
 
-    order: int = 1
     reach: float | None = None
 
     def __post_init__(self) -> None:
-        check_order(self.order)
+        super().__post_init__()
         if self.reach is not None and not self.reach > 0:
             raise ValueError(f"reach must be above 0, or None, got {self.reach!r}")
-
-    @property
-    def anchors(self) -> int:
-        """`order` + 1."""
-        return self.order + 1
 
     def weights(self, times: Tensor, now: Tensor) -> Tensor:
         """Lagrange's form of the same polynomial, which has the values' weights for its coefficients."""

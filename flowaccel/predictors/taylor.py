@@ -9,11 +9,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from flowaccel.predictors.base import Predictor, check_order, differences
+from flowaccel.predictors.base import OrderedPredictor, differences
 
 
 @dataclass(frozen=True)
-class Taylor(Predictor):
+class Taylor(OrderedPredictor):
     """TaylorSeer (arXiv 2503.06923): F(t + k) = sum over i of D_i k^i / i!.
 
     D_i is the i-th difference quotient, always over the last gap. For `order` 2 and more that is not the divided
@@ -28,16 +28,6 @@ class Taylor(Predictor):
 
     name: ClassVar[str] = "taylor"
 
-    order: int = 1
-
-    def __post_init__(self) -> None:
-        check_order(self.order)
-
-    @property
-    def anchors(self) -> int:
-        """`order` + 1."""
-        return self.order + 1
-
     def weights(self, times: Tensor, now: Tensor) -> Tensor:
         """The series, sorted by values."""
         distance = now - times[:, 0]
@@ -46,7 +36,7 @@ class Taylor(Predictor):
 
 
 @dataclass(frozen=True)
-class Hermite(Predictor):
+class Hermite(OrderedPredictor):
     """HiCache: TaylorSeer's series with k^i replaced by scale^i H_i(scale k), H_i the physicists' Hermite polynomial.
 
     Time is counted in last gaps. At the published scale of 0.5 the linear term is halved, which damps the forecast.
@@ -67,14 +57,9 @@ class Hermite(Predictor):
     normalised: bool = False
 
     def __post_init__(self) -> None:
-        check_order(self.order)
+        super().__post_init__()
         if not self.scale > 0:
             raise ValueError(f"scale must be above 0, got {self.scale!r}")
-
-    @property
-    def anchors(self) -> int:
-        """`order` + 1."""
-        return self.order + 1
 
     def weights(self, times: Tensor, now: Tensor) -> Tensor:
         """The series, sorted by values."""
