@@ -243,7 +243,7 @@ def peers_table(peers: list[dict[str, Any]]) -> str:
 # -- what the machinery costs
 
 SIZE = {"sample_size": 32, "num_layers": 12, "num_attention_heads": 6, "attention_head_dim": 64}
-IMAGES, RUN_STEPS = 4, 6
+IMAGES, RUN_STEPS, REPEATS = 1, 6, 3
 VARIANTS = {
     "first block, all computed": "fbcache:threshold=0",
     "first block, all reused": "fbcache:threshold=1e9",
@@ -281,7 +281,7 @@ def overhead_stage(arguments: argparse.Namespace) -> None:
     rows = {name: hook_cost(recipe, whole) for name, recipe in VARIANTS.items()}
     found = {
         "environment": environment("cpu"),
-        "network": f"SiT, {SIZE}, {IMAGES} images with guidance",
+        "network": f"SiT, {SIZE}, {IMAGES} image with guidance (gathering: 2)",
         "network_call_ms": 1000 * whole,
         "hooks": rows,
         "reused_call": reused_call(arguments.rounds),
@@ -306,17 +306,17 @@ def random_pipeline(blocks: int | None = None) -> Any:
     return pipe
 
 
-def run(pipe: Any) -> None:
+def run(pipe: Any, images: int = IMAGES) -> None:
     """One call."""
-    generators = [torch.Generator().manual_seed(i) for i in range(IMAGES)]
-    pipe(list(range(IMAGES)), num_inference_steps=RUN_STEPS, generator=generators, output_type="latent")
+    generators = [torch.Generator().manual_seed(i) for i in range(images)]
+    pipe(list(range(images)), num_inference_steps=RUN_STEPS, generator=generators, output_type="latent")
 
 
 def per_call(pipe: Any, recipe: Any) -> float:
     """Seconds of a network call, the median of a few runs."""
     if recipe is not None:
         flowaccel.accelerate(pipe, recipe)
-    timing = measure_latency({"run": lambda: run(pipe)}, rounds=5, device="cpu")["run"]
+    timing = measure_latency({"run": lambda: run(pipe)}, rounds=3, max_warmup=2, device="cpu")["run"]
     return timing.median / RUN_STEPS
 
 
@@ -330,10 +330,10 @@ def hook_cost(recipe: str, whole: float) -> dict[str, float]:
         with outer.on(modules):
             run(pipe)
             inner.seconds = outer.seconds = 0.0
-            for _ in range(5):
+            for _ in range(REPEATS):
                 run(pipe)
         flowaccel.restore(pipe)
-    added = (outer.seconds - inner.seconds) / (5 * RUN_STEPS)
+    added = (outer.seconds - inner.seconds) / (REPEATS * RUN_STEPS)
     return {"ms_per_call": 1000 * added, "of_a_computed_call": added / whole}
 
 
@@ -375,7 +375,7 @@ def reused_call(rounds: int) -> dict[str, Any]:
     pipes = {"whole": random_pipeline(), "first block only": random_pipeline(1), "reused": random_pipeline()}
     flowaccel.accelerate(pipes["reused"], "fbcache:threshold=1e9")
     timings = measure_latency(
-        {name: functools.partial(run, pipe) for name, pipe in pipes.items()}, rounds=rounds, device="cpu"
+        {name: functools.partial(run, pipe) for name, pipe in pipes.items()}, rounds=rounds, max_warmup=2, device="cpu"
     )
     whole, probe = (timings[name].median / RUN_STEPS for name in ("whole", "first block only"))
     reused = (timings["reused"].median - whole) / (RUN_STEPS - 1)
@@ -394,7 +394,10 @@ def gathering(rounds: int) -> dict[str, Any]:
     flowaccel.accelerate(pipes["half gathered"], half)
     flowaccel.accelerate(pipes["one batch"], FeatureCache(gate=Half(), scope="stack", last=0, decide="batch"))
     timings = measure_latency(
-        {name: functools.partial(run, pipe) for name, pipe in pipes.items()}, rounds=rounds, device="cpu"
+        {name: functools.partial(run, pipe, 2) for name, pipe in pipes.items()},
+        rounds=rounds,
+        max_warmup=2,
+        device="cpu",
     )
     whole = timings["all computed"]
     return {

@@ -55,7 +55,9 @@ class CallRecord:
     host_reads: int = 0
     """How often the host waited for a number from the device."""
     cache_bytes: int = 0
-    """What accelerators held after the call."""
+    """Computed values that accelerators held after the call."""
+    gate_bytes: int = 0
+    """What they held besides to decide by."""
 
 
 @dataclass

@@ -100,6 +100,11 @@ class Report:
         """The most that caches held of computed values."""
         return max((call.cache_bytes for call in self.calls), default=0)
 
+    @property
+    def gate_bytes(self) -> int:
+        """The most that caches held besides, to decide by."""
+        return max((call.gate_bytes for call in self.calls), default=0)
+
     def rows(self, what: str) -> int:
         """Rows of those calls."""
         return sum(call.rows for call in self.calls if call.what == what)
@@ -134,8 +139,8 @@ class Report:
         seconds = "" if self.seconds_saved is None else f", about {self.seconds_saved:.3f} s"
         return [
             f"Reused: {self.hit_rate:.0%} of the images and steps{macs}{seconds}.",
-            f"Held {self.cache_bytes / 1e6:.1f} MB; {self.host_reads} waits for the device, "
-            f"{self.near_ties} near-ties.",
+            f"Held {self.cache_bytes / 1e6:.1f} MB, and {self.gate_bytes / 1e6:.1f} MB to decide by; "
+            f"{self.host_reads} waits for the device, {self.near_ties} near-ties.",
         ]
 
 

@@ -47,6 +47,13 @@ class Memory:
         """Held by cached values."""
         return sum(history.bytes for history in self.histories.values())
 
+    @property
+    def gate_bytes(self) -> int:
+        """Held by the gates, with what the tensors that they look at keep alive."""
+        states = [tensor for decider in self.deciders.values() for tensor in decider.state.values()]
+        kept = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in states}
+        return sum(kept.values())
+
 
 class Cache:
     """A cache on a session; a subclass per scope says what is stood in for."""
@@ -70,7 +77,7 @@ class Cache:
             )
         moment = Moment(self.rules, call.run.state.setdefault(self, Memory()), call)
         if moment.decision is None and self.rules.gate.signal in ("none", "input"):
-            moment.decide(None if self.rules.gate.signal == "none" else call.sample)
+            moment.decide(None if self.rules.gate.signal == "none" else moment.of_units(call.sample))
         output = self.run(proceed, moment)
         moment.finish(tensor_of(output))
         return output
@@ -120,8 +127,8 @@ class Moment:
     # -- deciding
 
     def decide(self, signal: Tensor | None) -> Decision:
-        """Take the decision; `signal` (rows, ...) is what the gate reads."""
-        self._signal = None if signal is None else self.of_units(signal)
+        """Take the decision; `signal` (units, ...) is what the gate reads, see `of_units`."""
+        self._signal = signal
         decider = self._decider
         decision = decider.decide(self._units, self._signal, self.step)
         if decision.not_finite:
@@ -170,6 +177,7 @@ class Moment:
             decider.update(self._signal, self._feedback, decision, self.step)
         _account(self.call.record, self.call, decision, self.rows, self.decides)
         self.call.record.cache_bytes += self.memory.bytes
+        self.call.record.gate_bytes += self.memory.gate_bytes
 
     def _note_finite(self, decider: Decider, finite: Tensor) -> None:
         """Per unit, whether all that was computed for it in this step is a number."""

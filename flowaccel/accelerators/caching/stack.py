@@ -90,16 +90,16 @@ class _Pass:
         if block.encoder is not None and not block.blocks.joined:
             self._text = block.encoder.shape[1]
         if gate.signal == "first_block" and moment.decides:
-            self._entry = self._tokens(block, block.hidden, block.encoder)[0]
+            self._entry = moment.of_units(self._tokens(block, block.hidden, block.encoder)[0])
         if gate.signal == "modulated_input" and moment.decision is None:
-            moment.decide(attention_input(proceed, block))
+            moment.decide(moment.of_units(attention_input(proceed, block)))
 
     def _arrive(self, block: Block) -> None:
         moment = self._moment
         self._before = self._tokens(block, block.hidden, block.encoder)
         if moment.decision is None:
             assert self._entry is not None
-            moment.decide(self._before[0] - self._entry)
+            moment.decide(moment.of_units(self._before[0]) - self._entry)
         self._entry = None
         moment.require(moment.history())
         self._rows = moment.computing.to(block.hidden.device)
