@@ -6,7 +6,7 @@ import os
 import random
 
 NETWORK = os.environ.get("FLOWACCEL_TEST_NETWORK") == "1"
-THREADS = int(os.environ.get("OMP_NUM_THREADS") or 2)
+THREADS = int(os.environ.get("OMP_NUM_THREADS") or 1)  # the models are tiny: more threads only wait for each other
 
 # Read when the libraries are imported, so set before.
 if not NETWORK:
