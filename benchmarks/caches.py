@@ -1,8 +1,8 @@
 """Feature caches against each other, against diffusers' own and cache-dit's, and against fewer steps.
 
-    python benchmarks/caches.py                    # quality and seconds on zoo:sit-digits, about half an hour; resumes
+    python benchmarks/caches.py                    # quality and seconds on zoo:sit-digits, about 20 minutes; resumes
     python benchmarks/caches.py --num-samples 100  # a quick look
-    python benchmarks/caches.py --stage overhead   # what the hooks, a reused call and gathering cost, five minutes
+    python benchmarks/caches.py --stage overhead   # what the hooks, a reused call and gathering cost, three minutes
 
 The stage `quality` evaluates one Euler pipeline under one protocol: untouched, with fewer steps, with other solvers,
 with our presets, with diffusers' hooks and (if installed) cache-dit. `versus_peers` then asks, for every peer that is
