@@ -29,12 +29,12 @@ from typing import Any, ClassVar
 
 import torch
 from rich.console import Console
-from rich.progress import Progress
 from torch import Tensor, nn
 
 import flowaccel
 from flowaccel import FeatureCache, FlowRungeKuttaScheduler, SiTPipeline, SiTTransformer2DModel, zoo
 from flowaccel.accelerators import LEVELS
+from flowaccel.cli.common import progress
 from flowaccel.evaluation import (
     Classes,
     Protocol,
@@ -147,14 +147,7 @@ def measure(arguments: argparse.Namespace) -> Any:
         latency_batch=10,
         baselines=tuple(baselines),
     )
-    with Progress() as bar:
-        tasks: dict[str, Any] = {}
-
-        def notify(stage: str, done: int, total: int) -> None:
-            if stage not in tasks:
-                tasks[stage] = bar.add_task(stage, total=total)
-            bar.update(tasks[stage], completed=done, total=total)
-
+    with progress() as notify:
         recipes = [preset(name) for name in arguments.recipes]
         return evaluate(pipe, recipes, protocol, arguments.out, notify)
 

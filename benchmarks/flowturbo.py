@@ -24,9 +24,9 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import Progress
 
 from flowaccel import VelocityRefiner, zoo
+from flowaccel.cli.common import progress
 from flowaccel.evaluation import (
     Classes,
     Protocol,
@@ -118,14 +118,7 @@ def measure(arguments: argparse.Namespace) -> Any:
         rounds=arguments.rounds,
     )
     recipes = [with_refiner(preset(name), arguments.refiner) for name in arguments.recipes or RECIPES]
-    with Progress() as bar:
-        tasks: dict[str, Any] = {}
-
-        def notify(stage: str, done: int, total: int) -> None:
-            if stage not in tasks:
-                tasks[stage] = bar.add_task(stage, total=total)
-            bar.update(tasks[stage], completed=done, total=total)
-
+    with progress() as notify:
         return evaluate(pipe, recipes, protocol, arguments.out, notify)
 
 

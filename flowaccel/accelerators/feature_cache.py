@@ -24,8 +24,8 @@ _KINDS: dict[str, type] = {"gate": Gate, "predictor": Predictor}
 class FeatureCache(Accelerator):
     """Reuse what was computed at earlier steps: gate x scope x predictor x guard.
 
-    The published training-free caches are points in this space; `PRESETS` in `flowaccel.accelerators.cache_presets`
-    names them. Each part is an object, or the name of one, and then keywords go to the part that owns them:
+    The published training-free caches are points in this space; `CACHE_PRESETS` names them. Each part is an object, or
+    the name of one, and then keywords go to the part that owns them:
     `FeatureCache(gate="first_block", threshold=0.08, predictor="newton", order=2)`.
 
     Args:

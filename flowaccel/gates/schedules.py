@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -26,8 +27,9 @@ class _Schedule(Gate):
     def score(self, state: State, signal: Tensor | None, step: Step) -> tuple[Tensor, State]:
         return torch.tensor([2.0 if self.computes(state, step) else 0.0]), state  # nothing is near a threshold
 
+    @abstractmethod
     def computes(self, state: State, step: Step) -> bool:
-        raise NotImplementedError
+        """Whether the step is computed."""
 
     def update(
         self, state: State, signal: Tensor | None, feedback: Tensor | None, computed: Tensor, step: Step

@@ -153,10 +153,6 @@ class Call:
         controlled = any("control" in name and value is not None for name, value in self.arguments.items())
         return not self.family.derived and not controlled
 
-    def spread(self, per_image: Tensor) -> Tensor:
-        """(images, ...) -> (rows, ...): what is decided for an image holds for all of its rows."""
-        return per_image.repeat(len(self.branches), *[1] * (per_image.dim() - 1))
-
     def take(self, rows: Tensor) -> dict[str, Any]:
         """The arguments of a call for some of the rows only: `rows` are their indices. What all rows share is kept."""
         return {

@@ -445,20 +445,21 @@ def test_a_batch_of_two_is_two_runs_without_guidance_and_where_rows_decide(case:
     assert other > 0
 
 
-@pytest.fixture(params=[False, True], ids=["written", "derived"])
-def derived(request: pytest.FixtureRequest) -> bool:
-    return request.param
+WRITTEN = ("sd3", "wan21", "pixart", "flux", "auraflow")
+DERIVABLE = ("sd3", "wan21", "pixart")  # the others have two kinds of blocks, or arguments that rows share
 
 
-@pytest.mark.parametrize("name", ["sd3", "wan21", "pixart", "flux", "auraflow"])
+@pytest.mark.parametrize(
+    ("name", "derived"),
+    [*((name, False) for name in WRITTEN), *((name, True) for name in DERIVABLE)],
+    ids=[*(f"{name}-written" for name in WRITTEN), *(f"{name}-derived" for name in DERIVABLE)],
+)
 @pytest.mark.parametrize("scope", SCOPES.values(), ids=SCOPES)
 def test_rows_that_compute_beside_rows_that_reuse(
     name: str, scope: Scope, derived: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Image 0 reuses other steps than image 1; with a derived row the whole batch is computed and nothing gathered."""
     if derived:
-        if name in ("auraflow", "flux"):
-            pytest.skip("its two kinds of blocks, or its shared arguments, cannot be derived")
         monkeypatch.delitem(FAMILIES, CASES[name].family)
     case, pipe = CASES[name], CASES[name].make()
     accelerate(pipe, FeatureCache(Staggered(), scope, Newton(2), Guard(warmup=3, last=0)))

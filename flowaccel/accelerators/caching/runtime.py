@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -55,7 +57,7 @@ class Memory:
         return sum(kept.values())
 
 
-class Cache:
+class Cache(ABC):
     """A cache on a session; a subclass per scope says what is stood in for."""
 
     def __init__(self, rules: Rules) -> None:
@@ -82,9 +84,9 @@ class Cache:
         moment.finish(tensor_of(output))
         return output
 
+    @abstractmethod
     def run(self, proceed: Proceed, moment: Moment) -> Any:
         """Make the call's output, by calling the network or not."""
-        raise NotImplementedError
 
 
 class Moment:
@@ -199,9 +201,9 @@ class Moment:
             return compute * self.call.rows
         return compute if self.rules.unit == "row" else compute * len(self.call.branches)
 
-    @property
+    @functools.cached_property
     def computing(self) -> Tensor:
-        """(n,) indices of the rows that are computed, on the CPU."""
+        """(n,) indices of the rows that are computed, on the CPU; asked for once the decision stands."""
         return torch.tensor(self.rows).nonzero().flatten()
 
     # -- values
