@@ -1,6 +1,10 @@
-"""A small digit classifier whose last hidden layer serves as features for Frechet distances on 8x8 digits."""
+"""Small classifiers whose last hidden layer serves as features for Frechet distances on the embedded data sets."""
 
 from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -8,16 +12,47 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
 
-class DigitsClassifier(ModelMixin, ConfigMixin):
-    """Convolutional classifier of small grey images, and the feature network made of all but its last layer.
+class FeatureClassifier(ModelMixin, ConfigMixin):
+    """Abstract base: a convolutional trunk on uint8 images, whose output are features, and heads on these.
 
     Called on uint8 images it returns features, so it can be handed to torchmetrics as `feature=`.
+    """
+
+    image_shape: ClassVar[tuple[int, int, int]]
+    """(C, H, W)."""
+    num_features: int
+    trunk: nn.Module
+
+    @abstractmethod
+    def __init__(self) -> None:
+        super().__init__()
+
+    def forward(self, images: Tensor) -> Tensor:
+        """uint8 (N, *image_shape) -> features (N, num_features), float32, in (-1, 1)."""
+        return self.trunk(self.preprocess(images))
+
+    def preprocess(self, images: Tensor) -> Tensor:
+        """uint8 in 0 .. 255 -> this network's dtype in [-1, 1].
+
+        Raises:
+            ValueError: images that are not uint8 or of another shape.
+        """
+        if images.dtype != torch.uint8 or tuple(images.shape[1:]) != self.image_shape:
+            wanted = ", ".join(map(str, self.image_shape))
+            raise ValueError(f"images must be uint8 of shape (N, {wanted}), got {images.dtype} {tuple(images.shape)}")
+        return images.to(self.dtype) / 127.5 - 1
+
+
+class DigitsClassifier(FeatureClassifier):
+    """Classifier of 8x8 grey digits.
 
     Args:
         num_features: width of the last hidden layer; small, so that a few hundred samples give a full-rank covariance.
         num_classes: number of classes.
         channels: width of the convolutions.
     """
+
+    image_shape = (1, 8, 8)
 
     @register_to_config
     def __init__(self, num_features: int = 32, num_classes: int = 10, channels: int = 32) -> None:
@@ -38,20 +73,49 @@ class DigitsClassifier(ModelMixin, ConfigMixin):
         )
         self.head = nn.Linear(num_features, num_classes)
 
-    def forward(self, images: Tensor) -> Tensor:
-        """uint8 (N, 1, 8, 8) -> features (N, num_features), float32, in (-1, 1)."""
-        return self.trunk(self.preprocess(images))
-
     def logits(self, features: Tensor) -> Tensor:
         """Features (N, num_features) -> class logits (N, num_classes)."""
         return self.head(features)
 
-    def preprocess(self, images: Tensor) -> Tensor:
-        """uint8 in 0 .. 255 -> this network's dtype in [-1, 1].
 
-        Raises:
-            ValueError: images that are not uint8 or not (N, 1, 8, 8).
-        """
-        if images.dtype != torch.uint8 or tuple(images.shape[1:]) != (1, 8, 8):
-            raise ValueError(f"images must be uint8 of shape (N, 1, 8, 8), got {images.dtype} {tuple(images.shape)}")
-        return images.to(self.dtype) / 127.5 - 1
+class ShapesClassifier(FeatureClassifier):
+    """Tells the attributes of the pictures of `flowaccel.data.shapes`: 3x32x32.
+
+    Args:
+        attribute_sizes: how many values each attribute has, in the order of `flowaccel.data.shapes.ATTRIBUTES`.
+        num_features: width of the last hidden layer.
+        channels: width of the first convolution.
+    """
+
+    image_shape = (3, 32, 32)
+
+    @register_to_config
+    def __init__(self, attribute_sizes: Sequence[int], num_features: int = 64, channels: int = 32) -> None:
+        super().__init__()
+        self.num_features = num_features
+        self.trunk = nn.Sequential(
+            nn.Conv2d(3, channels, 3, padding=1),
+            nn.GELU(),
+            nn.Conv2d(channels, channels, 3, padding=1, stride=2),
+            nn.GELU(),
+            nn.Conv2d(channels, 2 * channels, 3, padding=1),
+            nn.GELU(),
+            nn.Conv2d(2 * channels, 2 * channels, 3, padding=1, stride=2),
+            nn.GELU(),
+            nn.Conv2d(2 * channels, 3 * channels, 3, padding=1),
+            nn.GELU(),
+            nn.Conv2d(3 * channels, channels, 3, padding=1, stride=2),
+            nn.GELU(),
+            nn.Flatten(),  # not pooled: where things are is one of the attributes
+            nn.Linear(channels * 16, num_features),
+            nn.Tanh(),
+        )
+        self.heads = nn.ModuleList(nn.Linear(num_features, size) for size in attribute_sizes)
+
+    def attribute_logits(self, features: Tensor) -> list[Tensor]:
+        """Features (N, num_features) -> for each attribute (N, its number of values)."""
+        return [head(features) for head in self.heads]
+
+    def attributes(self, features: Tensor) -> Tensor:
+        """Features (N, num_features) -> the index of the likeliest value of every attribute, (N, A) int64."""
+        return torch.stack([logits.argmax(1) for logits in self.attribute_logits(features)], dim=1)

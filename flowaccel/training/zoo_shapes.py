@@ -1,0 +1,211 @@
+"""How the zoo's text-to-image entries are made, from the data set `shapes`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+)
+from torch import nn
+from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
+
+from flowaccel.data import shape_captions, shapes
+from flowaccel.data.shapes import ATTRIBUTES
+from flowaccel.models import ShapesClassifier
+from flowaccel.training.features import AttributesObjective, ClipObjective
+from flowaccel.training.loop import LoopConfig, Progress, train
+from flowaccel.training.text_to_image import (
+    AutoencoderObjective,
+    TextFlowObjective,
+    TextToImage,
+    encode_images,
+    set_latent_scale,
+    token_ids,
+    word_tokenizer,
+)
+
+Step = tuple[str, Progress, int]
+
+IMAGES = 24_000
+MAX_TOKENS = 16
+AUTOENCODER: dict[str, Any] = {
+    "in_channels": 3,
+    "out_channels": 3,
+    "block_out_channels": (24, 48),
+    "down_block_types": ("DownEncoderBlock2D", "DownEncoderBlock2D"),
+    "up_block_types": ("UpDecoderBlock2D", "UpDecoderBlock2D"),
+    "layers_per_block": 1,
+    "latent_channels": 4,
+    "norm_num_groups": 8,
+    "sample_size": 32,
+    "mid_block_add_attention": False,
+    "use_quant_conv": False,
+    "use_post_quant_conv": False,
+}
+TEXT_ENCODER: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 256,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "projection_dim": 64,
+    "max_position_embeddings": MAX_TOKENS,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 1,
+}
+TRANSFORMER: dict[str, Any] = {
+    "sample_size": 16,
+    "patch_size": 2,
+    "in_channels": 4,
+    "out_channels": 4,
+    "num_layers": 8,
+    "attention_head_dim": 32,
+    "num_attention_heads": 4,
+    "joint_attention_dim": 128,
+    "caption_projection_dim": 128,
+    "pooled_projection_dim": 128,
+    "pos_embed_max_size": 8,
+    "qk_norm": "rms_norm",
+}
+_CLIP_TOWER = {
+    "hidden_size": 96,
+    "intermediate_size": 384,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "projection_dim": 64,
+}
+CLIP: dict[str, Any] = {
+    "vision_config": {**_CLIP_TOWER, "image_size": 32, "patch_size": 4},
+    "text_config": {**TEXT_ENCODER, **_CLIP_TOWER},
+    "projection_dim": 64,
+}
+CLIP_MEAN = CLIP_STD = (0.5, 0.5, 0.5)
+AUTOENCODER_LOOP = LoopConfig(
+    steps=1600, learning_rate=2e-3, warmup=100, cosine=True, ema_decay=0.99, save_every=200, seed=0
+)
+TEXT_FLOW_LOOP = LoopConfig(
+    steps=4200, learning_rate=1e-3, warmup=200, cosine=True, weight_decay=0.01, save_every=300, keep=(2100,), seed=0
+)
+FEATURES_LOOP = LoopConfig(
+    steps=2000, learning_rate=2e-3, warmup=100, cosine=True, weight_decay=0.05, save_every=500, seed=0
+)
+CLIP_LOOP = LoopConfig(
+    steps=900, learning_rate=1e-3, warmup=100, cosine=True, weight_decay=0.1, ema_decay=0.99, save_every=100, seed=0
+)
+
+
+def build_shapes_features(out: Path) -> Iterator[Step]:
+    """The classifier of attributes that the evaluator takes features from; it sees all combinations."""
+    torch.manual_seed(FEATURES_LOOP.seed)
+    model = ShapesClassifier([len(values) for values in ATTRIBUTES.values()])
+    objective = AttributesObjective(data=shapes("features", IMAGES))
+    for progress in train(model, objective, FEATURES_LOOP, out / "training"):
+        yield "classifier", progress, FEATURES_LOOP.steps
+    model.to(torch.bfloat16).save_pretrained(out)
+
+
+def build_shapes_clip(out: Path) -> Iterator[Step]:
+    """The CLIP of the evaluator, from pictures of its own; it sees all combinations."""
+    torch.manual_seed(CLIP_LOOP.seed)
+    tokenizer = shapes_tokenizer()
+    config = {**CLIP, "text_config": {**CLIP["text_config"], "vocab_size": len(tokenizer)}}
+    model = CLIPModel(CLIPConfig(**config))
+    data = shapes("clip", IMAGES)
+    objective = ClipObjective(
+        data=data,
+        input_ids=token_ids(tokenizer, data.captions),
+        mean=torch.tensor(CLIP_MEAN),
+        std=torch.tensor(CLIP_STD),
+    )
+    for progress in train(model, objective, CLIP_LOOP, out / "training"):
+        yield "clip", progress, CLIP_LOOP.steps
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    normalisation = {"image_mean": CLIP_MEAN, "image_std": CLIP_STD, "size": {"height": 32, "width": 32}}
+    (out / "preprocessor_config.json").write_text(json.dumps(normalisation, indent=2) + "\n")
+
+
+def build_t2i_shapes(out: Path) -> Iterator[Step]:
+    """The text-to-image pipeline: autoencoder, then transformer and text encoders together."""
+    autoencoder = new_autoencoder()
+    yield from train_autoencoder(autoencoder, out)
+    tokenizer = shapes_tokenizer()
+    model = new_text_to_image(len(tokenizer))
+    yield from train_text_to_image(model, tokenizer, autoencoder, out)
+    pipeline(model, tokenizer, autoencoder).save_pretrained(out)
+
+
+def new_autoencoder() -> AutoencoderKL:
+    """32x32 pixels to 16x16 latents of 4 channels, untrained."""
+    torch.manual_seed(AUTOENCODER_LOOP.seed)
+    return AutoencoderKL(**AUTOENCODER)
+
+
+def new_text_to_image(vocabulary: int) -> TextToImage:
+    """The transformer of 64 image tokens and its two text encoders, untrained."""
+    torch.manual_seed(TEXT_FLOW_LOOP.seed)
+    config = CLIPTextConfig(vocab_size=vocabulary, **TEXT_ENCODER)
+    encoders = [CLIPTextModelWithProjection(config) for _ in range(2)]
+    return TextToImage(SD3Transformer2DModel(**TRANSFORMER), *encoders)
+
+
+def shapes_tokenizer() -> CLIPTokenizer:
+    """One token for every word of the captions."""
+    words = {word for caption in shape_captions(count=2000, combinations="all") for word in caption.split()}
+    return word_tokenizer(words, MAX_TOKENS)
+
+
+def train_autoencoder(autoencoder: AutoencoderKL, out: Path, loop: LoopConfig = AUTOENCODER_LOOP) -> Iterator[Step]:
+    """In place; it ends rounded to bfloat16, as it is shipped, and with its latent scale."""
+    images = shapes("generator", IMAGES).images
+    for progress in train(autoencoder, AutoencoderObjective(images=images), loop, out / "training-autoencoder"):
+        yield "autoencoder", progress, loop.steps
+    _round(autoencoder)
+    set_latent_scale(autoencoder, images[:2000])
+
+
+def train_text_to_image(
+    model: TextToImage,
+    tokenizer: CLIPTokenizer,
+    autoencoder: AutoencoderKL,
+    out: Path,
+    loop: LoopConfig = TEXT_FLOW_LOOP,
+) -> Iterator[Step]:
+    """In place; the transformer ends rounded to bfloat16, as it is shipped."""
+    data = shapes("generator", IMAGES)
+    objective = TextFlowObjective(
+        latents=encode_images(autoencoder, data.images),
+        input_ids=token_ids(tokenizer, data.captions),
+        null_ids=token_ids(tokenizer, [""])[0],
+    )
+    for progress in train(model, objective, loop, out / "training"):
+        yield "generator", progress, loop.steps
+    _round(model.transformer)
+
+
+def pipeline(model: TextToImage, tokenizer: CLIPTokenizer, autoencoder: AutoencoderKL) -> StableDiffusion3Pipeline:
+    """The stock pipeline made of the trained parts."""
+    return StableDiffusion3Pipeline(
+        transformer=model.transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        vae=autoencoder,
+        text_encoder=model.text_encoder,
+        tokenizer=tokenizer,
+        text_encoder_2=model.text_encoder_2,
+        tokenizer_2=tokenizer,
+        text_encoder_3=None,
+        tokenizer_3=None,
+    )
+
+
+def _round(module: nn.Module) -> None:
+    """To numbers that bfloat16 has, in float32: what is trained on it sees the weights that are shipped."""
+    module.to(torch.bfloat16).float().requires_grad_(False).eval()
