@@ -199,3 +199,46 @@ class TextFlowObjective:
         level = sigma.reshape(-1, 1, 1, 1)
         velocity = model((1 - level) * latents + level * noise, sigma, ids, zero_tokens)
         return (velocity.float() - (noise - latents)).square().mean()
+
+
+class PromptedFlow(nn.Module):
+    """A network of `StableDiffusion3Pipeline`, or a refiner for it, in SiT's terms, for `RefinerObjective`.
+
+    Called as `network(state, t, labels, return_dict=False)` with t = 1 data; a label is the number of a prompt, the
+    last prompt is the empty one. Returns data - noise.
+    """
+
+    def __init__(self, network: Any, tokens: Tensor, pooled: Tensor) -> None:
+        """`tokens` (P, L, joint_attention_dim) and `pooled` (P, D) are the encoded prompts."""
+        super().__init__()
+        self.network = network
+        self.tokens, self.pooled = tokens, pooled
+
+    @property
+    def null_label(self) -> int:
+        """The number of the empty prompt."""
+        return len(self.tokens) - 1
+
+    def forward(self, state: Tensor, t: Tensor, labels: Tensor, return_dict: bool = False) -> tuple[Tensor]:
+        """`state` is (B, C, H, W), or (B, 2 C, H, W) with data - noise in its second half for a refiner."""
+        channels = self.network.config.out_channels
+        sample = torch.cat([state[:, :channels], -state[:, channels:]], dim=1)
+        tokens, pooled = (table[labels.to(table.device)].to(state) for table in (self.tokens, self.pooled))
+        return (-self.network(sample, tokens, pooled, 1000 * (1 - t), return_dict=False)[0],)
+
+
+@torch.no_grad()
+def encode_prompts(pipe: Any, prompts: Sequence[str], max_sequence_length: int = 1) -> tuple[Tensor, Tensor]:
+    """Prompts as `StableDiffusion3Pipeline` encodes them, and the empty one after them: (P, L, D) and (P, D)."""
+    texts = [*prompts, ""]
+    encoded = [
+        pipe.encode_prompt(
+            prompt=texts[first : first + 500],
+            prompt_2=None,
+            prompt_3=None,
+            do_classifier_free_guidance=False,
+            max_sequence_length=max_sequence_length,
+        )
+        for first in range(0, len(texts), 500)
+    ]
+    return torch.cat([tokens for tokens, *_ in encoded]), torch.cat([pooled for _, _, pooled, _ in encoded])

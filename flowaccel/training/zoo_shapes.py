@@ -66,7 +66,7 @@ TRANSFORMER: dict[str, Any] = {
     "patch_size": 2,
     "in_channels": 4,
     "out_channels": 4,
-    "num_layers": 8,
+    "num_layers": 6,
     "attention_head_dim": 32,
     "num_attention_heads": 4,
     "joint_attention_dim": 128,
@@ -92,7 +92,7 @@ AUTOENCODER_LOOP = LoopConfig(
     steps=1600, learning_rate=2e-3, warmup=100, cosine=True, ema_decay=0.99, save_every=200, seed=0
 )
 TEXT_FLOW_LOOP = LoopConfig(
-    steps=4200, learning_rate=1e-3, warmup=200, cosine=True, weight_decay=0.01, save_every=300, keep=(2100,), seed=0
+    steps=3300, learning_rate=1e-3, warmup=200, cosine=True, weight_decay=0.01, save_every=150, keep=(1650,), seed=0
 )
 FEATURES_LOOP = LoopConfig(
     steps=2000, learning_rate=2e-3, warmup=100, cosine=True, weight_decay=0.05, save_every=500, seed=0
@@ -208,4 +208,7 @@ def pipeline(model: TextToImage, tokenizer: CLIPTokenizer, autoencoder: Autoenco
 
 def _round(module: nn.Module) -> None:
     """To numbers that bfloat16 has, in float32: what is trained on it sees the weights that are shipped."""
-    module.to(torch.bfloat16).float().requires_grad_(False).eval()
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.copy_(parameter.bfloat16())
+    module.requires_grad_(False).eval()
