@@ -67,7 +67,9 @@ HELD_OUT = frozenset({("red", "triangle"), ("blue", "cross"), ("yellow", "circle
 
 Combinations = Literal["all", "seen", "held_out"]
 
-_SEEDS = {"generator": 41, "features": 42, "clip": 43, "reference": 44, "prompts": 45}
+SPLITS = {"generator": 24_000, "features": 24_000, "clip": 24_000, "reference": 2000, "prompts": 500}
+"""Independent draws, and how many pictures each has unless more or fewer are asked for."""
+_SEED = 41
 _CELLS = (6.2, 16.0, 25.8)
 
 
@@ -120,28 +122,30 @@ class CaptionedSet:
         return len(self.captions)
 
 
-def shapes(split: str = "generator", count: int = 2000, combinations: Combinations | None = None) -> CaptionedSet:
+def shapes(
+    split: str = "generator", count: int | None = None, combinations: Combinations | None = None
+) -> CaptionedSet:
     """The first `count` pictures of a split.
 
     Args:
-        split: `generator`, `features`, `clip` or `reference`: independent draws.
+        split: one of `SPLITS`.
         count: how many; a longer set begins with the shorter one.
         combinations: `seen` leaves out the pictures with a combination of `HELD_OUT`, `held_out` the others; the
-            default is `seen` for `generator` and `reference`, else `all`.
+            default is `all` for what judges are trained on, `features` and `clip`, else `seen`.
 
     Raises:
         ValueError: unknown split, or fewer than one picture.
     """
     chosen = _scenes(split, count, combinations)
     return CaptionedSet(
-        images=torch.cat([_draw(chosen[i : i + 500]) for i in range(0, count, 500)]),
+        images=torch.cat([_draw(chosen[i : i + 500]) for i in range(0, len(chosen), 500)]),
         captions=tuple(scene.caption for scene in chosen),
         attributes=attributes_of([scene.caption for scene in chosen]),
     )
 
 
 def shape_captions(
-    split: str = "prompts", count: int = 500, combinations: Combinations | None = None
+    split: str = "prompts", count: int | None = None, combinations: Combinations | None = None
 ) -> tuple[str, ...]:
     """The captions that `shapes` has, without the pictures; of the split `prompts` by default.
 
@@ -199,13 +203,15 @@ def _parsed(caption: str) -> dict[str, str] | None:
     return None
 
 
-def _scenes(split: str, count: int, combinations: Combinations | None) -> list[_Scene]:
-    if split not in _SEEDS:
-        raise ValueError(f"split must be one of {sorted(_SEEDS)}, got {split!r}")
+def _scenes(split: str, count: int | None, combinations: Combinations | None) -> list[_Scene]:
+    if split not in SPLITS:
+        raise ValueError(f"split must be one of {sorted(SPLITS)}, got {split!r}")
+    count = SPLITS[split] if count is None else count
     if count < 1:
         raise ValueError(f"count must be at least 1, got {count}")
     wanted = combinations or ("all" if split in ("features", "clip") else "seen")
-    return [_scene(np.random.default_rng((_SEEDS[split], index)), wanted) for index in range(count)]
+    seed = _SEED + list(SPLITS).index(split)
+    return [_scene(np.random.default_rng((seed, index)), wanted) for index in range(count)]
 
 
 def _scene(rng: np.random.Generator, combinations: Combinations) -> _Scene:

@@ -34,7 +34,6 @@ from flowaccel.training.text_to_image import (
 
 Step = tuple[str, Progress, int]
 
-IMAGES = 24_000
 MAX_TOKENS = 16
 AUTOENCODER: dict[str, Any] = {
     "in_channels": 3,
@@ -106,7 +105,7 @@ def build_shapes_features(out: Path) -> Iterator[Step]:
     """The classifier of attributes that the evaluator takes features from; it sees all combinations."""
     torch.manual_seed(FEATURES_LOOP.seed)
     model = ShapesClassifier([len(values) for values in ATTRIBUTES.values()])
-    objective = AttributesObjective(data=shapes("features", IMAGES))
+    objective = AttributesObjective(data=shapes("features"))
     for progress in train(model, objective, FEATURES_LOOP, out / "training"):
         yield "classifier", progress, FEATURES_LOOP.steps
     model.to(torch.bfloat16).save_pretrained(out)
@@ -118,7 +117,7 @@ def build_shapes_clip(out: Path) -> Iterator[Step]:
     tokenizer = shapes_tokenizer()
     config = {**CLIP, "text_config": {**CLIP["text_config"], "vocab_size": len(tokenizer)}}
     model = CLIPModel(CLIPConfig(**config))
-    data = shapes("clip", IMAGES)
+    data = shapes("clip")
     objective = ClipObjective(
         data=data,
         input_ids=token_ids(tokenizer, data.captions),
@@ -165,7 +164,7 @@ def shapes_tokenizer() -> CLIPTokenizer:
 
 def train_autoencoder(autoencoder: AutoencoderKL, out: Path, loop: LoopConfig = AUTOENCODER_LOOP) -> Iterator[Step]:
     """In place; it ends rounded to bfloat16, as it is shipped, and with its latent scale."""
-    images = shapes("generator", IMAGES).images
+    images = shapes("generator").images
     for progress in train(autoencoder, AutoencoderObjective(images=images), loop, out / "training-autoencoder"):
         yield "autoencoder", progress, loop.steps
     _round(autoencoder)
@@ -180,7 +179,7 @@ def train_text_to_image(
     loop: LoopConfig = TEXT_FLOW_LOOP,
 ) -> Iterator[Step]:
     """In place; the transformer ends rounded to bfloat16, as it is shipped."""
-    data = shapes("generator", IMAGES)
+    data = shapes("generator")
     objective = TextFlowObjective(
         latents=encode_images(autoencoder, data.images),
         input_ids=token_ids(tokenizer, data.captions),
