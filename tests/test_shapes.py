@@ -14,6 +14,7 @@ from flowaccel.data.shapes import (
     PLACES,
     SHAPES,
     attributes_of,
+    caption_words,
     holds_held_out,
 )
 
@@ -38,6 +39,11 @@ def test_same_split_same_pictures_and_prefixes() -> None:
 
 def test_splits_differ() -> None:
     assert len({shapes(split, 5).captions for split in ("generator", "features", "clip", "reference")}) == 4
+
+
+def test_caption_words_are_those_of_the_captions() -> None:
+    found = {word for caption in shape_captions(count=2000, combinations="all") for word in caption.split()}
+    assert tuple(sorted(found)) == caption_words()
 
 
 def test_captions_are_those_of_the_pictures() -> None:

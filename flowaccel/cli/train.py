@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
+from diffusers import StableDiffusion3Pipeline
 
 from flowaccel.accelerators.velocity_refiner import new_refiner
 from flowaccel.cli.common import (
@@ -20,12 +22,13 @@ from flowaccel.cli.common import (
     say,
 )
 from flowaccel.cli.common import progress as progress_bar
-from flowaccel.data import DATASETS
+from flowaccel.data import DATASETS, CaptionedSet, ImageSet
 from flowaccel.errors import UnsupportedModelError
 from flowaccel.pipelines import SiTPipeline
 from flowaccel.training.loop import LoopConfig
 from flowaccel.training.loop import train as run_training
 from flowaccel.training.refiner import DELTA_MAX, RefinerObjective
+from flowaccel.training.text_to_image import prompted_data
 
 app = typer.Typer(help="Train a learned accelerator.", no_args_is_help=True)
 
@@ -64,7 +67,7 @@ def refiner(
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
-    """Train FlowTurbo's velocity refiner for a class-conditional pipeline (arXiv 2409.18128).
+    """Train FlowTurbo's velocity refiner (arXiv 2409.18128) for a SiTPipeline or a StableDiffusion3Pipeline.
 
     The defaults are the published recipe.
 
@@ -74,12 +77,11 @@ def refiner(
         if data not in DATASETS:
             raise ValueError(f"--data must be one of {sorted(DATASETS)}, got {data!r}")
         pipeline = open_pipeline(pipe, device)
-        if not isinstance(pipeline, SiTPipeline):
-            raise UnsupportedModelError(f"this trains refiners of a SiTPipeline only, got a {type(pipeline).__name__}")
-        teacher = pipeline.transformer.eval().requires_grad_(False)
+        images, wrap = training_data(pipeline, data)
+        teacher = wrap(pipeline.transformer.eval().requires_grad_(False))
         objective = RefinerObjective(
             teacher=teacher,
-            data=DATASETS[data]("generator"),
+            data=images,
             null_label=teacher.null_label,
             batch_size=batch_size,
             delta_min=delta_min,
@@ -96,10 +98,10 @@ def refiner(
             steps=steps, learning_rate=learning_rate, precision=precision, save_every=save_every, seed=seed
         )
         torch.manual_seed(seed)
-        network = new_refiner(teacher).to(teacher.device)
+        network = new_refiner(pipeline.transformer).to(pipeline.transformer.device)
         loss = None
         with progress_bar() as notify:
-            for state in run_training(network, objective, loop, out / "training"):
+            for state in run_training(wrap(network), objective, loop, out / "training"):
                 loss = state.loss
                 notify("steps", state.step, steps)
         network.save_pretrained(out)
@@ -108,3 +110,25 @@ def refiner(
             as_json,
             lambda: say(f"wrote the refiner to {out}; loss {loss}"),
         )
+
+
+def training_data(pipeline: Any, name: str) -> tuple[ImageSet, Callable[[Any], Any]]:
+    """What a refiner of the pipeline is trained on, and how its networks are called for that.
+
+    Raises:
+        ValueError: images without what the pipeline is conditioned on.
+        UnsupportedModelError: another pipeline.
+    """
+    data = DATASETS[name]("generator")
+    if isinstance(pipeline, SiTPipeline):
+        if not isinstance(data, ImageSet):
+            raise ValueError(f"--data {name} has captions, and a {type(pipeline).__name__} takes classes")
+        return data, lambda network: network
+    if isinstance(pipeline, StableDiffusion3Pipeline):
+        if not isinstance(data, CaptionedSet):
+            raise ValueError(f"--data {name} has no captions, and a {type(pipeline).__name__} takes prompts")
+        prompted = prompted_data(pipeline, data)
+        return prompted.latents, prompted.wrap
+    raise UnsupportedModelError(
+        f"this trains refiners of a SiTPipeline or a StableDiffusion3Pipeline, got a {type(pipeline).__name__}"
+    )

@@ -155,6 +155,13 @@ def shape_captions(
     return tuple(scene.caption for scene in _scenes(split, count, combinations))
 
 
+def caption_words() -> tuple[str, ...]:
+    """All words that captions are made of, sorted."""
+    stated = {word for values in ATTRIBUTES.values() for value in values for word in value.split()}
+    stated -= {"several", *PAIRS}
+    return tuple(sorted(stated | {word for relation in RELATIONS for word in relation.split()} | {*SHAPES.values()}))
+
+
 def attributes_of(captions: Sequence[str]) -> Tensor:
     """What captions state: (N, 9) int64 as in `CaptionedSet.attributes`.
 
@@ -173,9 +180,7 @@ def holds_held_out(caption: str) -> bool:
 def _stated(caption: str) -> list[int]:
     stated = _parsed(caption.strip().lower())
     if stated is None:
-        known = {word for values in ATTRIBUTES.values() for value in values for word in value.split()}
-        known |= {word for relation in RELATIONS for word in relation.split()} | set(SHAPES.values())
-        unknown = [word for word in caption.lower().split() if word not in known]
+        unknown = [word for word in caption.lower().split() if word not in caption_words()]
         raise ValueError(
             f"caption {caption!r} is none of the data set shapes"
             + (f" (it does not know {', '.join(map(repr, unknown))})" if unknown else "")

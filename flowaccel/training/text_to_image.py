@@ -18,6 +18,8 @@ from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
+from flowaccel.data import CaptionedSet, ImageSet
+
 _START, _END, _WORD_END = "<|startoftext|>", "<|endoftext|>", "</w>"
 # What the pipeline puts in place of a T5 that it does not have: `max_sequence_length` zero tokens, 256 if not told.
 ZERO_TOKENS = (1, 256)
@@ -227,18 +229,45 @@ class PromptedFlow(nn.Module):
         return (-self.network(sample, tokens, pooled, 1000 * (1 - t), return_dict=False)[0],)
 
 
+@dataclass(frozen=True, kw_only=True)
+class PromptedData:
+    """Captioned images as `RefinerObjective` takes them, for a `StableDiffusion3Pipeline`."""
+
+    latents: ImageSet
+    """Labels are numbers of prompts."""
+    tokens: Tensor
+    """(P, L, joint_attention_dim)."""
+    pooled: Tensor
+    """(P, D)."""
+
+    def wrap(self, network: Any) -> PromptedFlow:
+        """The network or refiner in SiT's terms."""
+        return PromptedFlow(network, self.tokens, self.pooled)
+
+
+def prompted_data(pipe: Any, data: CaptionedSet, max_sequence_length: int = ZERO_TOKENS[0]) -> PromptedData:
+    """Latents and encoded captions of `data`; the empty prompt comes last.
+
+    `max_sequence_length` is what the pipeline will be called with.
+    """
+    prompts = list(dict.fromkeys(data.captions))
+    number = {prompt: i for i, prompt in enumerate(prompts)}
+    tokens, pooled = _encode_prompts(pipe, [*prompts, ""], max_sequence_length)
+    labels = torch.tensor([number[caption] for caption in data.captions])
+    latents = encode_images(pipe.vae, data.images).cpu()
+    return PromptedData(latents=ImageSet(images=latents, labels=labels), tokens=tokens, pooled=pooled)
+
+
 @torch.no_grad()
-def encode_prompts(pipe: Any, prompts: Sequence[str], max_sequence_length: int = 1) -> tuple[Tensor, Tensor]:
-    """Prompts as `StableDiffusion3Pipeline` encodes them, and the empty one after them: (P, L, D) and (P, D)."""
-    texts = [*prompts, ""]
+def _encode_prompts(pipe: Any, prompts: list[str], max_sequence_length: int) -> tuple[Tensor, Tensor]:
     encoded = [
         pipe.encode_prompt(
-            prompt=texts[first : first + 500],
+            prompt=prompts[first : first + 500],
             prompt_2=None,
             prompt_3=None,
             do_classifier_free_guidance=False,
             max_sequence_length=max_sequence_length,
         )
-        for first in range(0, len(texts), 500)
+        for first in range(0, len(prompts), 500)
     ]
     return torch.cat([tokens for tokens, *_ in encoded]), torch.cat([pooled for _, _, pooled, _ in encoded])
