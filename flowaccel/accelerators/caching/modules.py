@@ -58,7 +58,7 @@ class ModuleCache(Cache):
         self._calls[path] += 1
         key = f"{path}#{self._calls[path]}"  # CogView4 calls one feed-forward for the image and for the text
         history, rows = self._moment.history(key), self._moment.computing
-        if len(rows) == call.rows or history.empty:
+        if len(rows) == call.rows or not history.covers(self._moment.reused):
             output = proceed()
             self._bare[key] = not isinstance(output, tuple)
             history.store(_as_value(output), call.timestep)
