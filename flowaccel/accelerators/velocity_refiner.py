@@ -79,8 +79,8 @@ class VelocityRefiner(Accelerator):
                 refiner.to(device)
             call.record.what = "refined"
             feed, base = refinement.feed, refinement.base
-            if call.kept is not None:  # `refined` repeats them for whole branches only
-                feed, base = feed[call.row_images], base[call.row_images]
+            if call.kept is not None:  # `refined` repeats them for whole branches only; SiT steps both halves
+                feed, base = (value[[place % len(value) for place in call.kept]] for value in (feed, base))
             return refined(refiner, convention_of(call.module), call.arguments, feed, base)
 
         remove = session.on_call(around)

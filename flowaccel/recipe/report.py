@@ -143,7 +143,7 @@ class Report:
     def _savings(self) -> list[str]:
         """What caches and guidance left out, in a line or two."""
         parts = [f"Reused: {self.hit_rate:.0%}"] if any(step.computed for step in self.steps) else []
-        parts += [] if self.guided_rate is None else [f"Not guided: {1 - self.guided_rate:.0%}"]
+        parts += [] if self.guided_rate is None else [f"{'not' if parts else 'Not'} guided: {1 - self.guided_rate:.0%}"]
         if not parts:
             return []
         macs = ""
@@ -151,7 +151,7 @@ class Report:
             macs = f", {self.macs_saved / (self.macs + self.macs_saved):.0%} of the multiply-adds"
         seconds = "" if self.seconds_saved is None else f", about {self.seconds_saved:.3f} s"
         return [
-            f"{'. '.join(parts)} of the images and steps{macs}{seconds}.",
+            f"{'; '.join(parts)} of the images and steps{macs}{seconds}.",
             f"Held {self.cache_bytes / 1e6:.1f} MB, and {self.gate_bytes / 1e6:.1f} MB to decide by; "
             f"{self.host_reads} waits for the device, {self.near_ties} near-ties.",
         ]

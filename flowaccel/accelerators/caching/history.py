@@ -31,9 +31,9 @@ class History:
         """The last computed value of every row."""
         return self._values[0]
 
-    def covers(self, rows: Sequence[int]) -> bool:
-        """Whether there is something to predict from for all of these rows."""
-        return not self.empty and all(self._times[row] for row in rows)
+    def covers(self, row: int) -> bool:
+        """Whether there is something to predict this row from."""
+        return not self.empty and bool(self._times[row])
 
     @property
     def bytes(self) -> int:
@@ -119,13 +119,18 @@ class PartialHistory:
         self._history, self._kept, self._full = history, torch.tensor(kept), full
 
     @property
+    def empty(self) -> bool:
+        """Whether nothing was computed yet for any row of the history."""
+        return self._history.empty
+
+    @property
     def newest(self) -> Value:
         """The last computed value of every row."""
         return self._of_kept(self._history.newest)
 
-    def covers(self, rows: Sequence[int]) -> bool:
-        """Whether there is something to predict from for all of these rows."""
-        return self._history.covers(self._kept[list(rows)].tolist())
+    def covers(self, row: int) -> bool:
+        """Whether there is something to predict this row from."""
+        return self._history.covers(int(self._kept[row]))
 
     def store(self, value: Value, time: float, rows: Tensor | None = None) -> None:
         """Take computed values in, of all rows or of `rows` alone; see `History.store`."""

@@ -93,6 +93,8 @@ class Moment:
         self.step = Step(index=call.step, count=call.run.num_steps, time=call.timestep)
         self.decision: Decision | None = None
         """None until it is taken."""
+        self._lacking: frozenset[int] = frozenset()
+        """Rows that are not decided to compute, and do, because there is nothing to predict them from."""
         self._signal: Tensor | None = None
         self._feedback: Tensor | None = None
         if not self.decides:
@@ -166,14 +168,15 @@ class Moment:
         """Close the call: the gate learns what was done, the report too."""
         assert self.decision is not None
         decider, decision = self._decider, self.decision
-        if any(decision.compute):
+        if len(self.computing):
             finite = torch.isfinite(output.flatten(1).sum(dim=1, dtype=torch.float32))
             self._note_finite(decider, finite)
             if self.rules.gate.feedback == "output":
                 self.give_back(output)
         if self.decides:
-            decider.update(self._signal, self._feedback, decision, self.step)
-        _account(self.call.record, self.call, decision, self.rows, self.decides)
+            feedback = self._feedback if any(decision.compute) else None
+            decider.update(self._signal, feedback, decision, self.step)
+        _account(self.call.record, self.call, decision, self.decided, self.decides)
         self.call.record.cache_bytes += self.memory.bytes
         self.call.record.gate_bytes += self.memory.gate_bytes
 
@@ -192,8 +195,8 @@ class Moment:
     # -- rows
 
     @property
-    def rows(self) -> tuple[bool, ...]:
-        """Per row, whether it is computed."""
+    def decided(self) -> tuple[bool, ...]:
+        """Per row, whether it is decided that it computes."""
         assert self.decision is not None
         compute = self.decision.compute
         if len(compute) == 1:
@@ -202,13 +205,11 @@ class Moment:
 
     @functools.cached_property
     def computing(self) -> Tensor:
-        """(n,) indices of the rows that are computed, on the CPU; asked for once the decision stands."""
-        return torch.tensor(self.rows).nonzero().flatten()
-
-    @property
-    def reused(self) -> list[int]:
-        """Indices of the other rows."""
-        return [row for row, computed in enumerate(self.rows) if not computed]
+        """(n,) indices of the rows that are computed, on the CPU; asked for once the decision stands, after
+        `require`.
+        """
+        computed = [row for row, decided in enumerate(self.decided) if decided or row in self._lacking]
+        return torch.tensor(computed, dtype=torch.long)
 
     # -- values
 
@@ -223,9 +224,14 @@ class Moment:
         return PartialHistory(made, self.call.kept, self.call.images * len(self.call.branches))
 
     def require(self, history: History | PartialHistory) -> None:
-        """Compute everything where for some row there is nothing yet to predict from."""
-        if self.decision is not None and self.reused and not history.covers(self.reused):
+        """Compute what there is nothing yet to predict from: everything, or rows that no call before this one held."""
+        assert self.decision is not None
+        if all(self.decision.compute):
+            return
+        if history.empty:
             self.decision = Decision(compute=(True,) * len(self.decision.compute))
+        reused = (row for row, decided in enumerate(self.decided) if not decided)
+        self._lacking = frozenset(row for row in reused if not history.covers(row))
 
 
 def _account(record: CallRecord, call: Call, decision: Decision, rows: tuple[bool, ...], decides: bool) -> None:

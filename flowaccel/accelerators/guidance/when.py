@@ -35,7 +35,8 @@ class AdaptiveGuidance:
         number = isinstance(self.threshold, (int, float)) and not isinstance(self.threshold, bool)
         if not number or not -1 < self.threshold <= 1:
             raise ValueError(
-                f"threshold must be a cosine, above -1 and at most 1 (which never ends guidance), got {self.threshold!r}"
+                "threshold must be a cosine, above -1 and at most 1 (which never ends guidance), "
+                f"got {self.threshold!r}"
             )
         if self.space not in ("v", "x0"):
             raise ValueError(f"space must be 'v' or 'x0', got {self.space!r}")
