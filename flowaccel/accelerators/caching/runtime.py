@@ -72,7 +72,7 @@ class Cache(ABC):
     def _around_call(self, proceed: Proceed, call: Call) -> Any:
         if EXTRA in call.branches or not (self.active is None or self.active(call)):
             return proceed()
-        require_tensor(call, "cache")
+        require_tensor(call, "a cache")
         moment = Moment(self.rules, call.run.state.setdefault(self, Memory()), call)
         if moment.decision is None and self.rules.gate.signal in ("none", "input"):
             moment.decide(None if self.rules.gate.signal == "none" else moment.of_units(call.sample))
@@ -248,8 +248,7 @@ def require_tensor(call: Call, what: str) -> None:
     """Raise an UnsupportedModelError where the network takes a list of images; `what` is what to leave off."""
     if not isinstance(call.sample, Tensor):
         raise UnsupportedModelError(
-            f"{type(call.module).__name__} takes a list of images, and a {what} needs them as one tensor; leave the "
-            f"{what} off"
+            f"{type(call.module).__name__} takes a list of images, and {what} needs them as one tensor; leave it off"
         )
 
 
