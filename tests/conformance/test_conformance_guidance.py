@@ -127,12 +127,11 @@ def test_what_never_ends_changes_no_bit(case: Case) -> None:
 
 
 @ALL
-@pytest.mark.parametrize(("start", "stop"), [(0.0, 0.4), (0.3, 0.7)])
-def test_an_interval_guides_its_steps_and_really_leaves_out_the_others(case: Case, start: float, stop: float) -> None:
-    span = (round(start * EVALUATIONS), round(stop * EVALUATIONS))
+def test_an_interval_guides_its_steps_and_really_leaves_out_the_others(case: Case) -> None:
+    span = (3, 7)
     pipe = case.make()
     with CallCounter(networks(pipe)) as counter:
-        accelerate(pipe, GuidanceSkip("interval", start=start, stop=stop))
+        accelerate(pipe, GuidanceSkip("interval", start=0.3, stop=0.7))
         found = made(case, pipe, batch=2)
     assert guided(pipe) == [(span[0] <= step < span[1],) * 2 for step in range(EVALUATIONS)]
     assert sum(counter.rows.values()) == 2 * (EVALUATIONS + span[1] - span[0])
@@ -142,13 +141,12 @@ def test_an_interval_guides_its_steps_and_really_leaves_out_the_others(case: Cas
 
 
 @APART
-@pytest.mark.parametrize("mode", ["drop", "extrapolate"])
-def test_images_end_by_themselves_as_by_hand(case: Case, mode: Any) -> None:
+def test_images_end_by_themselves_as_by_hand(case: Case) -> None:
     threshold = parting(case.name)
-    expected, _ = by_hand(case, mode=mode, threshold=threshold)
+    expected, _ = by_hand(case, mode="extrapolate", threshold=threshold)
     pipe = case.make()
     with CallCounter(networks(pipe)) as counter:
-        accelerate(pipe, GuidanceSkip(threshold=threshold, mode=mode))
+        accelerate(pipe, GuidanceSkip(threshold=threshold, mode="extrapolate"))
         found = made(case, pipe, batch=2)
     assert_close(found, expected)
     took = guided(pipe)
@@ -162,7 +160,7 @@ def test_images_end_by_themselves_as_by_hand(case: Case, mode: Any) -> None:
     assert_close(found, torch.cat(alone))
 
 
-@pytest.mark.parametrize("name", ["sit", "dit", "sd3", "pixart", "wan21"])
+@pytest.mark.parametrize("name", ["sit", "dit", "wan21"])
 def test_the_clean_samples_are_compared_as_by_hand(name: str) -> None:
     case, threshold = CASES[name], parting(name, "x0")
     expected, _ = by_hand(case, threshold=threshold, space="x0")
@@ -183,7 +181,7 @@ def test_split_guidance_makes_what_batched_guidance_does(case: Case) -> None:
             split_guidance(pipe)
         found.append(made(case, pipe, batch=2))
         took.append(guided(pipe))
-    assert took[0] == took[1] and sorted(took[0][-1]) <= [False, True]
+    assert took[0] == took[1] and sorted(took[0][2]) == [False, True]
     assert_close(found[1], found[0])
 
 
@@ -217,33 +215,29 @@ CACHES: dict[str, Any] = {
 WITH_CACHES = pytest.mark.parametrize("kind", CACHES)
 
 
-@FEW
+@pytest.mark.parametrize("case", [CASES["sd3"], CASES["wan22"]], ids=lambda c: c.name)
 @WITH_CACHES
-@pytest.mark.parametrize(("start", "stop"), [(0.0, 0.4), (0.3, 0.7)])
-def test_with_a_cache_an_interval_is_as_by_hand(case: Case, kind: str, start: float, stop: float) -> None:
-    """By hand the cache computes and forecasts all rows; the unconditional ones it had before `start` are their own."""
-    span = (round(start * EVALUATIONS), round(stop * EVALUATIONS))
-    pipe = case.make()
-    with CallCounter(networks(pipe)) as counter:
-        accelerate(pipe, [CACHES[kind](), GuidanceSkip("interval", start=start, stop=stop)])
-        found = made(case, pipe, batch=2)
-    rows, computed = sum(counter.rows.values()), [step.computed for step in report(pipe).steps]
-    alone = torch.cat([made(case, pipe, seed=seed) for seed in (3, 4)])
-    assert_close(found, alone)
-    without = case.make()
-    with CallCounter(networks(without)) as counter:
-        accelerate(without, CACHES[kind]())
-        made(case, without, batch=2)
-    assert rows < sum(counter.rows.values())
-    assert any(not all(images) for images in computed)
-    if start == 0:
-        assert_close(found, by_hand(case, [CACHES[kind]()], span=span)[0])
+def test_with_a_cache_an_interval_is_as_by_hand(case: Case, kind: str) -> None:
+    """By hand the cache computes and forecasts all rows, so it would have them before `start` too; not so ours."""
+    whole = case.make()
+    with CallCounter(networks(whole)) as all_rows:
+        accelerate(whole, CACHES[kind]())
+        made(case, whole, batch=2)
+    for span in ((0, 4), (3, 7)):
+        pipe = case.make()
+        with CallCounter(networks(pipe)) as counter:
+            accelerate(pipe, [CACHES[kind](), GuidanceSkip("interval", start=span[0] / 10, stop=span[1] / 10)])
+            found = made(case, pipe, batch=2)
+        assert sum(counter.rows.values()) < sum(all_rows.rows.values())
+        assert any(not all(step.computed) for step in report(pipe).steps)
+        assert_close(found, torch.cat([made(case, pipe, seed=seed) for seed in (3, 4)]))
+        if span[0] == 0:
+            assert_close(found, by_hand(case, [CACHES[kind]()], span=span)[0])
 
 
-@pytest.mark.parametrize("case", [CASES["sit"], CASES["sd3"]], ids=lambda c: c.name)
 @WITH_CACHES
-def test_with_a_cache_split_guidance_makes_what_batched_guidance_does(case: Case, kind: str) -> None:
-    found = []
+def test_with_a_cache_split_guidance_makes_what_batched_guidance_does(kind: str) -> None:
+    case, found = CASES["sd3"], []
     for accelerator in (GuidanceSkip("interval", start=0.3, stop=0.7), GuidanceSkip(threshold=parting(case.name))):
         for split in (False, True):
             pipe = case.make()
@@ -254,8 +248,8 @@ def test_with_a_cache_split_guidance_makes_what_batched_guidance_does(case: Case
         assert_close(found[-1], found[-2])
 
 
-@FEW
-def test_forecasts_of_a_cache_end_no_guidance(case: Case) -> None:
+def test_forecasts_of_a_cache_end_no_guidance() -> None:
+    case = CASES["sd3"]
     pipe = case.make()
     accelerate(pipe, [cache_preset("ab_cache", warmup=1, last=0, interval=4), GuidanceSkip(threshold=0.5)])
     made(case, pipe, batch=1)
@@ -268,8 +262,7 @@ def test_forecasts_of_a_cache_end_no_guidance(case: Case) -> None:
 # -- together with samplers and the refiner
 
 
-@pytest.mark.parametrize("mode", ["drop", "hold", "extrapolate"])
-@pytest.mark.parametrize("sampler", ["heun", "ab2", "rk4"])
+@pytest.mark.parametrize(("sampler", "mode"), [("heun", "hold"), ("ab2", "drop"), ("rk4", "extrapolate")])
 def test_solvers_of_higher_order_are_as_by_hand(sampler: str, mode: Any) -> None:
     case, parts = CASES["sd3"], [Sampler(sampler)]
     expected, _ = by_hand(case, [*parts], mode=mode, threshold=parting("sd3"))
@@ -317,9 +310,9 @@ def test_with_a_refiner_images_end_by_themselves() -> None:
 # -- the report
 
 
-@pytest.mark.parametrize("case", [CASES[name] for name in ("sit", "flux", "wan22", "pixart")], ids=lambda c: c.name)
-@pytest.mark.parametrize("cached", [False, True])
-def test_multiply_adds_are_those_of_the_run(case: Case, cached: bool) -> None:
+@pytest.mark.parametrize(("name", "cached"), [("sit", True), ("pixart", False), ("flux", False), ("wan22", True)])
+def test_multiply_adds_are_those_of_the_run(name: str, cached: bool) -> None:
+    case = CASES[name]
     pipe = case.make()
     with accelerated(pipe, "none"):
         counted = count_macs(lambda: made(case, pipe, batch=2))
