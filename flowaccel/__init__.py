@@ -6,7 +6,10 @@ from diffusers import ModelMixin as ModelMixin
 from diffusers import SchedulerMixin as SchedulerMixin
 
 from flowaccel.accelerators import Accelerator as Accelerator
+from flowaccel.accelerators import AdaptiveGuidance as AdaptiveGuidance
 from flowaccel.accelerators import FeatureCache as FeatureCache
+from flowaccel.accelerators import GuidanceInterval as GuidanceInterval
+from flowaccel.accelerators import GuidanceSkip as GuidanceSkip
 from flowaccel.accelerators import LevelCache as LevelCache
 from flowaccel.accelerators import Sampler as Sampler
 from flowaccel.accelerators import StepSkip as StepSkip
@@ -42,6 +45,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Accelerator",
+    "AdaptiveGuidance",
     "CheckpointError",
     "DigitsClassifier",
     "FeatureCache",
@@ -50,6 +54,8 @@ __all__ = [
     "FlowSDEScheduler",
     "FlowTurboScheduler",
     "FlowaccelError",
+    "GuidanceInterval",
+    "GuidanceSkip",
     "LevelCache",
     "MissingExtraError",
     "Recipe",

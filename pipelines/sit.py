@@ -317,11 +317,11 @@ class SiTBase(DiffusionPipeline):
                 f"'heun', but the pipeline has a {type(self.scheduler).__name__}{f' ({solver})' if solver else ''}; "
                 "exchange the scheduler, or call decompile_blocks()"
             )
-        caches = [accelerator.name for accelerator in recipe_of(self).accelerators if "cache" in accelerator.tags]
-        if caches:
+        blind = [part.name for part in recipe_of(self).accelerators if part.tags & {"cache", "guidance_skip"}]
+        if blind:
             raise RecipeConflictError(
-                f"compiled blocks call the network in ways that {caches[0]!r} does not see, so it would do nothing; "
-                "call decompile_blocks(), or flowaccel.restore on the pipeline (a cache can be had with "
+                f"compiled blocks call the network in ways that {blind[0]!r} does not see, so it would do nothing; "
+                "call decompile_blocks(), or flowaccel.restore on the pipeline (it can be had with "
                 "transformer.compile_repeated_blocks())"
             )
         if hasattr(self.transformer, "_hf_hook"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -27,8 +29,12 @@ from diffusers import (
 from torch import Tensor
 
 import tiny
+from flowaccel.hooks import networks, session_of
 
 STEPS = 4
+EVALUATIONS = 10
+CLOSE = 1e-4
+"""Of the largest value."""
 TEXT, WIDTH = 5, 16
 """Text tokens and the width of their embeddings."""
 
@@ -338,3 +344,46 @@ CASES = {
         Case("auraflow", "auraflow", auraflow_pipeline, auraflow_arguments, UNCOND_COND),
     )
 }
+BATCHED = [case for case in CASES.values() if len(case.branches[0]) == 2]
+
+
+def made(case: Case, pipe: Any, evaluations: int = EVALUATIONS, **options: Any) -> Tensor:
+    """The latents of one call; where the pipeline hands out only images, these."""
+    steps = 2 * evaluations if case.begins_at else evaluations
+    arguments = case.arguments(steps=steps, **options)
+    if case.name not in ("sit", "dit"):
+        arguments["output_type"] = "latent"
+    output = pipe(**arguments)
+    return torch.as_tensor(output.frames if hasattr(output, "frames") else output.images)
+
+
+def assert_close(actual: Tensor, expected: Tensor) -> None:
+    tolerance = CLOSE * max(1.0, float(expected.abs().max()))
+    torch.testing.assert_close(actual, expected, atol=tolerance, rtol=0)
+
+
+def split_guidance(pipe: Any) -> None:
+    """From here on every batch of both branches comes to the network as two calls, the conditional one first."""
+    for network in networks(pipe).values():
+        inner, signature = network.forward, inspect.signature(network.forward)
+
+        @functools.wraps(inner)
+        def forward(*args: Any, inner: Any = inner, signature: Any = signature, **kwargs: Any) -> Any:
+            bound = signature.bind(*args, **kwargs).arguments
+            rows = next(iter(bound.values())).shape[0]
+            halves = [_half(bound, rows, part) for part in (0, 1)]
+            order = (0, 1) if session_of(pipe).families[0] in ("sit", "dit") else (1, 0)
+            outputs = {part: inner(**halves[part]) for part in order}
+            if isinstance(outputs[0], tuple):
+                return (torch.cat([outputs[0][0], outputs[1][0]]),)
+            return type(outputs[0])(sample=torch.cat([outputs[0].sample, outputs[1].sample]))
+
+        network.forward = forward
+
+
+def _half(value: Any, rows: int, part: int) -> Any:
+    if isinstance(value, dict):
+        return {key: _half(entry, rows, part) for key, entry in value.items()}
+    if isinstance(value, Tensor) and value.dim() and value.shape[0] == rows:
+        return value[part * rows // 2 : (part + 1) * rows // 2]
+    return value

@@ -5,6 +5,9 @@ from flowaccel.accelerators.cache_presets import CACHE_PRESETS as CACHE_PRESETS
 from flowaccel.accelerators.cache_presets import cache_preset as cache_preset
 from flowaccel.accelerators.calibration import Calibration as Calibration
 from flowaccel.accelerators.feature_cache import FeatureCache as FeatureCache
+from flowaccel.accelerators.guidance import AdaptiveGuidance as AdaptiveGuidance
+from flowaccel.accelerators.guidance import GuidanceInterval as GuidanceInterval
+from flowaccel.accelerators.guidance_skip import GuidanceSkip as GuidanceSkip
 from flowaccel.accelerators.level_cache import LEVELS as LEVELS
 from flowaccel.accelerators.level_cache import Level as Level
 from flowaccel.accelerators.level_cache import LevelCache as LevelCache
@@ -13,7 +16,7 @@ from flowaccel.accelerators.step_skip import StepSkip as StepSkip
 from flowaccel.accelerators.velocity_refiner import VelocityRefiner as VelocityRefiner
 
 ACCELERATORS: dict[str, type[Accelerator]] = {
-    kind.name: kind for kind in (Sampler, VelocityRefiner, FeatureCache, LevelCache, StepSkip)
+    kind.name: kind for kind in (Sampler, VelocityRefiner, FeatureCache, LevelCache, StepSkip, GuidanceSkip)
 }
 
 __all__ = [
@@ -21,8 +24,11 @@ __all__ = [
     "CACHE_PRESETS",
     "LEVELS",
     "Accelerator",
+    "AdaptiveGuidance",
     "Calibration",
     "FeatureCache",
+    "GuidanceInterval",
+    "GuidanceSkip",
     "Level",
     "LevelCache",
     "Sampler",

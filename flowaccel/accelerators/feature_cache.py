@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from flowaccel.accelerators.base import Accelerator, Detach
 from flowaccel.accelerators.caching import GUARDS, SCOPES, Cache, Guard, Output, Rules, Scope, Stack, cache_of
 from flowaccel.accelerators.caching.decisions import UNITS, Unit
 from flowaccel.accelerators.calibration import CALIBRATIONS, Calibration, watch
+from flowaccel.accelerators.parts import chosen_part, with_options
 from flowaccel.accelerators.serial import component
 from flowaccel.gates import GATES, Easy, Gate
 from flowaccel.hooks import session_of
@@ -71,7 +72,7 @@ class FeatureCache(Accelerator):
             "guard": _part("guard", guard),
         }
         chosen["scope"] = _part("scope", _usual_scope(chosen["gate"]) if scope is None else scope)
-        for part, value in _with_options(chosen, options).items():
+        for part, value in with_options(chosen, options).items():
             object.__setattr__(self, part, value)
         object.__setattr__(self, "decide", decide)
         object.__setattr__(self, "calibration", calibration)
@@ -96,8 +97,8 @@ class FeatureCache(Accelerator):
 
     @property
     def tags(self) -> frozenset[str]:
-        """Those of every accelerator, and that it leaves out network calls or parts of them."""
-        return super().tags | {"cache"}
+        """Those of every accelerator, that it leaves out network calls or parts of them, and whether images decide."""
+        return super().tags | ({"cache"} if self.decide == "image" else {"cache", "cache not deciding per image"})
 
     def attach(self, pipe: Any) -> Detach:
         """Surround the network's calls, and its blocks or modules where the scope needs them."""
@@ -115,31 +116,9 @@ class FeatureCache(Accelerator):
 
 
 def _part(kind: str, value: Any) -> Any:
-    registry = _PARTS[kind]
-    if isinstance(value, str):
-        if value not in registry:
-            raise ValueError(f"{kind} must be one of {', '.join(registry)}, got {value!r}")
-        return registry[value]()
-    if not isinstance(value, _KINDS.get(kind, tuple(registry.values()))):
-        raise TypeError(f"{kind} must be one of {', '.join(registry)} or such an object, got {value!r}")
-    return value
+    return chosen_part(kind, value, _PARTS[kind], _KINDS.get(kind))
 
 
 def _usual_scope(gate: Any) -> Scope:
     inside = gate.signal in ("first_block", "modulated_input") or gate.feedback in ("middle_block", "feature")
     return Stack() if inside or gate.name == "magnitude" else Output(residual=gate.name == Easy.name)
-
-
-def _with_options(chosen: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
-    """The parts with every option given to the one that owns it."""
-    owned: dict[str, dict[str, Any]] = {part: {} for part in chosen}
-    for key, value in options.items():
-        owner = next((part for part, object_ in chosen.items() if key in {f.name for f in fields(object_)}), None)
-        if owner is None:
-            listed = "; ".join(
-                f"{part} {object_.name!r}: {', '.join(f.name for f in fields(object_)) or 'none'}"
-                for part, object_ in chosen.items()
-            )
-            raise TypeError(f"no chosen part has the option {key!r}; they have {listed}")
-        owned[owner][key] = value
-    return {part: replace(object_, **owned[part]) if owned[part] else object_ for part, object_ in chosen.items()}

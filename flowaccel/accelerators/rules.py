@@ -51,6 +51,19 @@ RULES = (
         "a cache would reuse what the refiner corrects, and the refiner's steps are cheap already",
     ),
     Rule(
+        "before",
+        "cache",
+        "guidance_skip",
+        "guidance_skip hands the cache the rows that are still needed, so it stands around it",
+    ),
+    Rule("before", "velocity_refiner", "guidance_skip", "a refiner after it would go on guiding its offsets"),
+    Rule(
+        "excludes",
+        "cache not deciding per image",
+        "guidance_skip",
+        "guidance ends image by image, and then the rows of a batch change; let the cache decide per image",
+    ),
+    Rule(
         "excludes",
         "sampler without R steps",
         "velocity_refiner",

@@ -53,8 +53,8 @@ class StepSkip(Accelerator):
 
     @property
     def tags(self) -> frozenset[str]:
-        """Those of every accelerator, and that it leaves out network calls."""
-        return super().tags | {"cache"}
+        """Those of every accelerator, and of a cache that decides so."""
+        return super().tags | (self.cache.tags - {FeatureCache.name})
 
     def attach(self, pipe: Any) -> Detach:
         """Surround the network's calls."""

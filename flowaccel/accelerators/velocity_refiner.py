@@ -78,7 +78,10 @@ class VelocityRefiner(Accelerator):
             if refiner.device != device:  # not at attach: an offloaded network is not where it computes
                 refiner.to(device)
             call.record.what = "refined"
-            return refined(refiner, convention_of(call.module), call.arguments, refinement.feed, refinement.base)
+            feed, base = refinement.feed, refinement.base
+            if call.kept is not None:  # `refined` repeats them for whole branches only; SiT steps both halves
+                feed, base = (value[[place % len(value) for place in call.kept]] for value in (feed, base))
+            return refined(refiner, convention_of(call.module), call.arguments, feed, base)
 
         remove = session.on_call(around)
         scheduler.refiner = refiner

@@ -11,8 +11,9 @@ import gc
 import inspect
 import time
 import weakref
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -30,8 +31,9 @@ COMPUTED, REUSED = "computed", "reused"
 _ATTACHED = "_flowaccel_session"
 
 CallAround = Callable[[Callable[..., Any], "Call"], Any]
-"""`around(proceed, call)` returns the network's return value; `proceed()` runs the network as it was called, and
-`proceed(arguments)` with other arguments (a dictionary like `call.arguments`)."""
+"""`around(proceed, call)` returns the network's return value; `proceed()` runs the network as it was called,
+`proceed(arguments)` with other arguments (a dictionary like `call.arguments`), and `proceed(call.narrowed(rows))` for
+some of the rows, so that those who stand further inside see no others."""
 
 
 @dataclass
@@ -48,6 +50,8 @@ class CallRecord:
     """Host clock; on a GPU the call may return before it is done."""
     computed: tuple[bool, ...] = ()
     """Per image, where an accelerator decides whether to compute: what it decided."""
+    guided: tuple[bool, ...] = ()
+    """Per image, where an accelerator decides about guidance: whether it was guided."""
     not_run: dict[str, int] = field(default_factory=dict)
     """Rows for which a module of the network was not run, by its name in the network; "" is the network itself."""
     near_ties: int = 0
@@ -104,7 +108,7 @@ class Run:
 class Call:
     """One network call.
 
-    Row r of the batch belongs to image `r % images` and to branch `branches[r // images]`.
+    Row r of the pipeline's batch belongs to image `r % images` and to branch `branches[r // images]`.
     """
 
     run: Run
@@ -125,11 +129,23 @@ class Call:
     arguments: dict[str, Any]
     """What the network was called with, by name."""
     record: CallRecord
+    kept: tuple[int, ...] | None = None
+    """The rows of the pipeline's batch that a `narrowed` call still holds, ascending; None for all."""
+
+    @property
+    def places(self) -> Sequence[int]:
+        """Per row of this call, which row of the pipeline's batch it is."""
+        return range(self.images * len(self.branches)) if self.kept is None else self.kept
 
     @property
     def rows(self) -> int:
-        """Rows of the batch."""
-        return self.images * len(self.branches)
+        """Rows of this call."""
+        return len(self.places)
+
+    @property
+    def row_images(self) -> list[int]:
+        """Per row of this call, the image that it belongs to."""
+        return [place % self.images for place in self.places]
 
     @property
     def sample(self) -> Any:
@@ -137,13 +153,13 @@ class Call:
         return next(iter(self.arguments.values()))
 
     def rows_of(self, branch: str) -> slice:
-        """The rows of one branch.
+        """The rows of one branch; all of them are there but in a `narrowed` call.
 
         Raises:
             ValueError: the call does not hold that branch.
         """
         start = self.branches.index(branch) * self.images
-        return slice(start, start + self.images)
+        return slice(bisect_left(self.places, start), bisect_left(self.places, start + self.images))
 
     @property
     def gathers(self) -> bool:
@@ -152,6 +168,13 @@ class Call:
         """
         controlled = any("control" in name and value is not None for name, value in self.arguments.items())
         return not self.family.derived and not controlled
+
+    def narrowed(self, rows: Tensor) -> Call:
+        """This call for some of its rows only: `rows` are their ascending indices, on the CPU. Where the call does not
+        `gather`, what rows share would come out wrong.
+        """
+        kept = tuple(self.places[row] for row in rows.tolist())
+        return replace(self, arguments=self.take(rows), kept=kept)
 
     def take(self, rows: Tensor) -> dict[str, Any]:
         """The arguments of a call for some of the rows only: `rows` are their indices. What all rows share is kept."""
@@ -346,15 +369,17 @@ class Session:
     def _call(self, call: Call, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         record, started = call.record, time.perf_counter()
 
-        def compute(arguments: dict[str, Any] | None = None) -> Any:
+        def compute(present: Call, arguments: dict[str, Any] | None) -> Any:
             record.what = COMPUTED
-            return forward(*args, **kwargs) if arguments is None else forward(**arguments)
+            with self._blocks.during(present):
+                if arguments is None and present is call:
+                    return forward(*args, **kwargs)
+                return forward(**(present.arguments if arguments is None else arguments))
 
-        proceed = compute
+        inner: _Inner = compute
         for around in self._call_arounds:
-            proceed = _surrounded(around, proceed, call)
-        with self._blocks.during(call):
-            output = proceed()
+            inner = _surrounded(around, inner)
+        output = inner(call, None)
         record.seconds = time.perf_counter() - started
         call.run.records.append(record)
         return output
@@ -459,8 +484,20 @@ def _refuse_foreign_cache(name: str, module: nn.Module) -> None:
         )
 
 
-def _surrounded(around: CallAround, proceed: Callable[..., Any], call: Call) -> Callable[..., Any]:
-    return lambda arguments=None: around(proceed if arguments is None else lambda: proceed(arguments), call)
+_Inner = Callable[[Call, dict[str, Any] | None], Any]
+"""Makes a call's output, with other arguments than its own if any are given."""
+
+
+def _surrounded(around: CallAround, inner: _Inner) -> _Inner:
+    def run(call: Call, arguments: dict[str, Any] | None) -> Any:
+        def proceed(changed: dict[str, Any] | Call | None = None) -> Any:
+            if isinstance(changed, Call):
+                return inner(changed, None)
+            return inner(call, arguments if changed is None else changed)
+
+        return around(proceed, call)
+
+    return run
 
 
 def _rows(sample: Any) -> int:

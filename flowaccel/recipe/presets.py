@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,6 +14,7 @@ from flowaccel.accelerators import (
     CACHE_PRESETS,
     LEVELS,
     Accelerator,
+    GuidanceSkip,
     Level,
     LevelCache,
     Sampler,
@@ -25,17 +27,27 @@ from flowaccel.recipe.recipe import Recipe
 from flowaccel.recipe.storage import holds_recipe, is_hub_id
 from flowaccel.samplers import Blocks
 
+_WITH_OPTIONS: dict[str, Callable[..., Accelerator]] = {
+    **{name: functools.partial(cache_preset, name) for name in CACHE_PRESETS},
+    "guidance_skip": GuidanceSkip,
+    "guidance_interval": functools.partial(GuidanceSkip, "interval"),
+}
+"""Presets of one accelerator that take options, and what makes it of them."""
+
 PRESETS = {
     "none": "nothing: the pipeline as it is",
     **{name: f"the {name} sampler" for name in SAMPLERS if name != "flowturbo"},
     "flowturbo-BLOCKS": "FlowTurbo with BLOCKS such as H2P4R2; append -consistent or -single for other refiner steps",
     **{name: preset.summary for name, preset in CACHE_PRESETS.items()},
+    "guidance_skip": "Stop guiding an image once its conditional and unconditional predictions agree.",
+    "guidance_interval": "Guide in one part of the run only, by default its first half.",
     **{
         name: f"the cache calibrated for the model and steps, {speedup}x fewer computed calls; else a generic one"
         for name, speedup in LEVELS.items()
     },
 }
-"""Preset names and what they are. `@N` after a name asks for N steps; caches take options, `fbcache:threshold=0.1`."""
+"""Preset names and what they are. `@N` after a name asks for N steps; caches and guidance take options,
+`fbcache:threshold=0.1`."""
 
 
 def preset(name: str) -> Recipe:
@@ -55,11 +67,11 @@ def preset(name: str) -> Recipe:
     if stem in LEVELS:
         return Recipe([LevelCache(cast(Level, stem))], name=name, num_inference_steps=count)
     kind, colon, options_text = stem.partition(":")
-    if kind in CACHE_PRESETS:
-        return Recipe([_cache(kind, options_text)], name=name, num_inference_steps=count)
+    if kind in _WITH_OPTIONS:
+        return Recipe([_with_options(kind, options_text)], name=name, num_inference_steps=count)
     if colon and kind in PRESETS:
         raise ValueError(
-            f"preset {kind!r} takes no options, got {name!r}; those that do are {', '.join(CACHE_PRESETS)}"
+            f"preset {kind!r} takes no options, got {name!r}; those that do are {', '.join(_WITH_OPTIONS)}"
         )
     match = re.fullmatch(r"flowturbo-([^-]+)(?:-(released|consistent|single))?", stem)
     if match:
@@ -75,7 +87,7 @@ def preset(name: str) -> Recipe:
     )
 
 
-def _cache(name: str, text: str) -> Accelerator:
+def _with_options(name: str, text: str) -> Accelerator:
     """`threshold=0.1,parity` after the colon; values are JSON, or else text."""
     options: dict[str, Any] = {}
     for part in re.split(r",(?![^\[]*\])", text) if text else ():
@@ -84,7 +96,7 @@ def _cache(name: str, text: str) -> Accelerator:
             raise ValueError(f"options of {name!r} look like threshold=0.1,max_run=3,parity, got {text!r}")
         options[key] = _value(value) if equals else True
     try:
-        return cache_preset(name, **options)
+        return _WITH_OPTIONS[name](**options)
     except TypeError as error:
         raise ValueError(f"preset {name!r}: {error}") from error
 

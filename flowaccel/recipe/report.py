@@ -12,7 +12,7 @@ from flowaccel.recipe.recipe import Recipe
 from flowaccel.recipe.verbs import recipe_of
 
 COMPUTED = "computed"
-_BY_NETWORK = (COMPUTED, "mixed", "reused")
+_BY_NETWORK = (COMPUTED, "mixed", "reused", "unguided", "partly guided")
 """What the network itself did, at least in part; refiners and the like count nothing here."""
 _LETTERS = 16
 
@@ -32,6 +32,11 @@ class StepReport:
         """Per image, whether an accelerator that decides let it be computed; empty where none does."""
         images = [call.computed for call in self.calls if call.computed]
         return tuple(any(image) for image in zip(*images, strict=False))
+
+    @property
+    def guided(self) -> tuple[bool, ...]:
+        """Per image, whether it was guided; empty where no accelerator decides that."""
+        return next((call.guided for call in self.calls if call.guided), ())
 
     @property
     def seconds(self) -> float:
@@ -77,6 +82,12 @@ class Report:
         """Part of the images and steps that was reused, from 0 to 1."""
         images = [computed for step in self.steps for computed in step.computed]
         return images.count(False) / len(images) if images else 0.0
+
+    @property
+    def guided_rate(self) -> float | None:
+        """Part of the images and steps that was guided, from 0 to 1; None where no accelerator decides that."""
+        images = [guided for step in self.steps for guided in step.guided]
+        return images.count(True) / len(images) if images else None
 
     @property
     def seconds_saved(self) -> float | None:
@@ -130,25 +141,32 @@ class Report:
         return "\n".join(lines)
 
     def _savings(self) -> list[str]:
-        """What caches did, in a line or two."""
-        if not any(step.computed for step in self.steps):
+        """What caches and guidance left out, in a line or two."""
+        parts = [f"Reused: {self.hit_rate:.0%}"] if any(step.computed for step in self.steps) else []
+        parts += [] if self.guided_rate is None else [f"{'not' if parts else 'Not'} guided: {1 - self.guided_rate:.0%}"]
+        if not parts:
             return []
         macs = ""
         if self.macs is not None and self.macs_saved is not None:
             macs = f", {self.macs_saved / (self.macs + self.macs_saved):.0%} of the multiply-adds"
         seconds = "" if self.seconds_saved is None else f", about {self.seconds_saved:.3f} s"
         return [
-            f"Reused: {self.hit_rate:.0%} of the images and steps{macs}{seconds}.",
+            f"{'; '.join(parts)} of the images and steps{macs}{seconds}.",
             f"Held {self.cache_bytes / 1e6:.1f} MB, and {self.gate_bytes / 1e6:.1f} MB to decide by; "
             f"{self.host_reads} waits for the device, {self.near_ties} near-ties.",
         ]
 
 
 def _pattern(step: StepReport) -> str:
-    """Which images were computed: one letter each, or their number."""
-    if len(step.computed) > _LETTERS:
-        return f"  {sum(step.computed)} of {len(step.computed)} images"
-    return "  " + "".join("C" if computed else "r" for computed in step.computed) if step.computed else ""
+    """Which images were computed, and which guided."""
+    return _letters(step.computed, "Cr", "images") + _letters(step.guided, "G-", "guided")
+
+
+def _letters(images: Sequence[bool], letters: str, what: str) -> str:
+    """The first letter or the second for each image, or, where they are many, the number of the first."""
+    if len(images) > _LETTERS:
+        return f"  {sum(images)} of {len(images)} {what}"
+    return "  " + "".join(letters[not image] for image in images) if images else ""
 
 
 def _describe(call: CallRecord) -> str:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from flowaccel.accelerators.caching.history import History
+from flowaccel.accelerators.caching.history import History, PartialHistory
 from flowaccel.predictors import PREDICTORS, AdamsBashforth, Hold, Newton, Predictor
 
 WIDTH = 3
@@ -126,3 +126,25 @@ def test_half_precision_stays_half_precision() -> None:
     assert only(history.predict(800.0)).dtype == torch.bfloat16
     history.store((line(800.0)[:1],), 800.0, torch.tensor([0]))
     assert only(history.predict(700.0)).dtype == torch.bfloat16
+
+
+def test_some_rows_of_a_history_go_by_their_own_numbers() -> None:
+    history = History(Newton(1))
+    part = PartialHistory(history, [0, 2], 3)
+    assert part.empty and not part.covers(0)
+    for t in (900.0, 800.0):
+        part.store((line(t, 3)[[0, 2]],), t)
+    assert [history.covers(row) for row in range(3)] == [True, False, True]
+    assert part.covers(1) and not PartialHistory(history, [1], 3).covers(0)
+    torch.testing.assert_close(only(part.predict(700.0)), line(700.0, 3)[[0, 2]])
+    assert torch.equal(only(part.newest), line(800.0, 3)[[0, 2]])
+    history.store((line(700.0, 3),), 700.0)
+    part.store((line(600.0, 3)[[2]],), 600.0, torch.tensor([1]))
+    torch.testing.assert_close(only(history.predict(500.0))[2], line(500.0, 3)[2])
+    assert torch.equal(only(history.predict(500.0))[1], line(700.0, 3)[1]), "which has one value so far"
+
+
+def test_rows_without_a_value_are_predicted_as_zero() -> None:
+    history = filled(Hold(), [900.0])
+    history.forget(torch.tensor([0, 1]))
+    assert torch.equal(only(history.predict(800.0)), torch.zeros(2, WIDTH))

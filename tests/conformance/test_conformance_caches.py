@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 import families
 import tiny
-from families import CASES, Case
+from families import BATCHED, CASES, EVALUATIONS, Case, assert_close, made, split_guidance
 from flowaccel import (
     FeatureCache,
     RecipeConflictError,
@@ -56,12 +56,8 @@ from flowaccel.gates import (
 from flowaccel.hooks import ATTENTION, FAMILIES, FEED_FORWARD, Block, Call, networks, session_of
 from flowaccel.predictors import Hold, Newton
 
-EVALUATIONS = 10
 SHORT = 7
 """Evaluations that are enough for the caches which never wait long to save something."""
-CLOSE = 1e-4
-"""Of the largest value."""
-
 # Thresholds at which ten steps of these random networks are neither all computed nor, past the warm-up, all reused.
 SAVING: dict[str, dict[str, Any]] = {
     "fbcache": {"threshold": 0.3, "max_run": 3},
@@ -111,16 +107,6 @@ def cache(case: Case, name: str, **options: Any) -> FeatureCache:
     return cache_preset(name, **{**SAVING[name], **threshold, **options})
 
 
-def made(case: Case, pipe: Any, evaluations: int = EVALUATIONS, **options: Any) -> Tensor:
-    """The latents of one call; where the pipeline hands out only images, these."""
-    steps = 2 * evaluations if case.begins_at else evaluations
-    arguments = case.arguments(steps=steps, **options)
-    if case.name not in ("sit", "dit"):
-        arguments["output_type"] = "latent"
-    output = pipe(**arguments)
-    return torch.as_tensor(output.frames if hasattr(output, "frames") else output.images)
-
-
 Decisions = list[tuple[str, tuple[str, ...], tuple[bool, ...]]]
 
 
@@ -135,11 +121,6 @@ def of_image(taken: Decisions, image: int) -> Decisions:
 
 def saved(taken: Decisions) -> int:
     return sum(not image for _, _, computed in taken for image in computed)
-
-
-def assert_close(actual: Tensor, expected: Tensor) -> None:
-    tolerance = CLOSE * max(1.0, float(expected.abs().max()))
-    torch.testing.assert_close(actual, expected, atol=tolerance, rtol=0)
 
 
 @functools.cache
@@ -489,36 +470,6 @@ class Staggered(Easy):
 
     def update(self, state: Any, signal: Any, feedback: Any, computed: Any, step: Any) -> Any:
         return {"seen": torch.ones(len(signal))}
-
-
-def split_guidance(pipe: Any) -> None:
-    """From here on every batch of both branches comes to the network as two calls, the conditional one first."""
-    for network in networks(pipe).values():
-        inner, signature = network.forward, inspect.signature(network.forward)
-
-        @functools.wraps(inner)
-        def forward(*args: Any, inner: Any = inner, signature: Any = signature, **kwargs: Any) -> Any:
-            bound = signature.bind(*args, **kwargs).arguments
-            rows = next(iter(bound.values())).shape[0]
-            halves = [_half(bound, rows, part) for part in (0, 1)]
-            order = (0, 1) if session_of(pipe).families[0] in ("sit", "dit") else (1, 0)
-            outputs = {part: inner(**halves[part]) for part in order}
-            if isinstance(outputs[0], tuple):
-                return (torch.cat([outputs[0][0], outputs[1][0]]),)
-            return type(outputs[0])(sample=torch.cat([outputs[0].sample, outputs[1].sample]))
-
-        network.forward = forward
-
-
-def _half(value: Any, rows: int, part: int) -> Any:
-    if isinstance(value, dict):
-        return {key: _half(entry, rows, part) for key, entry in value.items()}
-    if isinstance(value, Tensor) and value.dim() and value.shape[0] == rows:
-        return value[part * rows // 2 : (part + 1) * rows // 2]
-    return value
-
-
-BATCHED = [case for case in CASES.values() if len(case.branches[0]) == 2]
 
 
 @pytest.mark.parametrize("case", BATCHED, ids=[case.name for case in BATCHED])

@@ -417,3 +417,25 @@ def test_modules_obey_those_who_surround_them_now(sd3: Any) -> None:
     sd3(**arguments(steps=1))
     assert seen == []
     assert not [module for module in sd3.transformer.transformer_blocks.modules() if "forward" in vars(module)]
+
+
+def test_a_narrowed_call_is_seen_further_inside_with_its_own_rows(sd3: Any) -> None:
+    session, calls = watched(sd3)
+    seen: list[tuple[Any, ...]] = []
+
+    def narrow(proceed: Any, call: Call) -> Any:
+        kept = torch.tensor([0, 2, 3])  # of [uncond 0, uncond 1, cond 0, cond 1]
+        found = proceed(call.narrowed(kept))[0]
+        whole = proceed()[0]
+        seen.append((call.rows, len(found), float((found - whole[kept]).abs().max()), float(whole.abs().max())))
+        return (whole,)
+
+    session.on_call(narrow)
+    sd3(**arguments(batch=2, steps=2))
+    assert all((rows, part) == (4, 3) and error < 1e-5 * size for rows, part, error, size in seen) and len(seen) == 2
+    narrowed, whole = calls[0], calls[1]
+    assert (narrowed.rows, narrowed.row_images, list(narrowed.places)) == (3, [0, 0, 1], [0, 2, 3])
+    assert (narrowed.rows_of("uncond"), narrowed.rows_of("cond")) == (slice(0, 1), slice(1, 3))
+    assert narrowed.sample.shape[0] == 3
+    assert (whole.rows, whole.row_images, whole.rows_of("cond")) == (4, [0, 1, 0, 1], slice(2, 4))
+    assert list(narrowed.narrowed(torch.tensor([1, 2])).places) == [2, 3]

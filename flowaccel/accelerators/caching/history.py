@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -28,6 +30,10 @@ class History:
     def newest(self) -> Value:
         """The last computed value of every row."""
         return self._values[0]
+
+    def covers(self, row: int) -> bool:
+        """Whether there is something to predict this row from."""
+        return not self.empty and bool(self._times[row])
 
     @property
     def bytes(self) -> int:
@@ -100,6 +106,55 @@ class History:
         return tuple(_mixture([value[place] for value in self._values], table) for place in range(len(self._values[0])))
 
 
+class PartialHistory:
+    """Some rows of a history, by the numbers that they have in a narrowed call; the others keep what they have.
+
+    Args:
+        history: of all rows.
+        kept: the rows of the history that are meant, ascending.
+        full: how many rows the history has, or is to have.
+    """
+
+    def __init__(self, history: History, kept: Sequence[int], full: int) -> None:
+        self._history, self._kept, self._full = history, torch.tensor(kept), full
+
+    @property
+    def empty(self) -> bool:
+        """Whether nothing was computed yet for any row of the history."""
+        return self._history.empty
+
+    @property
+    def newest(self) -> Value:
+        """The last computed value of every row."""
+        return self._of_kept(self._history.newest)
+
+    def covers(self, row: int) -> bool:
+        """Whether there is something to predict this row from."""
+        return self._history.covers(int(self._kept[row]))
+
+    def store(self, value: Value, time: float, rows: Tensor | None = None) -> None:
+        """Take computed values in, of all rows or of `rows` alone; see `History.store`."""
+        places = self._kept if rows is None else self._kept[rows]
+        if not self._history.empty:
+            self._history.store(value, time, places)
+            return
+        self._history.store(tuple(_placed(tensor, places, self._full) for tensor in value), time)
+        self._history.forget(torch.tensor(sorted(set(range(self._full)) - set(places.tolist())), dtype=torch.long))
+
+    def predict(self, time: float) -> Value:
+        """The values of all rows at a time."""
+        return self._of_kept(self._history.predict(time))
+
+    def _of_kept(self, value: Value) -> Value:
+        return tuple(None if tensor is None else tensor[self._kept.to(tensor.device)] for tensor in value)
+
+
+def _placed(tensor: Tensor | None, places: Tensor, full: int) -> Tensor | None:
+    if tensor is None:
+        return None
+    return tensor.new_zeros(full, *tensor.shape[1:]).index_copy(0, places.to(tensor.device), tensor)
+
+
 def _replaced(old: Tensor | None, new: Tensor | None, rows: Tensor | None) -> Tensor | None:
     if new is None or rows is None:
         return new
@@ -116,6 +171,8 @@ def _mixed(rows: Tensor, new: Tensor | None, old: Tensor | None) -> Tensor | Non
 def _weighted(values: list[Value], weights: list[float]) -> Value:
     """The weighted sum with the same weights in all rows; a value of weight 1 alone comes back as it is."""
     used = [(value, weight) for value, weight in zip(values, weights, strict=False) if weight != 0.0]
+    if not used:  # no row has anything to predict from
+        return tuple(None if tensor is None else torch.zeros_like(tensor) for tensor in values[0])
     found: list[Tensor | None] = []
     for place, first in enumerate(used[0][0]):
         total = first if first is None or used[0][1] == 1.0 else first * used[0][1]

@@ -57,7 +57,9 @@ class ModuleCache(Cache):
             return proceed()
         self._calls[path] += 1
         key = f"{path}#{self._calls[path]}"  # CogView4 calls one feed-forward for the image and for the text
-        history, rows = self._moment.history(key), self._moment.computing
+        history = self._moment.history(key)
+        self._moment.require(history)
+        rows = self._moment.computing
         if len(rows) == call.rows or history.empty:
             output = proceed()
             self._bare[key] = not isinstance(output, tuple)

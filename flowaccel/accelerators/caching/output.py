@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from flowaccel.accelerators.caching.history import Value
-from flowaccel.accelerators.caching.runtime import Cache, Moment, Proceed, Rules, not_run, tensor_of
+from flowaccel.accelerators.caching.runtime import Cache, Moment, Proceed, Rules, not_run, packer, tensor_of
 from flowaccel.accelerators.caching.scopes import Output
 
 
@@ -29,7 +29,7 @@ class OutputCache(Cache):
         not_run(call.record, "", call.rows - len(rows))
         if len(rows) == call.rows:
             output = proceed()
-            self._packed = _packer(output)
+            self._packed = packer(output)
             self._store(moment, tensor_of(output), None)
             return output
         forecast = self._shifted(moment, _only(history.predict(call.timestep)), 1)
@@ -58,10 +58,3 @@ class OutputCache(Cache):
 def _only(value: Value) -> Tensor:
     assert value[0] is not None
     return value[0]
-
-
-def _packer(output: Any) -> Callable[[Tensor], Any]:
-    if isinstance(output, tuple):
-        return lambda tensor: (tensor,)
-    kind = type(output)
-    return lambda tensor: kind(sample=tensor)

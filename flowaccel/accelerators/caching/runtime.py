@@ -14,7 +14,7 @@ from torch import Tensor
 
 from flowaccel.accelerators.caching.decisions import Decider, Decision, Unit, all_compute
 from flowaccel.accelerators.caching.guard import Guard
-from flowaccel.accelerators.caching.history import History
+from flowaccel.accelerators.caching.history import History, PartialHistory
 from flowaccel.errors import UnsupportedModelError
 from flowaccel.gates import Gate, Step
 from flowaccel.hooks import Call, CallRecord, Session
@@ -72,11 +72,7 @@ class Cache(ABC):
     def _around_call(self, proceed: Proceed, call: Call) -> Any:
         if EXTRA in call.branches or not (self.active is None or self.active(call)):
             return proceed()
-        if not isinstance(call.sample, Tensor):
-            raise UnsupportedModelError(
-                f"{type(call.module).__name__} takes a list of images, and caches need them as one tensor; leave the "
-                "cache off"
-            )
+        require_tensor(call, "a cache")
         moment = Moment(self.rules, call.run.state.setdefault(self, Memory()), call)
         if moment.decision is None and self.rules.gate.signal in ("none", "input"):
             moment.decide(None if self.rules.gate.signal == "none" else moment.of_units(call.sample))
@@ -97,6 +93,8 @@ class Moment:
         self.step = Step(index=call.step, count=call.run.num_steps, time=call.timestep)
         self.decision: Decision | None = None
         """None until it is taken."""
+        self._lacking: frozenset[int] = frozenset()
+        """Rows that are not decided to compute, and do, because there is nothing to predict them from."""
         self._signal: Tensor | None = None
         self._feedback: Tensor | None = None
         if not self.decides:
@@ -170,14 +168,15 @@ class Moment:
         """Close the call: the gate learns what was done, the report too."""
         assert self.decision is not None
         decider, decision = self._decider, self.decision
-        if any(decision.compute):
+        if len(self.computing):
             finite = torch.isfinite(output.flatten(1).sum(dim=1, dtype=torch.float32))
             self._note_finite(decider, finite)
             if self.rules.gate.feedback == "output":
                 self.give_back(output)
         if self.decides:
-            decider.update(self._signal, self._feedback, decision, self.step)
-        _account(self.call.record, self.call, decision, self.rows, self.decides)
+            feedback = self._feedback if any(decision.compute) else None
+            decider.update(self._signal, feedback, decision, self.step)
+        _account(self.call.record, self.call, decision, self.decided, self.decides)
         self.call.record.cache_bytes += self.memory.bytes
         self.call.record.gate_bytes += self.memory.gate_bytes
 
@@ -187,53 +186,83 @@ class Moment:
         if self.rules.unit == "batch":
             finite = finite.all()[None]
         elif self.rules.unit == "image":
+            if call.kept is not None:  # of rows that nobody asks for nothing is known to be wrong
+                kept = torch.tensor(call.kept, device=finite.device)
+                finite = finite.new_ones(call.images * len(call.branches)).index_copy(0, kept, finite)
             finite = finite.view(len(call.branches), call.images).all(dim=0)
         decider.finite = finite if decider.finite is None else decider.finite & finite
 
     # -- rows
 
     @property
-    def rows(self) -> tuple[bool, ...]:
-        """Per row, whether it is computed."""
+    def decided(self) -> tuple[bool, ...]:
+        """Per row, whether it is decided that it computes."""
         assert self.decision is not None
         compute = self.decision.compute
         if len(compute) == 1:
             return compute * self.call.rows
-        return compute if self.rules.unit == "row" else compute * len(self.call.branches)
+        return compute if self.rules.unit == "row" else tuple(compute[image] for image in self.call.row_images)
 
     @functools.cached_property
     def computing(self) -> Tensor:
-        """(n,) indices of the rows that are computed, on the CPU; asked for once the decision stands."""
-        return torch.tensor(self.rows).nonzero().flatten()
+        """(n,) indices of the rows that are computed, on the CPU; asked for once the decision stands, after
+        `require`.
+        """
+        computed = [row for row, decided in enumerate(self.decided) if decided or row in self._lacking]
+        return torch.tensor(computed, dtype=torch.long)
 
     # -- values
 
-    def history(self, what: str = "") -> History:
+    def history(self, what: str = "") -> History | PartialHistory:
         """The computed values of the rows of this call; `what` tells several apart."""
         key = (self.call.network, self.call.branches, what)
         made = self.memory.histories.get(key)
         if made is None:
             made = self.memory.histories[key] = History(self.rules.predictor)
-        return made
+        if self.call.kept is None:
+            return made
+        return PartialHistory(made, self.call.kept, self.call.images * len(self.call.branches))
 
-    def require(self, history: History) -> None:
-        """Compute everywhere where there is nothing yet to predict from."""
-        if history.empty and self.decision is not None and not all(self.decision.compute):
+    def require(self, history: History | PartialHistory) -> None:
+        """Compute what there is nothing yet to predict from: everything, or rows that no call before this one held."""
+        assert self.decision is not None
+        if all(self.decision.compute):
+            return
+        if history.empty:
             self.decision = Decision(compute=(True,) * len(self.decision.compute))
+        reused = (row for row, decided in enumerate(self.decided) if not decided)
+        self._lacking = frozenset(row for row in reused if not history.covers(row))
 
 
 def _account(record: CallRecord, call: Call, decision: Decision, rows: tuple[bool, ...], decides: bool) -> None:
-    images = [any(rows[image :: call.images]) for image in range(call.images)]
-    record.computed = tuple(images)
-    record.what = "computed" if all(images) else "mixed" if any(images) else "reused"
+    computed = {image for image, row in zip(call.row_images, rows, strict=True) if row}
+    present = set(call.row_images)
+    record.computed = tuple(image in computed for image in range(call.images))
+    record.what = "computed" if computed == present else "mixed" if computed else "reused"
     if decides:
         record.near_ties += decision.near_ties
         record.host_reads += decision.host_reads
 
 
+def require_tensor(call: Call, what: str) -> None:
+    """Raise an UnsupportedModelError where the network takes a list of images; `what` is what to leave off."""
+    if not isinstance(call.sample, Tensor):
+        raise UnsupportedModelError(
+            f"{type(call.module).__name__} takes a list of images, and {what} needs them as one tensor; leave it off"
+        )
+
+
 def tensor_of(output: Any) -> Tensor:
     """What a network returned, as a tensor (rows, ...)."""
     return output[0] if isinstance(output, tuple) else output.sample
+
+
+def packer(output: Any) -> Callable[[Tensor], Any]:
+    """What makes of a tensor (rows, ...) a return value like this one."""
+    if isinstance(output, tuple):
+        return lambda tensor: (tensor,)
+    kind = type(output)
+    return lambda tensor: kind(sample=tensor)
 
 
 def not_run(record: CallRecord, path: str, rows: int) -> None:
