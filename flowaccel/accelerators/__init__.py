@@ -4,6 +4,7 @@ from flowaccel.accelerators.base import Accelerator as Accelerator
 from flowaccel.accelerators.cache_presets import CACHE_PRESETS as CACHE_PRESETS
 from flowaccel.accelerators.cache_presets import cache_preset as cache_preset
 from flowaccel.accelerators.calibration import Calibration as Calibration
+from flowaccel.accelerators.calibration import GridCalibration as GridCalibration
 from flowaccel.accelerators.feature_cache import FeatureCache as FeatureCache
 from flowaccel.accelerators.level_cache import LEVELS as LEVELS
 from flowaccel.accelerators.level_cache import Level as Level
@@ -23,6 +24,7 @@ __all__ = [
     "Accelerator",
     "Calibration",
     "FeatureCache",
+    "GridCalibration",
     "Level",
     "LevelCache",
     "Sampler",
