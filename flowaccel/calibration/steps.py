@@ -150,11 +150,11 @@ def _check_base(pipe: Any, method: str, base: Recipe) -> None:
         pass
     with accelerated(pipe, base):
         reason = _not_euler(pipe.scheduler)
-    if reason is not None:
-        raise ValueError(
-            f"method {method!r} searches grids for Euler's method, but the pipeline's {type(pipe.scheduler).__name__} "
-            f"{reason}; put the recipe 'euler' under it (--recipe euler)"
-        )
+        if reason is not None:
+            raise ValueError(
+                f"method {method!r} searches grids for Euler's method, but the {type(pipe.scheduler).__name__} "
+                f"{reason}; put the recipe 'euler' under it (--recipe euler)"
+            )
 
 
 def _not_euler(scheduler: Any) -> str | None:

@@ -110,7 +110,7 @@ def calibrate(
     Example: flowaccel calibrate zoo:sit-digits --method oss --recipe euler --steps 8 --out my-grid
     """
     with friendly_errors():
-        given = {
+        given: dict[str, Any] = {
             name: value
             for name, value in (
                 ("target_speedup", target_speedup),
