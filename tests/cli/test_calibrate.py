@@ -157,3 +157,21 @@ def test_wrong_use_of_grids_is_exit_code_2(options: str, message: str, plain: st
     result = run(plain, *options.split(), "--num-samples", "1", "--out", str(tmp_path / "out"), code=2)
     assert message in result.output.replace("\n", " ")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_grid_for_prompts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is measured on the prompts that follow those of the search."""
+    pipe = tiny.wan_pipeline()
+    asked: list[Any] = []
+    encode = pipe.encode_prompt
+    pipe.encode_prompt = lambda *args, **kwargs: (asked.append(kwargs["prompt"]), encode(*args, **kwargs))[1]
+    monkeypatch.setattr("flowaccel.cli.calibrate.open_pipeline", lambda *_: pipe)
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("one\ntwo\nthree\n")
+    sizes = ["--height", "16", "--width", "16", "--num-frames", "5", "--num-samples", "2", "--held-out", "1"]
+    options = ["--prompts", str(prompts), "--steps", "2", "--fine-steps", "4", *sizes]
+    run("anything", "--method", "oss", *options, "--out", str(tmp_path / "out"))
+    assert ["one", "two"] in asked and ["three"] in asked
+    assert asked.count(["three"]) == 3  # fine, default and searched
+    (sampler,) = Recipe.from_pretrained(tmp_path / "out").accelerators
+    assert sampler.calibration.conditions == 2  # type: ignore[attr-defined]
