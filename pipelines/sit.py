@@ -71,6 +71,7 @@ class SiTBase(DiffusionPipeline):
         self.register_to_config(id2label=id2label)
         self.image_processor = VaeImageProcessor(do_convert_rgb=False)
         self._interrupt = False
+        self._guidance_scale: float | None = None
         self._blocks: CompiledBlocks | None = None
 
     @property
@@ -78,6 +79,11 @@ class SiTBase(DiffusionPipeline):
         """Class names and their ids (empty where the model has none)."""
         id2label = self.config.id2label or {}
         return {name.strip(): int(key) for key, names in id2label.items() for name in names.split(",")}
+
+    @property
+    def guidance_scale(self) -> float | None:
+        """That of the present or last call; None before the first."""
+        return self._guidance_scale
 
     @property
     def interrupt(self) -> bool:
@@ -132,6 +138,7 @@ class SiTBase(DiffusionPipeline):
         self._check_rest(output_type, generator, len(label_ids), callback_inputs)
         self._check_compiled()
         self._interrupt = False
+        self._guidance_scale = guidance_scale
         if len(label_ids) == 1 and isinstance(generator, torch.Generator):
             generator = [generator]  # so that guidance, which doubles the batch, does not draw twice the noise
         labels = torch.tensor(label_ids, device=self._execution_device)
@@ -148,7 +155,7 @@ class SiTBase(DiffusionPipeline):
 
     def _step_count(self, num_inference_steps: int | None) -> int:
         if num_inference_steps is None:
-            num_inference_steps = getattr(self.scheduler, "default_num_inference_steps", DEFAULT_STEPS)
+            num_inference_steps = getattr(self.scheduler, "default_num_inference_steps", None) or DEFAULT_STEPS
         return num_inference_steps
 
     def _set_timesteps(self, steps: int, first_step: int = 0) -> Tensor:
@@ -362,7 +369,7 @@ class SiTPipeline(SiTBase):
         Args:
             class_labels: class ids or names; one or a list of B.
             num_inference_steps: steps of the scheduler; `None` takes the scheduler's own number where it has one
-                (FlowTurbo), else 50.
+                (FlowTurbo, a searched grid), else 50.
             guidance_scale: classifier-free guidance s >= 1 in null + s * (conditional - null); 1 switches it off and
                 halves the work.
             guidance_channels: how many of the leading latent channels are guided. The SiT code guides 3 of 4 and lets

@@ -15,7 +15,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from diffusers.configuration_utils import ConfigMixin
@@ -73,6 +73,8 @@ class FlowSampler(SchedulerMixin, ConfigMixin):
 
     def _initialise(self) -> None:
         """Called at the end of a subclass's constructor."""
+        if self._fixed is not None:
+            _check_grid(self._fixed)
         self.num_inference_steps: int | None = None
         self.grid: list[float] = []
         self.first_step = 0
@@ -92,6 +94,16 @@ class FlowSampler(SchedulerMixin, ConfigMixin):
 
     def _forget(self) -> None:
         """Drop whatever a run carries from one evaluation to the next."""
+
+    @property
+    def _fixed(self) -> Sequence[float] | None:
+        """The grid that it was made with, if any."""
+        return self.config.get("grid")
+
+    @property
+    def default_num_inference_steps(self) -> int | None:
+        """The only number of steps that it takes, or None if it takes any."""
+        return None if self._fixed is None else len(self._fixed) - 1
 
     def last_start(self, steps: int) -> int:
         """The largest `first_step` that a run of `steps` steps allows."""
@@ -127,7 +139,8 @@ class FlowSampler(SchedulerMixin, ConfigMixin):
         """Fix the grid and the evaluations of the next run and forget the last one.
 
         Args:
-            num_inference_steps: number of steps; may be left out where `sigmas` is given.
+            num_inference_steps: number of steps; may be left out where `sigmas` is given, or the scheduler was made
+                with a grid.
             device: where `timesteps` is put.
             sigmas: the noise levels that the steps start from, decreasing, in (0, 1]; they are shifted like the
                 default ones, which are uniform: 1, 1 - 1/N, ..., 1/N.
@@ -139,12 +152,16 @@ class FlowSampler(SchedulerMixin, ConfigMixin):
             ValueError: neither count nor levels, or both and they disagree, levels out of order, `mu` missing, a first
                 step that is out of range or cannot be a first one.
         """
-        starts = _starting_levels(num_inference_steps, sigmas)
-        self.num_inference_steps = len(starts)
-        self.grid = [self._shift(level, mu) for level in starts] + [0.0]
+        if self._fixed is None:
+            self.grid = [self._shift(level, mu) for level in _starting_levels(num_inference_steps, sigmas)] + [0.0]
+        else:
+            self.grid = _fixed_levels(self._fixed, num_inference_steps, sigmas)
+        self.num_inference_steps = len(self.grid) - 1
         last = self.last_start(self.num_inference_steps)
         if not 0 <= first_step <= last:
-            raise ValueError(f"first_step must be in 0 .. {last} for {len(starts)} steps, got {first_step}")
+            raise ValueError(
+                f"first_step must be in 0 .. {last} for {self.num_inference_steps} steps, got {first_step}"
+            )
         self.first_step = first_step
         self.evaluations = self._plan(self.num_inference_steps)
         levels = torch.tensor([evaluation.sigma for evaluation in self.evaluations], dtype=torch.float32)
@@ -264,3 +281,38 @@ def _starting_levels(count: int | None, sigmas: Sequence[float] | None) -> list[
     if any(later >= earlier for earlier, later in pairwise(levels)):
         raise ValueError(f"sigmas must decrease, got {levels}")
     return levels
+
+
+def _fixed_levels(grid: Sequence[float], count: int | None, sigmas: Sequence[float] | None) -> list[float]:
+    """The grid that a scheduler was made with, unless a run asks for another one.
+
+    Pipelines hand over the uniform levels of their number of steps on their own; any others are somebody's wish.
+    """
+    steps = len(grid) - 1
+    asked = _starting_levels(steps if count is None and sigmas is None else count, sigmas)
+    if len(asked) != steps:
+        raise ValueError(
+            f"this scheduler has a grid of {steps} steps, but num_inference_steps is {len(asked)}; call the pipeline "
+            f"with num_inference_steps={steps}, or search a grid of {len(asked)} steps (flowaccel calibrate --method "
+            f"boss --steps {len(asked)})"
+        )
+    if any(not math.isclose(level, 1 - k / steps, abs_tol=1e-5) for k, level in enumerate(asked)):
+        raise ValueError(f"this scheduler has a grid of its own, {list(grid)}; leave sigmas out, got {list(asked)}")
+    return [float(level) for level in grid]
+
+
+def _check_grid(grid: Any) -> None:
+    numbers = isinstance(grid, (list, tuple)) and all(
+        isinstance(level, (int, float)) and not isinstance(level, bool) for level in grid
+    )
+    # Written so that NaN fails too.
+    if (
+        not numbers
+        or len(grid) < 2
+        or (grid[0], grid[-1]) != (1, 0)
+        or not all(earlier > later for earlier, later in pairwise(grid))
+    ):
+        raise ValueError(
+            "grid must be a list of noise levels that decrease from exactly 1 (noise) to exactly 0 (data), such as "
+            f"[1.0, 0.8, 0.3, 0.0], got {grid!r}"
+        )

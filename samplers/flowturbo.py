@@ -90,9 +90,11 @@ class FlowTurboScheduler(FlowSampler):
         shift: SD3's time shift of the uniform grid; 1 leaves it uniform.
         use_dynamic_shifting, base_shift, max_shift, base_image_seq_len, max_image_seq_len, time_shift_type:
             resolution-dependent shifting, as in `FlowMatchEulerDiscreteScheduler`.
+        grid: noise levels to step over, from 1 to 0, instead of the shifted uniform ones: taken as they are, with no
+            shift, and for their own number of steps only (`flowaccel calibrate --method boss` searches them).
 
     Raises:
-        ValueError: bad `blocks` or `refiner_mode`.
+        ValueError: bad `blocks`, `refiner_mode` or `grid`.
     """
 
     begins_midway: ClassVar[bool] = True
@@ -112,10 +114,16 @@ class FlowTurboScheduler(FlowSampler):
         base_image_seq_len: int = 256,
         max_image_seq_len: int = 4096,
         time_shift_type: TimeShift = "exponential",
+        grid: list[float] | None = None,
     ) -> None:
         if refiner_mode not in REFINER_MODES:
             raise ValueError(f"refiner_mode must be one of {REFINER_MODES}, got {refiner_mode!r}")
         self.blocks = Blocks.parse(blocks)
+        if isinstance(grid, (list, tuple)) and len(grid) != self.blocks.total + 1:
+            raise ValueError(
+                f"grid must have {self.blocks.total + 1} levels for the {self.blocks.total} steps of {blocks!r}, got "
+                f"{len(grid)}"
+            )
         self._initialise()
         self._forget()
 

@@ -56,10 +56,10 @@ class FlowRungeKuttaScheduler(FlowSampler):
     Args:
         solver: the method.
         num_train_timesteps, shift, use_dynamic_shifting, base_shift, max_shift, base_image_seq_len, max_image_seq_len,
-            time_shift_type: the grid, as in `FlowTurboScheduler`.
+            time_shift_type, grid: the grid, as in `FlowTurboScheduler`.
 
     Raises:
-        ValueError: unknown solver.
+        ValueError: unknown solver, or a grid that does not decrease from 1 to 0.
     """
 
     @register_to_config
@@ -74,6 +74,7 @@ class FlowRungeKuttaScheduler(FlowSampler):
         base_image_seq_len: int = 256,
         max_image_seq_len: int = 4096,
         time_shift_type: TimeShift = "exponential",
+        grid: list[float] | None = None,
     ) -> None:
         if solver not in TABLEAUS:
             raise ValueError(f"solver must be one of {sorted(TABLEAUS)}, got {solver!r}")
@@ -120,7 +121,10 @@ class FlowAdamsBashforthScheduler(FlowSampler):
 
     Args:
         num_train_timesteps, shift, use_dynamic_shifting, base_shift, max_shift, base_image_seq_len, max_image_seq_len,
-            time_shift_type: the grid, as in `FlowTurboScheduler`.
+            time_shift_type, grid: the grid, as in `FlowTurboScheduler`.
+
+    Raises:
+        ValueError: a grid that does not decrease from 1 to 0.
     """
 
     @register_to_config
@@ -134,6 +138,7 @@ class FlowAdamsBashforthScheduler(FlowSampler):
         base_image_seq_len: int = 256,
         max_image_seq_len: int = 4096,
         time_shift_type: TimeShift = "exponential",
+        grid: list[float] | None = None,
     ) -> None:
         self._initialise()
         self._forget()

@@ -29,6 +29,7 @@ from diffusers import (
 from torch import Tensor
 
 import tiny
+from flowaccel.evaluation import Conditions
 from flowaccel.hooks import networks, session_of
 
 STEPS = 4
@@ -60,6 +61,26 @@ class Case:
         output = pipe(**self.arguments(**options))
         made = output.frames if hasattr(output, "frames") else output.images
         return torch.as_tensor(made)
+
+
+class Embedded(Conditions):
+    """Prompts of the tiny pipelines, which have no text encoder: their arguments as they are."""
+
+    def __init__(self, case: Case) -> None:
+        self.case = case
+
+    name = "embedded"
+
+    def __len__(self) -> int:
+        return 2
+
+    def describe(self) -> dict[str, Any]:
+        return {}
+
+    def arguments(self, ids: Any) -> dict[str, Any]:
+        ours = ("generator", "num_inference_steps", "output_type", "guidance_scale")
+        given = self.case.arguments(batch=len(ids))
+        return {name: value for name, value in given.items() if name not in ours}
 
 
 def generators(batch: int, seed: int) -> list[torch.Generator]:

@@ -45,7 +45,8 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     # Not calibration: it imports evaluation, which imports the names that flowaccel exports.
     "flowaccel": LIBRARY - {"calibration"},
     "evaluation": frozenset({"flowaccel", "pipelines", "samplers", "data", "zoo"}),
-    "calibration": frozenset({"recipe", "pipelines", "evaluation", "accelerators", "gates", "predictors", "hooks"}),
+    "calibration": frozenset({"recipe", "pipelines", "evaluation", "accelerators", "gates", "predictors", "hooks"})
+    | {"samplers"},
     "training": LIBRARY | {"flowaccel", "evaluation"},
     "cli": LIBRARY | {"flowaccel", "evaluation", "training", "video"},
     "__main__": frozenset({"cli"}),

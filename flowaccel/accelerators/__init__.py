@@ -4,6 +4,7 @@ from flowaccel.accelerators.base import Accelerator as Accelerator
 from flowaccel.accelerators.cache_presets import CACHE_PRESETS as CACHE_PRESETS
 from flowaccel.accelerators.cache_presets import cache_preset as cache_preset
 from flowaccel.accelerators.calibration import Calibration as Calibration
+from flowaccel.accelerators.calibration import GridCalibration as GridCalibration
 from flowaccel.accelerators.feature_cache import FeatureCache as FeatureCache
 from flowaccel.accelerators.guidance import AdaptiveGuidance as AdaptiveGuidance
 from flowaccel.accelerators.guidance import GuidanceInterval as GuidanceInterval
@@ -27,6 +28,7 @@ __all__ = [
     "AdaptiveGuidance",
     "Calibration",
     "FeatureCache",
+    "GridCalibration",
     "GuidanceInterval",
     "GuidanceSkip",
     "Level",

@@ -6,8 +6,10 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from flowaccel.accelerators.base import Accelerator, Detach
+from flowaccel.accelerators.calibration import GRID_CALIBRATIONS, GridCalibration, watch
+from flowaccel.accelerators.serial import component
 from flowaccel.errors import UnsupportedModelError
-from flowaccel.hooks import denoiser, family_of
+from flowaccel.hooks import denoiser, family_of, session_of
 from flowaccel.samplers import (
     FlowAdamsBashforthScheduler,
     FlowRungeKuttaScheduler,
@@ -44,10 +46,14 @@ class Sampler(Accelerator):
 
     Args:
         sampler: `flowturbo`, `euler`, `heun`, `midpoint`, `rk4`, `ab2` or `sde`.
-        options: constructor arguments of that scheduler, for example `{"blocks": "H2P4R2"}`.
+        options: constructor arguments of that scheduler, for example `{"blocks": "H2P4R2"}`. All but `sde` take
+            `{"grid": [1.0, ..., 0.0]}`: the noise levels to step over, taken as they are, whatever the time shift.
+        calibration: what a grid was searched on, as `flowaccel calibrate` writes it. On another network, scheduler,
+            number of steps or guidance scale it still runs, and warns once per pipeline.
 
     Raises:
         ValueError: unknown sampler, or options that it refuses.
+        TypeError: a calibration of another kind.
     """
 
     name: ClassVar[str] = "sampler"
@@ -55,8 +61,11 @@ class Sampler(Accelerator):
 
     sampler: str = "flowturbo"
     options: dict[str, Any] = field(default_factory=dict)
+    calibration: GridCalibration | None = component(GRID_CALIBRATIONS, default=None)
 
     def __post_init__(self) -> None:
+        if self.calibration is not None and not isinstance(self.calibration, GridCalibration):
+            raise TypeError(f"calibration must be a GridCalibration or None, got {self.calibration!r}")
         if not isinstance(self.sampler, str) or self.sampler not in SAMPLERS:
             raise ValueError(f"sampler must be one of {sorted(SAMPLERS)}, got {self.sampler!r}")
         try:
@@ -66,8 +75,8 @@ class Sampler(Accelerator):
 
     @property
     def num_inference_steps(self) -> int | None:
-        """FlowTurbo's H + P + R; None for samplers that take any number of steps."""
-        return getattr(self._scheduler(), "default_num_inference_steps", None)
+        """FlowTurbo's H + P + R, or the steps of a grid; None for samplers that take any number of steps."""
+        return self._scheduler().default_num_inference_steps
 
     @property
     def tags(self) -> frozenset[str]:
@@ -101,10 +110,13 @@ class Sampler(Accelerator):
                 "its network other timesteps than its noise levels; it keeps the scheduler that it was made with"
             )
         scheduler_class, fixed = SAMPLERS[self.sampler]
+        unwatch = None if self.calibration is None else watch(session_of(pipe), self.calibration)
         pipe.scheduler = scheduler_class.from_config(_grid_config(replaced.config), **fixed, **self.options)
 
         def detach() -> None:
             pipe.scheduler = replaced
+            if unwatch is not None:
+                unwatch()
 
         return detach
 

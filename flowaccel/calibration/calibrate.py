@@ -11,7 +11,7 @@ from torch import Tensor
 
 from flowaccel.accelerators import Calibration, FeatureCache
 from flowaccel.accelerators.caching import Guard
-from flowaccel.accelerators.calibration import identities
+from flowaccel.calibration.grids import GRID_METHODS
 from flowaccel.calibration.methods import METHODS, Method
 from flowaccel.calibration.observe import Trace, observe
 from flowaccel.calibration.sampling import Notify, Sampling
@@ -33,15 +33,18 @@ class Observation:
 
 
 def find_method(name: str) -> Method:
-    """A method by name.
+    """A method that calibrates caches, by name.
 
     Raises:
-        ValueError: unknown name.
+        ValueError: unknown name, or that of a method that searches step grids.
     """
+    if name in GRID_METHODS:
+        raise ValueError(f"method {name!r} searches a step grid, not a cache; call calibrate_grid")
     if name not in METHODS:
-        near = difflib.get_close_matches(name, METHODS, n=1)
+        names = (*METHODS, *GRID_METHODS)
+        near = difflib.get_close_matches(name, names, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
-        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {name!r}; {hint}".removesuffix("; "))
+        raise ValueError(f"method must be one of {', '.join(names)}, got {name!r}; {hint}".removesuffix("; "))
     return METHODS[name]
 
 
@@ -80,7 +83,7 @@ def calibrate(
         `base` with the calibrated `FeatureCache` at its end, whose `calibration` says how good it is.
 
     Raises:
-        ValueError: an unknown method, a target that is not above 1 or out of reach under the guard.
+        ValueError: an unknown method, a target that is not above 1 or out of reach under the guard, fewer than 3 steps.
         RecipeConflictError: `base` holds a cache already, or the pipeline is accelerated.
         UnsupportedModelError: the method reads blocks that are not known.
     """
@@ -103,20 +106,11 @@ def observe_methods(
     notify: Notify = lambda *_: None,
 ) -> Observation:
     """Sample untouched, and keep what the methods need; see `calibrate`."""
+    if sampling.steps < 3:
+        raise ValueError(f"steps must be at least 3, got {sampling.steps}: with fewer there is nothing to reuse")
     with accelerated(pipe, base or Recipe()):
         trace, images = observe(pipe, sampling, [method.watch for method in methods], notify)
-        network, scheduler = identities(pipe)
-    facts = {
-        "network": network.kind,
-        "network_config": network.config,
-        "scheduler": scheduler.kind,
-        "scheduler_config": scheduler.config,
-        "steps": trace.steps,
-        "guidance_scale": sampling.guidance_scale(pipe),
-        "conditions": min(len(sampling.conditions), sampling.num_samples),
-        "images": sampling.num_samples,
-        "model": model,
-    }
+        facts = sampling.facts(pipe, trace.steps, model)
     return Observation(trace=trace, images=images, facts=facts)
 
 

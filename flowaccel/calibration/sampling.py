@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flowaccel.accelerators.calibration import identities
 from flowaccel.evaluation import Conditions, sample_generator
 
 Notify = Callable[[str, int, int], None]
@@ -23,8 +24,9 @@ class Sampling:
 
     Args:
         conditions: prompts or classes, in turn.
-        steps: `num_inference_steps` of every call, at least 3.
+        steps: `num_inference_steps` of every call, at least 1.
         num_samples: images or videos, at least 1.
+        first: number of the first of them, from 0; the seed and the number of a sample, and its condition, make it.
         seed: of everything random.
         batch_size: per call, at least 1.
         arguments: further arguments of every call, such as `guidance_scale`.
@@ -36,21 +38,20 @@ class Sampling:
     conditions: Conditions
     steps: int
     num_samples: int
+    first: int = 0
     seed: int = 0
     batch_size: int = 16
     arguments: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.steps < 3:
-            raise ValueError(f"steps must be at least 3, got {self.steps}: with fewer there is nothing to reuse")
-        for name in ("num_samples", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name, least in (("steps", 1), ("num_samples", 1), ("first", 0), ("batch_size", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
 
     @property
     def batches(self) -> list[Sequence[int]]:
         """Sample ids, batch by batch."""
-        ids = range(self.num_samples)
+        ids = range(self.first, self.first + self.num_samples)
         return [ids[start : start + self.batch_size] for start in range(0, self.num_samples, self.batch_size)]
 
     def guidance_scale(self, pipe: Any) -> float | None:
@@ -59,21 +60,40 @@ class Sampling:
         value = self.arguments.get("guidance_scale", None if parameter is None else parameter.default)
         return float(value) if isinstance(value, (int, float)) else None
 
+    def facts(self, pipe: Any, steps: int, model: str | None) -> dict[str, Any]:
+        """What a calibration says about runs with `pipe`, which is accelerated as in them, of so many evaluations."""
+        network, scheduler = identities(pipe)
+        return {
+            "network": network.kind,
+            "network_config": network.config,
+            "scheduler": scheduler.kind,
+            "scheduler_config": scheduler.config,
+            "steps": steps,
+            "guidance_scale": self.guidance_scale(pipe),
+            "conditions": min(len(self.conditions), self.num_samples),
+            "images": self.num_samples,
+            "model": model,
+        }
+
     def run(self, pipe: Any, notify: Notify, stage: str) -> Iterator[Tensor]:
         """Call the pipeline batch by batch; yields what it made, uint8 (N, C, H, W), frames one below the other."""
+        yield from map(_pixels, self.outputs(pipe, notify, stage, output_type="np"))
+
+    def outputs(self, pipe: Any, notify: Notify, stage: str, *, output_type: str) -> Iterator[Any]:
+        """Call the pipeline batch by batch; yields what it returned."""
         done = 0
         notify(stage, 0, self.num_samples)
         for ids in self.batches:
             generators = [sample_generator(self.seed, sample_id) for sample_id in ids]
             output = pipe(
                 **self.conditions.arguments(ids),
-                **{**self.arguments, "output_type": "np"},
+                **{**self.arguments, "output_type": output_type},
                 num_inference_steps=self.steps,
                 generator=generators,
             )
             done += len(ids)
             notify(stage, done, self.num_samples)
-            yield _pixels(output)
+            yield output
 
 
 def _pixels(output: Any) -> Tensor:

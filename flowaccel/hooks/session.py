@@ -35,6 +35,10 @@ CallAround = Callable[[Callable[..., Any], "Call"], Any]
 `proceed(arguments)` with other arguments (a dictionary like `call.arguments`), and `proceed(call.narrowed(rows))` for
 some of the rows, so that those who stand further inside see no others."""
 
+StepObserver = Callable[[Tensor, Tensor, Tensor], Tensor | None]
+"""`observer(velocity, sample, result)`, (images, ...) each: the guided output of the network and the state that the
+scheduler was handed, and the state that it returned. Returns None, or a state (images, ...) to go on with instead."""
+
 
 @dataclass
 class CallRecord:
@@ -195,6 +199,7 @@ class Session:
     def __init__(self, pipe: Any) -> None:
         self._pipe = weakref.ref(pipe)  # what wraps the network must not keep a dropped pipeline alive
         self._call_arounds: list[CallAround] = []
+        self._step_observers: list[StepObserver] = []
         self._networks: dict[str, _Network] = {}
         self._scheduler: Any = None
         self._scheduler_wraps: list[Wrapped] = []
@@ -223,6 +228,11 @@ class Session:
         """
         self._call_arounds.append(around)
         return lambda: self._call_arounds.remove(around)
+
+    def on_step(self, observer: StepObserver) -> Callable[[], None]:
+        """Show every step of the scheduler in a run to `observer(velocity, sample, result)`; returns what undoes it."""
+        self._step_observers.append(observer)
+        return lambda: self._step_observers.remove(observer)
 
     def on_block(self, around: BlockAround) -> Callable[[], None]:
         """Surround every block of every network call of a run with `around(proceed, call, block)`; returns what undoes
@@ -322,6 +332,9 @@ class Session:
         run = self._active()
         try:
             returned = step(*args, **kwargs)
+            if self._step_observers and run is not None and run.images is not None:
+                handed = inspect.signature(step).bind(*args, **kwargs).arguments
+                returned = self._observed(run.images, handed["model_output"], handed["sample"], returned)
         except BaseException:
             self._end(failed=True)
             raise
@@ -329,6 +342,17 @@ class Session:
             run.steps_done += 1
             if run.steps_done >= run.num_steps:
                 run.end()
+        return returned
+
+    def _observed(self, images: int, velocity: Tensor, sample: Tensor, returned: Any) -> Any:
+        """What the scheduler's step returned, or with the state that an observer put in its place."""
+        for observer in self._step_observers:
+            result = returned[0]
+            replaced = observer(velocity[:images], sample[:images], result[:images])
+            if replaced is not None:
+                # SiT hands over a row per branch: those after the first are copies of the images' states.
+                state = torch.cat([replaced.to(result)] * (len(result) // images))
+                returned = (state,) if isinstance(returned, tuple) else type(returned)(prev_sample=state)
         return returned
 
     def _around_progress_bar(self, progress_bar: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -14,28 +14,8 @@ from flowaccel import FeatureCache, Recipe, Sampler, accelerated, is_accelerated
 from flowaccel.accelerators.caching import Guard
 from flowaccel.calibration import METHODS, Sampling, calibrate
 from flowaccel.errors import RecipeConflictError
-from flowaccel.evaluation import Classes, Conditions
+from flowaccel.evaluation import Classes
 from flowaccel.predictors import Newton
-
-
-class Embedded(Conditions):
-    """Prompts of the tiny pipelines, which have no text encoder: their arguments as they are."""
-
-    def __init__(self, case: families.Case) -> None:
-        self.case = case
-
-    name = "embedded"
-
-    def __len__(self) -> int:
-        return 2
-
-    def describe(self) -> dict[str, Any]:
-        return {}
-
-    def arguments(self, ids: Any) -> dict[str, Any]:
-        ours = ("generator", "num_inference_steps", "output_type")
-        given = self.case.arguments(batch=len(ids))
-        return {name: value for name, value in given.items() if name not in ours}
 
 
 def sampling(steps: int = 8, **options: Any) -> Sampling:
@@ -73,7 +53,7 @@ def test_the_recipe_carries_its_calibration(method: str, tmp_path: Path) -> None
 def test_stock_pipelines(method: str, case: str) -> None:
     chosen = families.CASES[case]
     pipe = chosen.make()
-    own = Sampling(conditions=Embedded(chosen), steps=6, num_samples=2, batch_size=1)
+    own = Sampling(conditions=families.Embedded(chosen), steps=6, num_samples=2, batch_size=1)
     found = cache_of(calibrate(pipe, method, 1.2, own, guard=Guard(warmup=1, last=0))).calibration
     assert found is not None and found.measured_speedup is not None and found.measured_speedup > 1
 
@@ -113,10 +93,21 @@ def test_wrong_use(arguments: tuple[str, float], message: str) -> None:
         calibrate(tiny.sit_pipeline(), *arguments, sampling())
 
 
+def test_a_cache_needs_steps_to_reuse() -> None:
+    with pytest.raises(ValueError, match="steps must be at least 3, got 2: with fewer there is nothing to reuse"):
+        calibrate(tiny.sit_pipeline(), "teacache", 1.3, sampling(steps=2))
+
+
+def test_a_method_for_grids_is_not_one_for_caches() -> None:
+    with pytest.raises(ValueError, match="'boss' searches a step grid, not a cache; call calibrate_grid"):
+        calibrate(tiny.sit_pipeline(), "boss", 1.3, sampling())
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"steps": 2}, "steps must be at least 3, got 2"),
+        ({"steps": 0}, "steps must be at least 1, got 0"),
+        ({"first": -1}, "first must be at least 0, got -1"),
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
     ],
 )

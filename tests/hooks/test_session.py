@@ -20,6 +20,7 @@ from diffusers import (
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
+from torch import Tensor
 
 import families
 import tiny
@@ -439,3 +440,35 @@ def test_a_narrowed_call_is_seen_further_inside_with_its_own_rows(sd3: Any) -> N
     assert narrowed.sample.shape[0] == 3
     assert (whole.rows, whole.row_images, whole.rows_of("cond")) == (4, [0, 1, 0, 1], slice(2, 4))
     assert list(narrowed.narrowed(torch.tensor([1, 2])).places) == [2, 3]
+
+
+@pytest.mark.parametrize("case", ["sit", "sd3", "wan21"])
+def test_a_step_observer_sees_images_and_changes_nothing(case: str) -> None:
+    chosen = families.CASES[case]
+    pipe = chosen.make()
+    plain = chosen(pipe, batch=2)
+    seen: list[tuple[int, ...]] = []
+    session = open_session(pipe)
+    undo = session.on_step(lambda *tensors: seen.append(tuple(len(tensor) for tensor in tensors)))
+    assert torch.equal(chosen(pipe, batch=2), plain)
+    assert seen == [(2, 2, 2)] * families.STEPS
+    undo()
+    assert torch.equal(chosen(pipe, batch=2), plain)
+    assert len(seen) == families.STEPS
+
+
+@pytest.mark.parametrize("case", ["sit", "sd3", "wan21"])
+def test_a_step_observer_can_put_another_state_in_place(case: str) -> None:
+    """The network's next call, and the next step, are at that state; it is for all branches of an image."""
+    chosen = families.CASES[case]
+    pipe = chosen.make()
+    samples: list[Tensor] = []
+    session = open_session(pipe)
+
+    def replace(velocity: Tensor, sample: Tensor, result: Tensor) -> Tensor:
+        samples.append(sample)
+        return torch.full_like(result, 0.5 + len(samples))
+
+    session.on_step(replace)
+    chosen(pipe, batch=2)
+    assert [float(sample.mean()) for sample in samples[1:]] == [0.5 + n for n in range(1, families.STEPS)]
