@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.transforms import Bbox
 
-PARETO_METRICS = ("fid", "fid_inf", "kid", "rel_l2")
+PARETO_METRICS = ("fid", "fid_inf", "kid", "attribute_accuracy", "clip_score", "rel_l2")
 """The quality axis is the first of these that the results have, unless one is named."""
 
 _MOST_NAMES = 12

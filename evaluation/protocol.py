@@ -48,6 +48,8 @@ class Protocol:
     """Timed rounds of two calls per row."""
     clip: str | None = None
     """The CLIP network of clip_score; None takes the feature network."""
+    attributes: str | None = None
+    """What reads from prompts what images have to show, for attribute_accuracy: `zoo:SET`."""
     latency_batch: int = 25
     """Images per timed call."""
     resamples: int = 200

@@ -438,7 +438,7 @@ def test_no_file_and_not_text(saved: str) -> None:
         (["--metrics", "fidd"], "unknown metric 'fidd'; did you mean 'fid'?"),
         (["--features", "inceptoin"], "zoo:NAME or MODULE:ATTRIBUTE, got 'inceptoin'"),
         (["--features", "zoo:sit-digits"], "zoo:sit-digits is a pipeline, not a feature network"),
-        (["--reference", "zoo:faces"], "unknown reference 'zoo:faces'; embedded ones are zoo:digits"),
+        (["--reference", "zoo:faces"], "unknown reference 'zoo:faces': there are zoo:digits, "),
         (["--reference", "nowhere"], "reference must be zoo:SET, a folder with images, or a"),
         (["--rounds", "1"], "Invalid value for '--rounds'"),
         (["--attention", "sage"], "attention must be one of"),
