@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from .identity import fingerprint as fingerprint
 from .metrics import ReferenceSet
 from .moments import Moments
 from .preprocessing import Preprocessing
-from .pretrained import load_pretrained
+from .pretrained import TextEncoder, load_pretrained
 from .statistics import is_statistics, load_statistics
 
 _BATCH = 500
@@ -45,7 +45,7 @@ class FeatureNetwork:
     """Features (N, d) -> the index of each attribute's value (N, A), where the network sees attributes."""
     preprocessing: Preprocessing | None = None
     """How images are brought to the network's size; None where it takes them as they are."""
-    encode_text: Callable[[Sequence[str]], Tensor] | None = None
+    encode_text: TextEncoder | None = None
     """Texts -> (N, d) in the space of the features, where the network is a CLIP with its text half."""
     device: str = "cpu"
     """Where features are computed; the network is there only meanwhile, so that it is in no measurement of memory."""

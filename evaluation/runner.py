@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import inspect
 import itertools
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -24,6 +23,7 @@ from flowaccel.data import AttributeSet
 
 from .attributes import attribute_match, load_attributes
 from .baselines import NATIVE, calibrated, check_native, native
+from .call_arguments import check_arguments, parameters
 from .conditions import Conditions
 from .cost import Cost, measure_cost
 from .environment import environment
@@ -33,12 +33,13 @@ from .latency import Timing, measure_latency
 from .metrics import METRICS, OF_PROMPTS, RowSamples, find_metric, measure
 from .own_process import REMARK, OwnProcess, carried_over, loaded_from
 from .processes import World, claimed, processes
+from .prompt_lengths import check_prompt_lengths
 from .protocol import BASELINE, Protocol, RowSpec, call, no_images, plan_rows, row_manifest, row_store
 from .report import html_report
 from .schema import SCHEMA_VERSION, Results, Row, load_results, save_results
 from .statistics import is_statistics
 from .store import SampleStore, generate_batches, in_batches, write_atomically
-from .text import load_clip, text_match
+from .text import load_clip, text_match, warn_of_cut_prompts
 
 CALIBRATION = "calibration.json"
 _GRID_SAMPLES = 10
@@ -105,8 +106,9 @@ def evaluate(
     """
     if is_accelerated(pipe):
         raise ValueError("evaluate needs the untouched pipeline; call flowaccel.restore(pipe) first")
-    if "num_frames" in inspect.signature(type(pipe).__call__).parameters:
+    if "num_frames" in parameters(pipe):
         raise no_images(pipe)
+    check_arguments(pipe, protocol.arguments)
     loaded = [recipe.loaded(pipe) for recipe in recipes]
     run = _Run(pipe=pipe, protocol=protocol, rows=plan_rows(loaded, protocol), out=Path(out), notify=notify)
     run.network = load_features(protocol.features, "cpu" if pipe.device.type == "meta" else pipe.device)
@@ -190,6 +192,7 @@ def _check_early(run: _Run) -> None:
 
 
 def _check_prompts(run: _Run, prompts: Sequence[str]) -> None:
+    check_prompt_lengths(run.pipe, prompts, run.protocol.arguments)
     if run.attributes is not None:
         try:
             run.attributes.read(prompts)
@@ -197,6 +200,8 @@ def _check_prompts(run: _Run, prompts: Sequence[str]) -> None:
             raise ValueError(
                 f"attribute_accuracy cannot be measured for these prompts: {error}; or leave attribute_accuracy out"
             ) from error
+    if run.clip is not None:
+        warn_of_cut_prompts(run.clip, prompts)
 
 
 def _try_baselines(run: _Run, stack: contextlib.ExitStack) -> None:

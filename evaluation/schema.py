@@ -132,6 +132,7 @@ class Protocol(ProtocolBase, total=False):
 
     steps: int  # of the untouched pipeline
     guidance_scale: float
+    arguments: dict[str, Any]  # further arguments of every pipeline call
     reference: str  # reference images or statistics
     feature_extractor: str
     fingerprint: str  # of the feature extractor: weights, resizing, normalisation, dtype
