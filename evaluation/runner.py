@@ -158,7 +158,8 @@ def _measure(run: _Run) -> Results:
     _mark_pareto(results)
     protocol.conditions.save(run.out)
     save_results(results, run.out / "results.json")
-    write_figures(results, {row.name: sample.images for row, sample in zip(run.rows, samples, strict=True)}, run.out)
+    images = {row.name: sample.images for row, sample in zip(run.rows, samples, strict=True)}
+    write_figures(results, images, run.out, protocol.conditions.texts(run.ids) or ())
     return results
 
 
@@ -467,9 +468,9 @@ def quality_axis(results: Results) -> str | None:
     return next((name for name in (*PARETO_METRICS, *METRICS) if name in shown), None)
 
 
-def write_figures(results: Results, images: dict[str, Tensor], out: Path) -> None:
-    """`pareto.png` (where a metric has a value), `samples.png` and the self-contained `report.html` beside a result
-    file.
+def write_figures(results: Results, images: dict[str, Tensor], out: Path, prompts: Sequence[str] = ()) -> None:
+    """`pareto.png` (where a metric has a value), `samples.png`, captioned where there are prompts, and the
+    self-contained `report.html` beside a result file.
     """
     figures = {}
     metric = quality_axis(results)
@@ -478,5 +479,5 @@ def write_figures(results: Results, images: dict[str, Tensor], out: Path) -> Non
         pareto_png(results, out / "pareto.png", metric)
     figures["The first samples: the same noise in every column"] = out / "samples.png"
     shown = {name: rows[:_GRID_SAMPLES] for name, rows in images.items()}
-    sample_grid(shown, out / "samples.png", columns=_GRID_SAMPLES)
+    sample_grid(shown, out / "samples.png", columns=_GRID_SAMPLES, captions=prompts)
     html_report(results, out / "report.html", figures)

@@ -337,17 +337,23 @@ def photos(folder: Path, count: int = 6, sizes: tuple[tuple[int, int], ...] = ((
     return folder
 
 
+def letter_tokenizer() -> PreTrainedTokenizerFast:
+    """One token for every letter and digit, and one for the end."""
+    letters = dict(zip(("<pad>", "</s>", "<unk>", *string.ascii_lowercase, *string.digits), itertools.count()))
+    words = Tokenizer(WordLevel(letters, unk_token="<unk>"))
+    words.pre_tokenizer = Split("", "isolated")
+    words.post_processor = TemplateProcessing(single="$A </s>", special_tokens=[("</s>", letters["</s>"])])
+    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
+
+
 def wan_pipeline(seed: int = 0) -> WanPipeline:
     """A stock `WanPipeline` with a tokenizer of single letters: videos of noise, but each depends on prompt and seed.
 
     Sizes are multiples of 16 pixels and 4 n + 1 frames.
     """
-    letters = dict(zip(("<pad>", "</s>", "<unk>", *string.ascii_lowercase, *string.digits), itertools.count()))
-    words = Tokenizer(WordLevel(letters, unk_token="<unk>"))
-    words.pre_tokenizer = Split("", "isolated")
-    words.post_processor = TemplateProcessing(single="$A </s>", special_tokens=[("</s>", letters["</s>"])])
+    tokenizer = letter_tokenizer()
     torch.manual_seed(seed)
-    text = UMT5Config(vocab_size=len(letters), d_model=CONTEXT, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
+    text = UMT5Config(vocab_size=len(tokenizer), d_model=CONTEXT, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
     transformer = WanTransformer3DModel(
         num_attention_heads=2,
         attention_head_dim=12,
@@ -369,9 +375,7 @@ def wan_pipeline(seed: int = 0) -> WanPipeline:
     )
     random_weights(transformer, seed)
     pipe = WanPipeline(
-        tokenizer=PreTrainedTokenizerFast(
-            tokenizer_object=words, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
-        ),
+        tokenizer=tokenizer,
         text_encoder=UMT5EncoderModel(text).eval(),
         vae=vae.eval(),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),

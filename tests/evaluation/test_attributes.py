@@ -19,7 +19,9 @@ from flowaccel.errors import CheckpointError
 from flowaccel.evaluation import Prompts, Protocol, Results, compare_rows, evaluate, load_features, load_reference
 from flowaccel.evaluation.attributes import load_attributes
 from flowaccel.evaluation.features import quantise
+from flowaccel.evaluation.figures import pareto, pareto_png
 from flowaccel.evaluation.schema import check_results, row
+from flowaccel.evaluation.tables import METRIC_GLOSSARY, markdown_table
 from flowaccel.models import DigitsClassifier, ShapesClassifier
 from flowaccel.pipelines import load_pipeline
 
@@ -109,6 +111,18 @@ def test_compare_equals_the_result_file(finished: tuple[Path, Results]) -> None:
     for name in ("clip_score", "attribute_accuracy"):
         versus = row(finished[1], "baseline@2")["metrics"][name]["versus"]["baseline"]
         assert {key: found[name][key] for key in versus} == versus
+
+
+@pytest.mark.parametrize("metric", ["clip_score", "attribute_accuracy"])
+def test_it_is_an_axis_of_the_plot_and_a_column_of_the_tables(
+    metric: str, finished: tuple[Path, Results], tmp_path: Path
+) -> None:
+    assert pareto(finished[1]["rows"], metric)
+    pareto_png(finished[1], tmp_path / "plot.png", metric)
+    entry = row(finished[1], "baseline")["metrics"][metric]
+    assert f"{entry['display']} (higher is better)" in markdown_table(finished[1])
+    report = (finished[0] / "report.html").read_text()
+    assert entry["display"] in report and METRIC_GLOSSARY[metric] in report
 
 
 @pytest.mark.parametrize(
