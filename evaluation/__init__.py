@@ -16,6 +16,7 @@ from flowaccel.evaluation.features import load_features as load_features
 from flowaccel.evaluation.features import load_reference as load_reference
 from flowaccel.evaluation.latency import Timing as Timing
 from flowaccel.evaluation.latency import measure_latency as measure_latency
+from flowaccel.evaluation.metrics import AttributeMatch as AttributeMatch
 from flowaccel.evaluation.metrics import ReferenceSet as ReferenceSet
 from flowaccel.evaluation.metrics import RowSamples as RowSamples
 from flowaccel.evaluation.metrics import TextMatch as TextMatch
@@ -39,6 +40,7 @@ from flowaccel.evaluation.tables import markdown_table as markdown_table
 
 __all__ = [
     "DEFAULT_METRICS",
+    "AttributeMatch",
     "Baseline",
     "CallCounter",
     "Classes",

@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from .conditions import Prompts, load_conditions
+from .attributes import load_attributes
+from .conditions import Conditions, Prompts, load_conditions
 from .features import FeatureNetwork, load_features, load_reference
 from .latency import Timing
-from .metrics import RowSamples, difference, find_metric
+from .metrics import difference, find_metric
 from .protocol import BASELINE
 from .runner import row_samples
 from .schema import Results, load_results, row
@@ -39,7 +40,15 @@ def compare_rows(run: str | Path, a: str, b: str) -> dict[str, Any]:
         row(results, name)
     network = _network(protocol["feature_extractor"], protocol["fingerprint"])
     clip = _network(protocol["clip"], protocol["clip_fingerprint"]) if "clip" in protocol else None
-    samples = {name: _samples(run, results, name, network, clip) for name in {a, b, BASELINE}}
+    attributes = None
+    if "attribute_accuracy" in protocol["metrics"]:
+        attributes = load_attributes(protocol["attributes"], network)
+    conditions = _conditions(run, results, reads_prompts=clip is not None or attributes is not None)
+    ids = range(protocol["num_samples"])
+    samples = {
+        name: row_samples(_store(run, name), name, ids, conditions, network, clip, attributes)
+        for name in {a, b, BASELINE}
+    }
     reference = load_reference(protocol["reference"], network)
     compared = {
         metric: difference(
@@ -75,13 +84,11 @@ def _network(name: str, fingerprint: str) -> FeatureNetwork:
     return network
 
 
-def _samples(
-    run: Path, results: Results, name: str, network: FeatureNetwork, clip: FeatureNetwork | None
-) -> RowSamples:
+def _conditions(run: Path, results: Results, reads_prompts: bool) -> Conditions:
     protocol: Any = results["protocol"]
     described = protocol["conditions"]
-    # Only clip_score needs the text of prompts.
-    known = clip is not None or "classes" in described
-    conditions = load_conditions(described, run) if known else Prompts(("",))
-    store = SampleStore(run / "rows" / folder_name(name))
-    return row_samples(store, name, range(protocol["num_samples"]), conditions, network, clip)
+    return load_conditions(described, run) if reads_prompts or "classes" in described else Prompts(("",))
+
+
+def _store(run: Path, name: str) -> SampleStore:
+    return SampleStore(run / "rows" / folder_name(name))

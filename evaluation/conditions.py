@@ -13,6 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flowaccel import zoo
+from flowaccel.data import PROMPT_SETS
+
 from .store import write_atomically
 
 PROMPTS = "prompts.json"
@@ -109,13 +112,28 @@ class Prompts(Conditions):
         """One prompt per line of a UTF-8 text file; empty lines do not count.
 
         Raises:
+            FileNotFoundError: no such file.
             ValueError: not UTF-8, or no prompt in it.
         """
+        if not Path(path).is_file():
+            raise FileNotFoundError(
+                f"there is no file of prompts {path}; give a UTF-8 text file with one prompt a line"
+            )
         try:
             lines = Path(path).read_text(encoding="utf-8-sig").splitlines()  # a byte order mark is no text
         except UnicodeDecodeError as error:
             raise ValueError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start})") from error
         return cls(tuple(line.strip() for line in lines if line.strip()), source=Path(path).name)
+
+    @classmethod
+    def from_zoo(cls, name: str) -> Prompts:
+        """One of `flowaccel.data.PROMPT_SETS`, with or without `zoo:`.
+
+        Raises:
+            ValueError: unknown set; the message names those there are.
+        """
+        prompts = zoo.find(PROMPT_SETS, name, "set of prompts")()
+        return cls(tuple(prompts), source=zoo.PREFIX + name.removeprefix(zoo.PREFIX))
 
     def __len__(self) -> int:
         return len(self.prompts)

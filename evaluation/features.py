@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import importlib
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,13 +15,13 @@ from PIL import Image
 from torch import Tensor, nn
 
 from flowaccel import zoo
-from flowaccel.data import DATASETS, ImageSet
+from flowaccel.data import REFERENCE_SETS, CaptionedSet, ImageSet
 
 from .identity import fingerprint as fingerprint
 from .metrics import ReferenceSet
 from .moments import Moments
 from .preprocessing import Preprocessing
-from .pretrained import load_pretrained
+from .pretrained import TextEncoder, load_pretrained
 from .statistics import is_statistics, load_statistics
 
 _BATCH = 500
@@ -41,9 +41,11 @@ class FeatureNetwork:
     """sha256 over the network's class and weights and, where images are resized for it, how; 16 hex digits."""
     classify: Callable[[Tensor], Tensor] | None
     """Features (N, d) -> class ids (N,), where the network is a classifier."""
+    attributes: Callable[[Tensor], Tensor] | None = None
+    """Features (N, d) -> the index of each attribute's value (N, A), where the network sees attributes."""
     preprocessing: Preprocessing | None = None
     """How images are brought to the network's size; None where it takes them as they are."""
-    encode_text: Callable[[Sequence[str]], Tensor] | None = None
+    encode_text: TextEncoder | None = None
     """Texts -> (N, d) in the space of the features, where the network is a CLIP with its text half."""
     device: str = "cpu"
     """Where features are computed; the network is there only meanwhile, so that it is in no measurement of memory."""
@@ -73,10 +75,11 @@ def load_features(name: str, device: str | torch.device = "cpu") -> FeatureNetwo
       `inception` takes that file from torch's cache. TorchScript is code: give only files that you trust.
     * `clip:PATH_OR_HUB_ID` (arXiv 2103.00020), `dinov2:PATH_OR_HUB_ID` (arXiv 2304.07193): folders of transformers with
       safetensors; `clip` is openai/clip-vit-large-patch14, `dinov2` is facebook/dinov2-large.
-    * `zoo:NAME`
+    * `zoo:NAME`: a network of this repository; a CLIP among them is loaded as `clip:PATH` is.
     * `module:attribute`, one of your own: a callable without arguments (a class or function) that returns an
       `nn.Module` mapping uint8 images (N, C, H, W) to features (N, d); where it has a method `logits(features)`, class
-      accuracy can be measured too.
+      accuracy can be measured too, where it has `attributes(features)` -> (N, A) indices and an integer `num_features`,
+      attribute accuracy.
 
     The first three resize images of any size and take grey ones as colour. `device` is where features are computed.
 
@@ -88,15 +91,18 @@ def load_features(name: str, device: str | torch.device = "cpu") -> FeatureNetwo
     if name.partition(":")[0] in _PRETRAINED:
         return _pretrained(name, device)
     if name.startswith(zoo.PREFIX):
+        if zoo.entry(name).kind == "clip":
+            return replace(_pretrained(f"clip:{zoo.folder(name)}", device), name=name)
         module: nn.Module = zoo.load_classifier(name)
     else:
         module = _import_network(name)
-    logits = getattr(module.eval(), "logits", None)
+    logits, attributes = (getattr(module.eval(), method, None) for method in ("logits", "attributes"))
     return FeatureNetwork(
         name=name,
         module=module,
         fingerprint=fingerprint(module),
         classify=None if logits is None else torch.no_grad()(lambda features: logits(features).argmax(1)),
+        attributes=None if attributes is None else torch.no_grad()(attributes),
         device=str(device),
     )
 
@@ -134,7 +140,7 @@ def _import_network(name: str) -> nn.Module:
 def load_reference(name: str, network: FeatureNetwork, image_size: tuple[int, ...] | None = None) -> ReferenceSet:
     """Reference features or statistics by name.
 
-    * `zoo:SET`: the `reference` split of embedded data;
+    * `zoo:SET`: one of `flowaccel.data.REFERENCE_SETS`;
     * a folder of 8-bit PNG, JPEG or WebP images;
     * `FILE.safetensors` that `save_statistics` wrote;
     * `FILE.npz` with `mu` and `sigma` (pytorch-fid, clean-fid, ADM, EDM): Fréchet distances only, and nothing tells
@@ -170,9 +176,8 @@ def check_reference(name: str) -> None:
             raise ValueError(f"there is no reference file {name}; `flowaccel stats` makes one from a folder of images")
     elif not name.startswith(zoo.PREFIX):
         _image_files(name)
-    elif name.removeprefix(zoo.PREFIX) not in DATASETS:
-        known = ", ".join(zoo.PREFIX + key for key in DATASETS)
-        raise ValueError(f"unknown reference {name!r}; embedded ones are {known}")
+    else:
+        zoo.find(REFERENCE_SETS, name, "reference")
 
 
 def _check_width(name: str, reference: ReferenceSet, network: FeatureNetwork) -> None:
@@ -208,7 +213,7 @@ def _image_files(folder: str) -> list[Path]:
 def _reference_images(name: str, mixed: bool) -> tuple[tuple[int, ...] | None, Iterable[Tensor]]:
     """The images' common shape, None where they are `mixed`, and the images."""
     if name.startswith(zoo.PREFIX):
-        images = quantise(DATASETS[name.removeprefix(zoo.PREFIX)]("reference"))
+        images = quantise(zoo.find(REFERENCE_SETS, name, "reference")())
         return tuple(images.shape[1:]), images
     files = _image_files(name)
     shapes = {_shape(path) for path in files}
@@ -246,6 +251,6 @@ def _opened(path: Path) -> Image.Image:
     return image
 
 
-def quantise(images: ImageSet) -> Tensor:
+def quantise(images: ImageSet | CaptionedSet) -> Tensor:
     """A data set's images as uint8 (N, C, H, W), rounded as samples are."""
     return ((images.images / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)

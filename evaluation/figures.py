@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import os
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,11 +21,12 @@ if TYPE_CHECKING:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.transforms import Bbox
 
-PARETO_METRICS = ("fid", "fid_inf", "kid", "rel_l2")
+PARETO_METRICS = ("fid", "fid_inf", "kid", "attribute_accuracy", "clip_score", "rel_l2")
 """The quality axis is the first of these that the results have, unless one is named."""
 
 _MOST_NAMES = 12
 _NEAR = 13  # typographic points; a name farther from its marker gets a line to it
+_CAPTION_LINE, _CAPTION_LINES = 12, 6  # pixels and number
 _BASELINE_COLOUR = "#444444"
 # Okabe and Ito's palette, distinguishable with every common colour vision; the marker repeats the information.
 _STYLES = tuple(zip(("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"), "sD^vPX", strict=True))
@@ -280,7 +281,11 @@ def _overlap(one: Bbox, other: Bbox) -> float:
 
 
 def sample_grid(
-    images: Mapping[str, Tensor], path: str | os.PathLike[str], columns: int = 10, scale: int | None = None
+    images: Mapping[str, Tensor],
+    path: str | os.PathLike[str],
+    columns: int = 10,
+    scale: int | None = None,
+    captions: Sequence[str] = (),
 ) -> None:
     """Write a contact sheet: one line per row, named at the left, one column per sample id.
 
@@ -290,6 +295,7 @@ def sample_grid(
         path: the PNG.
         columns: most samples shown, from the first.
         scale: whole-number enlargement with hard pixel edges; None makes small images at least 64 pixels wide.
+        captions: what stands above each column, such as its prompt; none where empty.
 
     Raises:
         ValueError: there are no images, or their type or shapes do not fit.
@@ -307,16 +313,33 @@ def sample_grid(
     names = [_short(name, 26) for name in images]
     margin = max(math.ceil(font.getlength(name)) for name in names) + 16
     line_height = max(tile_height, 20) + gap
-    sheet = Image.new("RGB", (margin + count * (tile_width + gap), len(images) * line_height + gap), "white")
+    small = ImageFont.load_default(size=10)
+    heads = [_wrapped(caption, tile_width, small.getlength) for caption in captions[:count]]
+    head = max((len(lines) for lines in heads), default=0) * _CAPTION_LINE
+    sheet = Image.new("RGB", (margin + count * (tile_width + gap), head + len(images) * line_height + gap), "white")
     draw = ImageDraw.Draw(sheet)
+    for column, lines in enumerate(heads):
+        for line, text in enumerate(lines):
+            draw.text((margin + column * (tile_width + gap), line * _CAPTION_LINE), text, fill="black", font=small)
     for line, (name, batch) in enumerate(zip(names, images.values(), strict=True)):
-        top = gap + line * line_height
+        top = head + gap + line * line_height
         draw.text((8, top + tile_height // 2), name, fill="black", font=font, anchor="lm")
         for column, pixels in enumerate(batch[:count].cpu()):
             tile = Image.fromarray(pixels.expand(3, -1, -1).permute(1, 2, 0).contiguous().numpy())
             tile = tile.resize((tile_width, tile_height), Image.Resampling.NEAREST)
             sheet.paste(tile, (margin + column * (tile_width + gap), top))
     sheet.save(Path(path), format="PNG")
+
+
+def _wrapped(text: str, width: int, length: Callable[[str], float]) -> list[str]:
+    """The words of `text` in lines of `width` pixels at most, as far as single words fit; six lines, the last cut."""
+    lines: list[str] = []
+    for word in text.split():
+        if lines and length(f"{lines[-1]} {word}") <= width:
+            lines[-1] += f" {word}"
+        else:
+            lines.append(word)
+    return lines if len(lines) <= _CAPTION_LINES else [*lines[: _CAPTION_LINES - 1], "..."]
 
 
 def _grid_shape(images: Mapping[str, Tensor]) -> tuple[int, int, int, int]:

@@ -10,7 +10,7 @@ than either value, and claims rest on it (`versus`, `difference`). The reference
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Sequence, Sized
+from collections.abc import Callable, Mapping, Sequence, Sized
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -42,6 +42,33 @@ class TextMatch:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
+class AttributeMatch:
+    """What the prompts of a row's N images state, and what the feature network sees there, of A attributes.
+
+    Raises:
+        ValueError: the shapes differ.
+    """
+
+    names: tuple[str, ...]
+    """Of the A attributes."""
+    prompts: tuple[str, ...]
+    """The prompt of each of the N images; images of one prompt are resampled together."""
+    stated: Tensor
+    """`(N, A)` integer: the index of the value asked for; negative where the prompt does not state the attribute."""
+    seen: Tensor
+    """`(N, A)` integer: the index of the value seen."""
+
+    def __post_init__(self) -> None:
+        shapes = {"stated": tuple(self.stated.shape), "seen": tuple(self.seen.shape)}
+        for name, shape in shapes.items():
+            if shape != (len(self.prompts), len(self.names)):
+                raise ValueError(
+                    f"{name} must have one row for each of the {len(self.prompts)} prompts and one column for each of "
+                    f"the {len(self.names)} attributes, got {shape}"
+                )
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
 class RowSamples:
     """The images of one row and what networks see in them. `ValueError` where the lengths differ."""
 
@@ -56,11 +83,15 @@ class RowSamples:
     """`(N, C, H, W)` uint8."""
     text_match: TextMatch | None = None
     """None without prompts or without a CLIP network."""
+    attributes: AttributeMatch | None = None
+    """None without prompts whose attributes can be read or without a network that sees them."""
 
     def __post_init__(self) -> None:
         fields: dict[str, Sized | None] = {"labels": self.labels, "predicted": self.predicted, "images": self.images}
         if self.text_match is not None:
             fields |= {"prompts": self.text_match.prompts, "cosine": self.text_match.cosine}
+        if self.attributes is not None:
+            fields |= {"attributes": self.attributes.seen}
         for name, value in fields.items():
             if value is not None and len(value) != len(self.features):
                 raise ValueError(
@@ -113,7 +144,7 @@ class Estimate:
     """None where it is undefined, such as the PSNR of identical images."""
     replicates: Tensor
     """`(R,)` float64; NaN where the resample leaves the value undefined."""
-    extra: dict[str, float] = field(default_factory=dict)
+    extra: Mapping[str, float | dict[str, float]] = field(default_factory=dict)
     """Further entries of the result, by name."""
 
 
@@ -147,6 +178,23 @@ class Metric:
 def _mean(values: Tensor, case: Case) -> Estimate:
     values = values.to(torch.float64)
     return Estimate(value=float(values.mean()), replicates=values[case.indices(len(values))].mean(dim=1))
+
+
+def _mean_over_prompts(values: Tensor, prompts: Sequence[str], case: Case) -> Estimate:
+    """The mean of the images' values. Prompts are resampled, each with all its images.
+
+    Images of one prompt are alike, and an interval that took them for independent would be too narrow. With a single
+    prompt the images are resampled.
+    """
+    numbers = {prompt: number for number, prompt in enumerate(dict.fromkeys(prompts))}
+    if len(numbers) == 1:
+        return _mean(values, case)
+    values = values.to(torch.float64)
+    group = torch.tensor([numbers[prompt] for prompt in prompts])
+    total = torch.zeros(len(numbers), dtype=torch.float64).index_add_(0, group, values)
+    count = torch.bincount(group)
+    chosen = case.indices(len(numbers))
+    return Estimate(value=float(values.mean()), replicates=total[chosen].sum(dim=1) / count[chosen].sum(dim=1))
 
 
 def _fid(case: Case) -> Estimate:
@@ -184,22 +232,24 @@ def _class_accuracy(case: Case) -> Estimate:
 
 
 def _clip_score(case: Case) -> Estimate:
-    """100 max(cos, 0) (arXiv 2104.08718 with w = 100). Prompts are resampled, each with all its images.
-
-    Images of one prompt are alike, and an interval that took them for independent would be too narrow. With a single
-    prompt the images are resampled.
-    """
+    """100 max(cos, 0) (arXiv 2104.08718 with w = 100)."""
     match = case.row.text_match
     assert match is not None  # declared in `needs`
-    scores = 100 * match.cosine.to(torch.float64).clamp_min(0)
-    numbers = {prompt: number for number, prompt in enumerate(dict.fromkeys(match.prompts))}
-    if len(numbers) == 1:
-        return _mean(scores, case)
-    group = torch.tensor([numbers[prompt] for prompt in match.prompts])
-    total = torch.zeros(len(numbers), dtype=torch.float64).index_add_(0, group, scores)
-    count = torch.bincount(group)
-    chosen = case.indices(len(numbers))
-    return Estimate(value=float(scores.mean()), replicates=total[chosen].sum(dim=1) / count[chosen].sum(dim=1))
+    return _mean_over_prompts(100 * match.cosine.to(torch.float64).clamp_min(0), match.prompts, case)
+
+
+def _attribute_accuracy(case: Case) -> Estimate:
+    """An image is right if all that its prompt states is (as GenEval counts, arXiv 2310.11513)."""
+    match = case.row.attributes
+    assert match is not None  # declared in `needs`
+    stated, right = match.stated >= 0, match.stated == match.seen
+    by_attribute = {
+        name: float(right[asked, column].double().mean())
+        for column, (name, asked) in enumerate(zip(match.names, stated.T, strict=True))
+        if asked.any()
+    }
+    estimate = _mean_over_prompts((right | ~stated).all(dim=1), match.prompts, case)
+    return replace(estimate, extra={"attributes": by_attribute})
 
 
 def _precision(case: Case) -> Estimate:
@@ -268,8 +318,15 @@ METRICS: dict[str, Metric] = {
         title="CLIP score, {features}",
         higher_is_better=True,
         estimate=_clip_score,
-        needs=("prompts",),
+        needs=("clip",),
         network="clip",
+        against=None,
+    ),
+    "attribute_accuracy": Metric(
+        title="Attribute accuracy (images that show all that their prompt states), {features}",
+        higher_is_better=True,
+        estimate=_attribute_accuracy,
+        needs=("attributes",),
         against=None,
     ),
     "precision": Metric(
@@ -311,6 +368,9 @@ METRICS: dict[str, Metric] = {
 }
 """The metrics by name. Values depend on n, so compare only rows of one result."""
 
+OF_PROMPTS = frozenset({"clip", "attributes"})
+"""Needs that only prompts can meet."""
+
 _NEEDS: dict[str, tuple[Callable[[Case], bool], str]] = {
     "reference_features": (
         lambda case: case.reference.features is not None,
@@ -323,10 +383,15 @@ _NEEDS: dict[str, tuple[Callable[[Case], bool], str]] = {
         "needs both labels and predicted classes, but row {row!r} lacks them; take a class-conditional pipeline and a "
         "feature network with a classifier, or leave the metric out",
     ),
-    "prompts": (
+    "clip": (
         lambda case: case.row.text_match is not None,
         "needs the prompts of the samples and a CLIP network, but row {row!r} lacks them; take a pipeline with prompts "
         "and name the network, or leave the metric out",
+    ),
+    "attributes": (
+        lambda case: case.row.attributes is not None,
+        "needs prompts whose attributes can be read and a feature network that sees them, but row {row!r} lacks them; "
+        "name the set of attributes and the network, or leave the metric out",
     ),
     "baseline": (
         lambda case: case.baseline is not None,

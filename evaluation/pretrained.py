@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,30 @@ _DINOV2_SIZE = 224  # as in arXiv 2306.04675; the networks take others too
 
 
 @dataclass(frozen=True, kw_only=True)
+class TextEncoder:
+    """The text half of a CLIP."""
+
+    model: Any
+    """The whole CLIP."""
+    tokenizer: Any
+
+    @property
+    def longest(self) -> int:
+        """So many tokens are read of a text, the rest is cut off."""
+        return int(self.model.config.text_config.max_position_embeddings)
+
+    @torch.no_grad()
+    def __call__(self, texts: Sequence[str]) -> Tensor:
+        """N texts -> (N, d) float32 on the CPU: projected, not normalised."""
+        tokens = self.tokenizer(
+            list(texts), padding=True, truncation=True, max_length=self.longest, return_tensors="pt"
+        ).to(self.model.text_projection.weight.device)
+        text_model = self.model.text_model
+        pooled = text_model(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"]).pooler_output
+        return self.model.text_projection(pooled).float().cpu()
+
+
+@dataclass(frozen=True, kw_only=True)
 class Pretrained:
     """A network whose input size is fixed, with the way images get there."""
 
@@ -45,7 +69,7 @@ class Pretrained:
     preprocessing: Preprocessing
     weights: str
     """What identifies the network: a hash, and whatever changes the features beside the weights."""
-    encode_text: Callable[[Sequence[str]], Tensor] | None = None
+    encode_text: TextEncoder | None = None
     """Texts -> (N, d) in the space of the image features."""
 
 
@@ -111,36 +135,22 @@ class _ClipImages(nn.Module):
 
 
 def _clip(name: str, folder: Path, config: dict[str, Any]) -> Pretrained:
-    from transformers import CLIPModel, CLIPVisionModelWithProjection
+    from transformers import CLIPModel, CLIPTokenizer, CLIPVisionModelWithProjection
 
     classes = {"clip": CLIPModel, "clip_vision_model": CLIPVisionModelWithProjection}
     model = _load(classes, name, folder, config)
     vision = getattr(model.config, "vision_config", model.config)
     preprocessing = _preprocessing(folder, vision.image_size, _CLIP_MEAN, _CLIP_STD)
-    has_text = isinstance(model, CLIPModel) and _has_tokenizer(folder)
+    text = None
+    if isinstance(model, CLIPModel) and _has_tokenizer(folder):
+        text = TextEncoder(model=model, tokenizer=CLIPTokenizer.from_pretrained(folder, local_files_only=True))
     return Pretrained(
         name=name,
         module=_ClipImages(model),
         preprocessing=preprocessing,
         weights=f"{fingerprint(model)} {vision.num_attention_heads} {vision.hidden_act}",
-        encode_text=_text_encoder(model, folder) if has_text else None,
+        encode_text=text,
     )
-
-
-def _text_encoder(model: Any, folder: Path) -> Callable[[Sequence[str]], Tensor]:
-    from transformers import CLIPTokenizer
-
-    tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
-    longest = model.config.text_config.max_position_embeddings
-
-    @torch.no_grad()
-    def encode(texts: Sequence[str]) -> Tensor:
-        tokens = tokenizer(list(texts), padding=True, truncation=True, max_length=longest, return_tensors="pt")
-        tokens = tokens.to(model.text_projection.weight.device)
-        pooled = model.text_model(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"]).pooler_output
-        return model.text_projection(pooled).float().cpu()
-
-    return encode
 
 
 class _Dinov2Images(nn.Module):

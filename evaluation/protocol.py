@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from flowaccel import Recipe
 
 from .baselines import Baseline, parse_baseline
+from .call_arguments import check_names
 from .conditions import Conditions
 from .cost import denoiser
 from .features import fingerprint
@@ -41,6 +42,8 @@ class Protocol:
     batch_size: int = 100
     guidance_scale: float | None = None
     """None leaves the pipeline's default."""
+    arguments: dict[str, Any] = field(default_factory=dict)
+    """Further keyword arguments of every pipeline call, such as `height`; plain values, as JSON has them."""
     features: str = "zoo:digits-features"
     reference: str = "zoo:digits"
     metrics: tuple[str, ...] = DEFAULT_METRICS
@@ -48,6 +51,8 @@ class Protocol:
     """Timed rounds of two calls per row."""
     clip: str | None = None
     """The CLIP network of clip_score; None takes the feature network."""
+    attributes: str | None = None
+    """What reads from prompts what images have to show, for attribute_accuracy: `zoo:SET`."""
     latency_batch: int = 25
     """Images per timed call."""
     resamples: int = 200
@@ -60,6 +65,7 @@ class Protocol:
             raise ValueError(f"rounds must be at least 2 (10 for an interval worth printing), got {self.rounds}")
         if self.num_samples < 2:
             raise ValueError("num_samples must be at least 2: a covariance needs two samples")
+        check_names(self.arguments)
         for metric in self.metrics:
             find_metric(metric)
         for baseline in self.baselines:
@@ -131,6 +137,7 @@ def row_manifest(pipe: Any, protocol: Protocol, row: RowSpec, weights: dict[str,
         "recipe": [{"name": a.name, **a.to_dict()} for a in row.recipe.accelerators],
         "steps": row.steps,
         "guidance_scale": protocol.guidance_scale,
+        "arguments": protocol.arguments or None,
         "conditions": protocol.conditions.describe(),
         "seed": protocol.seed,
     }
@@ -149,7 +156,7 @@ def _plain_config(scheduler: Any) -> dict[str, Any]:
 
 def call(pipe: Any, protocol: Protocol, ids: Sequence[int], steps: int) -> Tensor:
     """One pipeline call for sample ids: uint8 images (N, C, H, W), rounded."""
-    arguments = protocol.conditions.arguments(ids)
+    arguments = {**protocol.arguments, **protocol.conditions.arguments(ids)}
     if protocol.guidance_scale is not None:
         arguments["guidance_scale"] = protocol.guidance_scale
     generators = [sample_generator(protocol.seed, sample_id) for sample_id in ids]

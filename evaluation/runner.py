@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import inspect
 import itertools
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -20,23 +19,27 @@ from typing import Any
 from torch import Tensor, nn
 
 from flowaccel import Recipe, accelerated, is_accelerated
+from flowaccel.data import AttributeSet
 
+from .attributes import attribute_match, load_attributes
 from .baselines import NATIVE, calibrated, check_native, native
+from .call_arguments import check_arguments, parameters
 from .conditions import Conditions
 from .cost import Cost, measure_cost
 from .environment import environment
 from .features import FeatureNetwork, check_reference, fingerprint, load_features, load_reference
 from .figures import PARETO_METRICS, pareto, pareto_png, sample_grid
 from .latency import Timing, measure_latency
-from .metrics import METRICS, RowSamples, find_metric, measure
+from .metrics import METRICS, OF_PROMPTS, RowSamples, find_metric, measure
 from .own_process import REMARK, OwnProcess, carried_over, loaded_from
 from .processes import World, claimed, processes
+from .prompt_lengths import check_prompt_lengths
 from .protocol import BASELINE, Protocol, RowSpec, call, no_images, plan_rows, row_manifest, row_store
 from .report import html_report
 from .schema import SCHEMA_VERSION, Results, Row, load_results, save_results
 from .statistics import is_statistics
 from .store import SampleStore, generate_batches, in_batches, write_atomically
-from .text import load_clip, text_match
+from .text import load_clip, text_match, warn_of_cut_prompts
 
 CALIBRATION = "calibration.json"
 _GRID_SAMPLES = 10
@@ -57,6 +60,8 @@ class _Run:
     network: FeatureNetwork = field(init=False)
     clip: FeatureNetwork | None = None
     """Where clip_score is asked for."""
+    attributes: AttributeSet | None = None
+    """Where attribute_accuracy is asked for."""
     weights: dict[str, str] = field(init=False)
     """Fingerprints of the pipeline's networks."""
     world: World = field(init=False)
@@ -101,13 +106,16 @@ def evaluate(
     """
     if is_accelerated(pipe):
         raise ValueError("evaluate needs the untouched pipeline; call flowaccel.restore(pipe) first")
-    if "num_frames" in inspect.signature(type(pipe).__call__).parameters:
+    if "num_frames" in parameters(pipe):
         raise no_images(pipe)
+    check_arguments(pipe, protocol.arguments)
     loaded = [recipe.loaded(pipe) for recipe in recipes]
     run = _Run(pipe=pipe, protocol=protocol, rows=plan_rows(loaded, protocol), out=Path(out), notify=notify)
     run.network = load_features(protocol.features, "cpu" if pipe.device.type == "meta" else pipe.device)
     if "clip_score" in protocol.metrics:
         run.clip = load_clip(protocol.clip, run.network)
+    if "attribute_accuracy" in protocol.metrics:
+        run.attributes = load_attributes(protocol.attributes, run.network)
     _check_early(run)
     run.weights = {name: fingerprint(part) for name, part in pipe.components.items() if isinstance(part, nn.Module)}
     pipe.set_progress_bar_config(disable=True)
@@ -150,7 +158,8 @@ def _measure(run: _Run) -> Results:
     _mark_pareto(results)
     protocol.conditions.save(run.out)
     save_results(results, run.out / "results.json")
-    write_figures(results, {row.name: sample.images for row, sample in zip(run.rows, samples, strict=True)}, run.out)
+    images = {row.name: sample.images for row, sample in zip(run.rows, samples, strict=True)}
+    write_figures(results, images, run.out, protocol.conditions.texts(run.ids) or ())
     return results
 
 
@@ -171,13 +180,29 @@ def _check_early(run: _Run) -> None:
                 f"metric {name!r} needs the features of the reference samples, and {reference} has only moments; make "
                 "it with `flowaccel stats --with-features`, give the images, or leave the metric out"
             )
-        if "prompts" in find_metric(name).needs and run.protocol.conditions.texts([0]) is None:
+        if OF_PROMPTS & set(find_metric(name).needs) and run.protocol.conditions.texts([0]) is None:
             raise ValueError(f"metric {name!r} needs prompts to sample for; leave it out for a pipeline with classes")
         if classless and "classes" in find_metric(name).needs:
             raise ValueError(
                 f"metric {name!r} needs classes to sample for and a feature network with a classifier; "
                 f"leave it out of the metrics ({', '.join(run.protocol.metrics)})"
             )
+    prompts = run.protocol.conditions.texts(run.ids)
+    if prompts is not None:
+        _check_prompts(run, prompts)
+
+
+def _check_prompts(run: _Run, prompts: Sequence[str]) -> None:
+    check_prompt_lengths(run.pipe, prompts, run.protocol.arguments)
+    if run.attributes is not None:
+        try:
+            run.attributes.read(prompts)
+        except ValueError as error:
+            raise ValueError(
+                f"attribute_accuracy cannot be measured for these prompts: {error}; or leave attribute_accuracy out"
+            ) from error
+    if run.clip is not None:
+        warn_of_cut_prompts(run.clip, prompts)
 
 
 def _try_baselines(run: _Run, stack: contextlib.ExitStack) -> None:
@@ -287,8 +312,8 @@ def _row_pipeline(run: _Run, row: RowSpec) -> Iterator[Callable[[list[int]], Ten
 
 
 def _read_samples(run: _Run) -> list[RowSamples]:
-    conditions = run.protocol.conditions
-    return [row_samples(run.store(row), row.name, run.ids, conditions, run.network, run.clip) for row in run.rows]
+    networks = run.network, run.clip, run.attributes
+    return [row_samples(run.store(row), row.name, run.ids, run.protocol.conditions, *networks) for row in run.rows]
 
 
 def row_samples(
@@ -298,14 +323,19 @@ def row_samples(
     conditions: Conditions,
     network: FeatureNetwork,
     clip: FeatureNetwork | None = None,
+    attributes: AttributeSet | None = None,
 ) -> RowSamples:
-    """A row's images and what the feature network and, where prompts are asked for, the CLIP network see in them."""
+    """A row's images and what the feature network and, where prompts are asked for, the CLIP network see in them; the
+    attributes that prompts state too, where these are given.
+    """
     images = store.read(ids)
     features = network(images)
     texts = conditions.texts(ids)
-    match = None
+    match, stated = None, None
     if clip is not None and texts is not None:
         match = text_match(clip, features if clip is network else clip(images), texts)
+    if attributes is not None and texts is not None:
+        stated = attribute_match(attributes, network, features, texts)
     return RowSamples(
         name=name,
         features=features,
@@ -313,6 +343,7 @@ def row_samples(
         predicted=None if network.classify is None else network.classify(features),
         images=images,
         text_match=match,
+        attributes=stated,
     )
 
 
@@ -437,9 +468,9 @@ def quality_axis(results: Results) -> str | None:
     return next((name for name in (*PARETO_METRICS, *METRICS) if name in shown), None)
 
 
-def write_figures(results: Results, images: dict[str, Tensor], out: Path) -> None:
-    """`pareto.png` (where a metric has a value), `samples.png` and the self-contained `report.html` beside a result
-    file.
+def write_figures(results: Results, images: dict[str, Tensor], out: Path, prompts: Sequence[str] = ()) -> None:
+    """`pareto.png` (where a metric has a value), `samples.png`, captioned where there are prompts, and the
+    self-contained `report.html` beside a result file.
     """
     figures = {}
     metric = quality_axis(results)
@@ -448,5 +479,5 @@ def write_figures(results: Results, images: dict[str, Tensor], out: Path) -> Non
         pareto_png(results, out / "pareto.png", metric)
     figures["The first samples: the same noise in every column"] = out / "samples.png"
     shown = {name: rows[:_GRID_SAMPLES] for name, rows in images.items()}
-    sample_grid(shown, out / "samples.png", columns=_GRID_SAMPLES)
+    sample_grid(shown, out / "samples.png", columns=_GRID_SAMPLES, captions=prompts)
     html_report(results, out / "report.html", figures)

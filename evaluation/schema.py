@@ -79,6 +79,7 @@ class Metric(MetricBase, total=False):
     features: str  # feature network and its fingerprint
     reference: str  # what the samples are compared with
     identical_fraction: float  # psnr only: share of images equal to the untouched ones, left out of the mean
+    attributes: dict[str, float]  # attribute_accuracy only: share of right ones by attribute, where it is stated
     versus: dict[str, Versus]  # paired differences by the name of the other row; claims rest on these
 
 
@@ -131,11 +132,13 @@ class Protocol(ProtocolBase, total=False):
 
     steps: int  # of the untouched pipeline
     guidance_scale: float
+    arguments: dict[str, Any]  # further arguments of every pipeline call
     reference: str  # reference images or statistics
     feature_extractor: str
     fingerprint: str  # of the feature extractor: weights, resizing, normalisation, dtype
     clip: str  # network of clip_score
     clip_fingerprint: str
+    attributes: str  # what reads for attribute_accuracy what prompts state
     metrics: list[str]
     rounds: int  # timed rounds
     baselines: list[str]  # accelerators of other libraries

@@ -39,7 +39,7 @@ METRIC_GLOSSARY = {
     "kid": "Squared kernel distance between features of samples and reference; unbiased at any n, can be below zero.",
     "clip_score": "100 times the cosine similarity of image and prompt under the named text-image network, at least 0.",
     "class_accuracy": "Share of samples in which a classifier sees the class that was asked for.",
-    "attribute_accuracy": "Share of the asked-for attributes that a classifier sees in the sample.",
+    "attribute_accuracy": "Share of samples in which a classifier sees everything that the prompt states.",
     "precision": "Share of samples that lie within the manifold of the reference: fidelity.",
     "recall": "Share of the reference that lies within the manifold of the samples: variety.",
     "psnr": "Peak signal-to-noise ratio to the untouched image of the same seed, in dB, over images that differ.",

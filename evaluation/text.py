@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from .features import FeatureNetwork, load_features
 from .metrics import TextMatch
+from .prompt_lengths import token_counts
 
 _BATCH = 100
 
@@ -27,6 +29,20 @@ def load_clip(name: str | None, network: FeatureNetwork) -> FeatureNetwork:
             "with --clip (clip=), such as clip or clip:PATH, or leave clip_score out"
         )
     return clip
+
+
+def warn_of_cut_prompts(clip: FeatureNetwork, prompts: Sequence[str]) -> None:
+    """`UserWarning` where prompts are longer than the network reads."""
+    assert clip.encode_text is not None  # load_clip sees to it
+    distinct = list(dict.fromkeys(prompts))
+    count = sum(tokens > clip.encode_text.longest for tokens in token_counts(clip.encode_text.tokenizer, distinct))
+    if count:
+        warnings.warn(
+            f"{count} of {len(distinct)} prompts are longer than the {clip.encode_text.longest} tokens that "
+            f"{clip.name} reads: clip_score judges their beginning only",
+            UserWarning,
+            stacklevel=2,
+        )
 
 
 def text_match(clip: FeatureNetwork, image_features: Tensor, prompts: Sequence[str]) -> TextMatch:

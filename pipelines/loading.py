@@ -50,9 +50,12 @@ def load_pipeline(
     _check_safe(kwargs)
     try:
         of_the_hub = {name: kwargs[name] for name in _OF_THE_HUB if name in kwargs}
-        pipeline_class = _pipeline_class(path, DiffusionPipeline.load_config(str(path), **of_the_hub))
+        index = DiffusionPipeline.load_config(str(path), **of_the_hub)
+        pipeline_class = _pipeline_class(path, index)
+        # diffusers saves a pipeline without its third text encoder, but loads it only if told so again.
+        absent = {name: None for name, component in index.items() if component in ([None, None], (None, None))}
         # Without use_safetensors diffusers falls back to pickled weights where the safetensors file is missing.
-        options = {**kwargs, "dtype": dtype or torch_dtype or torch.float32, "use_safetensors": True}
+        options = {**absent, **kwargs, "dtype": dtype or torch_dtype or torch.float32, "use_safetensors": True}
         pipe = pipeline_class.from_pretrained(str(path), **options)
     except OSError as error:
         reason = str(error).split("\n")[0]

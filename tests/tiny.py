@@ -25,11 +25,23 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
 from tokenizers.processors import TemplateProcessing
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
+from transformers import (
+    CLIPConfig,
+    CLIPModel,
+    CLIPTextConfig,
+    CLIPTextModelWithProjection,
+    PreTrainedTokenizerFast,
+    UMT5Config,
+    UMT5EncoderModel,
+)
 
 from flowaccel import Recipe, Sampler, SiTPipeline, SiTTransformer2DModel, VelocityRefiner
 from flowaccel.accelerators.velocity_refiner import new_refiner
+from flowaccel.data.shapes import ATTRIBUTES
+from flowaccel.models import ShapesClassifier
 from flowaccel.samplers import FlowRungeKuttaScheduler
+from flowaccel.training import zoo_shapes
+from flowaccel.training.text_to_image import TextToImage
 
 CONTEXT, POOLED, TOKENS = 16, 12, 5
 """Width of the text embeddings, of the pooled ones, and length of the text, of the text-to-image pipelines."""
@@ -136,6 +148,30 @@ def sd3_arguments(batch: int = 1, steps: int = 5, scale: float = 4.0, seed: int 
         "generator": [torch.Generator().manual_seed(seed + i) for i in range(batch)],
         "output_type": "pt",
     }
+
+
+def shapes_zoo(root: Path) -> Path:
+    """Untrained networks of the classes and with the words of the zoo's entries of `shapes`, as the zoo holds them."""
+    tokenizer = zoo_shapes.shapes_tokenizer()
+    small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    words = {**zoo_shapes.TEXT_ENCODER, **small, "vocab_size": len(tokenizer), "projection_dim": POOLED // 2}
+    torch.manual_seed(0)
+    transformer = SD3Transformer2DModel(
+        **zoo_shapes.TRANSFORMER
+        | {"num_layers": 2, "attention_head_dim": 8, "num_attention_heads": 2, "caption_projection_dim": 16}
+        | {"joint_attention_dim": 32, "pooled_projection_dim": POOLED, "qk_norm": None}
+    )
+    encoders = [CLIPTextModelWithProjection(CLIPTextConfig(**words)) for _ in range(2)]
+    vae = AutoencoderKL(**zoo_shapes.AUTOENCODER | {"block_out_channels": (8, 8), "shift_factor": 0.0})
+    random_weights(transformer, 1)
+    model = TextToImage(transformer, *encoders)
+    zoo_shapes.pipeline(model, tokenizer, vae).save_pretrained(root / "t2i-shapes")
+    classifier = ShapesClassifier([len(values) for values in ATTRIBUTES.values()], num_features=6, channels=4)
+    classifier.save_pretrained(root / "shapes-features")
+    towers = {"vision_config": small | {"image_size": 32, "patch_size": 16}, "text_config": words}
+    CLIPModel(CLIPConfig(**towers, projection_dim=4)).save_pretrained(root / "shapes-clip")
+    tokenizer.save_pretrained(root / "shapes-clip")
+    return root
 
 
 def flux_pipeline(seed: int = 0, **config: Any) -> FluxPipeline:
@@ -301,17 +337,23 @@ def photos(folder: Path, count: int = 6, sizes: tuple[tuple[int, int], ...] = ((
     return folder
 
 
+def letter_tokenizer() -> PreTrainedTokenizerFast:
+    """One token for every letter and digit, and one for the end."""
+    letters = dict(zip(("<pad>", "</s>", "<unk>", *string.ascii_lowercase, *string.digits), itertools.count()))
+    words = Tokenizer(WordLevel(letters, unk_token="<unk>"))
+    words.pre_tokenizer = Split("", "isolated")
+    words.post_processor = TemplateProcessing(single="$A </s>", special_tokens=[("</s>", letters["</s>"])])
+    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
+
+
 def wan_pipeline(seed: int = 0) -> WanPipeline:
     """A stock `WanPipeline` with a tokenizer of single letters: videos of noise, but each depends on prompt and seed.
 
     Sizes are multiples of 16 pixels and 4 n + 1 frames.
     """
-    letters = dict(zip(("<pad>", "</s>", "<unk>", *string.ascii_lowercase, *string.digits), itertools.count()))
-    words = Tokenizer(WordLevel(letters, unk_token="<unk>"))
-    words.pre_tokenizer = Split("", "isolated")
-    words.post_processor = TemplateProcessing(single="$A </s>", special_tokens=[("</s>", letters["</s>"])])
+    tokenizer = letter_tokenizer()
     torch.manual_seed(seed)
-    text = UMT5Config(vocab_size=len(letters), d_model=CONTEXT, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
+    text = UMT5Config(vocab_size=len(tokenizer), d_model=CONTEXT, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
     transformer = WanTransformer3DModel(
         num_attention_heads=2,
         attention_head_dim=12,
@@ -333,9 +375,7 @@ def wan_pipeline(seed: int = 0) -> WanPipeline:
     )
     random_weights(transformer, seed)
     pipe = WanPipeline(
-        tokenizer=PreTrainedTokenizerFast(
-            tokenizer_object=words, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
-        ),
+        tokenizer=tokenizer,
         text_encoder=UMT5EncoderModel(text).eval(),
         vae=vae.eval(),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),

@@ -16,6 +16,7 @@ from flowaccel.calibration.methods import METHODS, Method
 from flowaccel.calibration.observe import Trace, observe
 from flowaccel.calibration.sampling import Notify, Sampling
 from flowaccel.evaluation.paired import rel_l2
+from flowaccel.evaluation.prompt_lengths import check_prompt_lengths
 from flowaccel.hooks import Run, session_of
 from flowaccel.predictors import Predictor
 from flowaccel.recipe import Recipe, accelerated
@@ -83,12 +84,14 @@ def calibrate(
         `base` with the calibrated `FeatureCache` at its end, whose `calibration` says how good it is.
 
     Raises:
-        ValueError: an unknown method, a target that is not above 1 or out of reach under the guard, fewer than 3 steps.
+        ValueError: an unknown method, a target that is not above 1 or out of reach under the guard, fewer than 3 steps,
+            or prompts that the pipeline would cut off.
         RecipeConflictError: `base` holds a cache already, or the pipeline is accelerated.
         UnsupportedModelError: the method reads blocks that are not known.
     """
     chosen = find_method(method)
     check_target(target)
+    check_prompt_lengths(pipe, sampling.conditions.texts(range(sampling.num_samples)), sampling.arguments)
     base = base or Recipe()
     with_cache(base, FeatureCache())  # refuses now what would be refused when all is done
     observation = observe_methods(pipe, sampling, [chosen], base=base, model=model, notify=notify)

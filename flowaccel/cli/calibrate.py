@@ -14,10 +14,12 @@ from flowaccel.accelerators import Calibration, FeatureCache, GridCalibration, S
 from flowaccel.calibration import GRID_METHODS, METHODS, METRICS, Sampling, calibrate_grid, find_method
 from flowaccel.calibration import calibrate as run_calibration
 from flowaccel.cli.common import (
+    ArgumentOption,
     DeviceOption,
     DtypeOption,
     JsonOption,
     PipeArgument,
+    PromptsOption,
     SeedOption,
     emit,
     friendly_errors,
@@ -54,7 +56,7 @@ def calibrate(
     ] = None,
     classes: Annotated[str | None, typer.Option(help="Class ids, separated by commas; ranges such as 0-9.")] = None,
     prompt: Annotated[list[str] | None, typer.Option(help="A prompt; may be given several times.")] = None,
-    prompts: Annotated[Path | None, typer.Option(help="A UTF-8 text file with one prompt a line.")] = None,
+    prompts: PromptsOption = None,
     num_samples: Annotated[
         int | None, typer.Option(min=1, help="Images or videos; default one per class or prompt.")
     ] = None,
@@ -83,6 +85,7 @@ def calibrate(
     height: Annotated[int | None, typer.Option(min=1, help="Pixels; default the pipeline's.")] = None,
     width: Annotated[int | None, typer.Option(min=1, help="Pixels; default the pipeline's.")] = None,
     num_frames: Annotated[int | None, typer.Option(min=1, help="Frames of a video; default the pipeline's.")] = None,
+    argument: ArgumentOption = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images or videos per call.")] = 8,
     predictor: Annotated[
         str | None, typer.Option(help=f"Caches: what stands in: {', '.join(PREDICTORS)}; default the method's.")
@@ -136,7 +139,13 @@ def calibrate(
             seed=seed,
             batch_size=batch_size,
             arguments=call_arguments(
-                pipeline, fps=None, guidance_scale=guidance_scale, height=height, width=width, num_frames=num_frames
+                pipeline,
+                pipe,
+                argument,
+                guidance_scale=guidance_scale,
+                height=height,
+                width=width,
+                num_frames=num_frames,
             ),
         )
         model = pipe if pipe.startswith("zoo:") else Path(pipe).name

@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from flowaccel import zoo
+from flowaccel.data import PROMPT_SETS
 from flowaccel.errors import FlowaccelError
 from flowaccel.pipelines import load_pipeline
 from flowaccel.recipe import Recipe, resolve, saved_recipe
@@ -32,6 +33,20 @@ DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps; auto ta
 DtypeOption = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
 ExpectWorldOption = Annotated[
     int | None, typer.Option(min=1, metavar="N", help="Fail unless N processes were launched.")
+]
+PromptsOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FILE|zoo:SET",
+        help=f"UTF-8 text, one prompt a line, or {', '.join(zoo.PREFIX + s for s in PROMPT_SETS)}.",
+    ),
+]
+ArgumentOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME=VALUE",
+        help="Further argument of every pipeline call, such as height=512; JSON or text; may be given several times.",
+    ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 
@@ -69,6 +84,11 @@ def open_pipeline(name: str, device: str = "cpu", dtype: str = "float32") -> Any
 
 def _path(name: str) -> str | Path:
     return zoo.folder(name) if name.startswith(zoo.PREFIX) else name
+
+
+def zoo_entry(name: str) -> zoo.Entry | None:
+    """What the zoo says about PIPE, where it comes from there."""
+    return zoo.entry(name) if name.startswith(zoo.PREFIX) else None
 
 
 def open_recipe(name: str) -> Recipe:

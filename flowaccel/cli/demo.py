@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -20,43 +21,87 @@ from flowaccel.cli.common import (
     progress,
     say,
 )
-from flowaccel.cli.evaluate import show
-from flowaccel.evaluation import Classes, Protocol
+from flowaccel.cli.evaluate import default_protocol, show
 from flowaccel.evaluation import evaluate as run_evaluation
 
-PIPE = "zoo:sit-digits"
-STEPS = 10
-BASELINE_STEPS = (2, 3, 5)
-RECIPES = ("euler@6", "ab2@4", "flowturbo-H1P2", "flowturbo-H1P1R1-single", "flowturbo-H1P2R1-single")
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """What the demo shows of one pipeline of the zoo; the rest is as the zoo has it."""
+
+    pipe: str
+    steps: int
+    baseline_steps: tuple[int, ...]
+    recipes: tuple[str, ...]
+    metrics: tuple[str, ...]
+    num_samples: int
+    rounds: int
+    latency_batch: int
+    remark: str = ""
+
+
+DIGITS_RECIPES = ("euler@6", "ab2@4", "flowturbo-H1P2", "flowturbo-H1P1R1-single", "flowturbo-H1P2R1-single")
+T2I_RECIPES = ("ab_cache:interval=3,order=2", "balanced")  # the rows of `demo --task t2i` are chosen here
+TASKS = {
+    "digits": Task(
+        pipe="zoo:sit-digits",
+        steps=10,
+        baseline_steps=(2, 3, 5),
+        recipes=DIGITS_RECIPES,
+        metrics=("fid", "class_accuracy"),
+        num_samples=400,
+        rounds=6,
+        latency_batch=25,
+        remark="; benchmarks/flowturbo.py uses 2000",
+    ),
+    "t2i": Task(
+        pipe="zoo:t2i-shapes",
+        steps=28,
+        baseline_steps=(7, 14),
+        recipes=T2I_RECIPES,
+        metrics=("fid", "attribute_accuracy"),
+        num_samples=150,
+        rounds=4,
+        latency_batch=10,
+    ),
+}
 
 
 def demo(
-    num_samples: Annotated[int, typer.Option(min=50, help="Images per row.")] = 400,
-    rounds: Annotated[int, typer.Option(min=2, help="Timed rounds of two calls per row.")] = 6,
+    task: Annotated[str, typer.Option(help=f"One of {', '.join(TASKS)}.")] = "digits",
+    num_samples: Annotated[int | None, typer.Option(min=50, help="Images per row; default the task's.")] = None,
+    rounds: Annotated[
+        int | None, typer.Option(min=2, help="Timed rounds of two calls per row; default the task's.")
+    ] = None,
     seed: SeedOption = 0,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "float32",
     out: Annotated[Path | None, typer.Option(help="Run folder; a started one is resumed.")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Sample handwritten digits by Heun, by fewer steps and by FlowTurbo, and measure quality and milliseconds side by
-    side.
+    """Sample in full, by fewer steps and accelerated, and measure quality and milliseconds side by side: handwritten
+    digits by Heun and FlowTurbo, or pictures of coloured shapes from text by Euler and caches.
 
-    Example: flowaccel demo --out runs/demo
+    Example: flowaccel demo --task digits --out runs/demo
     """
     with friendly_errors(" What was made so far is kept; the same command goes on from there."):
-        pipeline = open_pipeline(PIPE, device, dtype)
-        protocol = Protocol(
-            conditions=Classes(tuple(range(10))),
-            steps=STEPS,
-            baseline_steps=BASELINE_STEPS,
-            num_samples=num_samples,
+        if task not in TASKS:
+            raise ValueError(f"--task must be one of {', '.join(TASKS)}, got {task!r}")
+        chosen = TASKS[task]
+        pipeline = open_pipeline(chosen.pipe, device, dtype)
+        protocol = default_protocol(
+            chosen.pipe,
+            pipeline,
+            steps=chosen.steps,
+            baseline_steps=chosen.baseline_steps,
+            num_samples=num_samples or chosen.num_samples,
             seed=seed,
-            metrics=("fid", "class_accuracy"),
-            rounds=rounds,
+            metrics=chosen.metrics,
+            rounds=rounds or chosen.rounds,
+            latency_batch=chosen.latency_batch,
         )
         folder = output_folder(out, "demo")
-        say(f"{PIPE}: {num_samples} images a row, a demo-sized sample; benchmarks/flowturbo.py uses 2000.")
+        say(f"{chosen.pipe}: {protocol.num_samples} images a row, a demo-sized sample{chosen.remark}.")
         with progress() as notify:
-            results = run_evaluation(pipeline, [open_recipe(name) for name in RECIPES], protocol, folder, notify)
+            results = run_evaluation(pipeline, [open_recipe(name) for name in chosen.recipes], protocol, folder, notify)
         emit(results, as_json, lambda: show(results, folder))

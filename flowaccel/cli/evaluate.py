@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,13 +10,14 @@ import typer
 import yaml
 from rich.console import Console
 
-from flowaccel import zoo
 from flowaccel.cli.common import (
+    ArgumentOption,
     DeviceOption,
     DtypeOption,
     ExpectWorldOption,
     JsonOption,
     PipeArgument,
+    PromptsOption,
     SeedOption,
     emit,
     friendly_errors,
@@ -26,8 +28,9 @@ from flowaccel.cli.common import (
     progress,
     saved_with,
     say,
+    zoo_entry,
 )
-from flowaccel.cli.generate import parse_conditions
+from flowaccel.cli.generate import free_arguments, parse_conditions
 from flowaccel.evaluation import DEFAULT_METRICS, Protocol, Results, console_table, set_attention
 from flowaccel.evaluation import evaluate as run_evaluation
 
@@ -53,7 +56,7 @@ def evaluate(
     steps: Annotated[int, typer.Option(min=1, help="Steps of the untouched pipeline.")] = 50,
     num_samples: Annotated[int, typer.Option(min=2, help="Images per row.")] = 2000,
     classes: Annotated[str | None, typer.Option(help="Class ids, such as 0-9; default all.")] = None,
-    prompts: Annotated[Path | None, typer.Option(help="A UTF-8 text file with one prompt a line.")] = None,
+    prompts: PromptsOption = None,
     reference: Annotated[
         str | None, typer.Option(help="zoo:SET, a folder of images, or statistics as .safetensors or .npz.")
     ] = None,
@@ -61,8 +64,15 @@ def evaluate(
         str | None, typer.Option(help="inception, clip or dinov2, alone or with :PATH; zoo:NAME; MODULE:ATTRIBUTE.")
     ] = None,
     clip: Annotated[str | None, typer.Option(help="CLIP of clip_score: clip or clip:PATH; default --features.")] = None,
-    metrics: Annotated[str, typer.Option(help="Separated by commas.")] = ",".join(DEFAULT_METRICS),
-    guidance_scale: Annotated[float | None, typer.Option(help="Default: the pipeline's.")] = None,
+    attributes: Annotated[
+        str | None, typer.Option(metavar="zoo:SET", help="What reads for attribute_accuracy what prompts state.")
+    ] = None,
+    metrics: Annotated[
+        str | None,
+        typer.Option(help=f"Separated by commas; default the zoo's for PIPE, else {','.join(DEFAULT_METRICS)}."),
+    ] = None,
+    guidance_scale: Annotated[float | None, typer.Option(help="Default: the zoo's for PIPE or the pipeline's.")] = None,
+    argument: ArgumentOption = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images per call when sampling.")] = 100,
     latency_batch: Annotated[int, typer.Option(min=1, help="Images per timed call.")] = 25,
     rounds: Annotated[int, typer.Option(min=2, help="Timed rounds of two calls per row.")] = 10,
@@ -91,20 +101,24 @@ def evaluate(
         pipeline = open_pipeline(pipe, own_device, dtype)
         if attention is not None:
             set_attention(pipeline, attention)
-        known = zoo.entry(pipe) if pipe.startswith(zoo.PREFIX) else None
-        protocol = Protocol(
-            conditions=parse_conditions(pipeline, classes, None, prompts),
+        protocol = default_protocol(
+            pipe,
+            pipeline,
+            classes=classes,
+            prompts=prompts,
+            argument=argument,
+            metrics=None if metrics is None else tuple(name.strip() for name in metrics.split(",") if name.strip()),
+            features=features,
+            reference=reference,
+            clip=clip,
+            attributes=attributes,
+            guidance_scale=guidance_scale,
             steps=steps,
             baselines=tuple(baseline or ()),
             baseline_steps=_numbers("--baseline-steps", baseline_steps) or fewer_steps(steps),
             num_samples=num_samples,
             seed=seed,
             batch_size=batch_size,
-            guidance_scale=guidance_scale,
-            features=_needed("--features", features or (known.features if known else None)),
-            reference=_needed("--reference", reference or (known.reference if known else None)),
-            metrics=tuple(name.strip() for name in metrics.split(",") if name.strip()),
-            clip=clip,
             rounds=rounds,
             latency_batch=latency_batch,
         )
@@ -114,6 +128,36 @@ def evaluate(
         with progress() as notify:
             results = run_evaluation(pipeline, recipes, protocol, folder, notify)
         emit(results, as_json, lambda: show(results, folder))
+
+
+def default_protocol(
+    pipe: str,
+    pipeline: Any,
+    *,
+    classes: str | None = None,
+    prompts: str | None = None,
+    argument: list[str] | None = None,
+    **given: Any,
+) -> Protocol:
+    """A protocol with what is given, and for what is not, with what the zoo has for PIPE.
+
+    Raises:
+        ValueError: something is wrong, or has no default and is missing.
+    """
+    known = zoo_entry(pipe)
+    settings = {name: value for name, value in given.items() if value is not None}
+    for name in ("features", "reference", "clip", "attributes", "metrics", "guidance_scale"):
+        settings.setdefault(name, getattr(known, name, None))
+    if settings["metrics"] is None:
+        settings["metrics"] = DEFAULT_METRICS
+    for name in ("features", "reference"):
+        if not settings[name]:
+            raise ValueError(f"this pipeline has no default for --{name}; give one (see --help)")
+    return Protocol(
+        conditions=parse_conditions(pipeline, classes, None, prompts or getattr(known, "prompts", None)),
+        arguments=free_arguments(pipeline, pipe, argument),
+        **settings,
+    )
 
 
 def show(results: Results, folder: Path) -> None:
@@ -132,12 +176,6 @@ def _numbers(option: str, text: str) -> tuple[int, ...]:
     if not all(part.isdigit() and int(part) for part in parts):
         raise ValueError(f"{option} must be step counts separated by commas, such as 10,20, got {text!r}")
     return tuple(int(part) for part in parts)
-
-
-def _needed(option: str, value: str | None) -> str:
-    if not value:
-        raise ValueError(f"this pipeline has no default for {option}; give one (see --help)")
-    return value
 
 
 def _merged(context: typer.Context, config: Path) -> dict[str, Any]:
@@ -161,11 +199,13 @@ def _merged(context: typer.Context, config: Path) -> dict[str, Any]:
         if name not in typed and value is not None
     }
     merged = {**context.params, **values, "config": None, "context": context}
-    paths = {name: Path(merged[name]) for name in ("prompts", "out") if merged[name] is not None}
-    return merged | paths
+    return merged | {"out": None if merged["out"] is None else Path(merged["out"])}
 
 
 def _as_typed(value: Any, several: bool) -> Any:
     """A YAML value as it would stand on the command line, so that it is checked as if it did."""
-    parts = [str(part) for part in value] if isinstance(value, list) else [str(value)]
+    if isinstance(value, dict):
+        parts = [f"{name}={json.dumps(one)}" for name, one in value.items()]
+    else:
+        parts = [str(part) for part in value] if isinstance(value, list) else [str(value)]
     return parts if several else ",".join(parts)

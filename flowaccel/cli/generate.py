@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import inspect
+import json
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from flowaccel import zoo
 from flowaccel.cli.common import (
+    ArgumentOption,
     DeviceOption,
     DtypeOption,
     ExpectWorldOption,
     JsonOption,
     PipeArgument,
+    PromptsOption,
     SeedOption,
     emit,
     friendly_errors,
@@ -26,9 +28,13 @@ from flowaccel.cli.common import (
     progress,
     saved_with,
     say,
+    zoo_entry,
 )
+from flowaccel.data import PROMPT_SETS
 from flowaccel.evaluation import Classes, Conditions, Prompts, sample_generator, set_attention
+from flowaccel.evaluation.call_arguments import check_arguments, parameters, unknown_argument
 from flowaccel.evaluation.processes import processes
+from flowaccel.evaluation.prompt_lengths import too_long
 from flowaccel.recipe import Recipe, accelerate
 from flowaccel.recipe import report as last_report
 from flowaccel.video import save_video, video_suffix
@@ -46,7 +52,7 @@ def generate(
     ] = None,
     classes: Annotated[str | None, typer.Option(help="Class ids, separated by commas; ranges such as 0-9.")] = None,
     prompt: Annotated[list[str] | None, typer.Option(help="A prompt; may be given several times.")] = None,
-    prompts: Annotated[Path | None, typer.Option(help="A UTF-8 text file with one prompt a line.")] = None,
+    prompts: PromptsOption = None,
     num_images: Annotated[
         int | None, typer.Option(min=1, help="How many images or videos; default one per class or prompt.")
     ] = None,
@@ -55,6 +61,7 @@ def generate(
     height: Annotated[int | None, typer.Option(min=1, help="Pixels; default the pipeline's.")] = None,
     width: Annotated[int | None, typer.Option(min=1, help="Pixels; default the pipeline's.")] = None,
     num_frames: Annotated[int | None, typer.Option(min=1, help="Frames of a video; default the pipeline's.")] = None,
+    argument: ArgumentOption = None,
     fps: Annotated[
         float | None, typer.Option(help=f"Frames per second of a video; default the pipeline's, else {FPS}.")
     ] = None,
@@ -83,8 +90,18 @@ def generate(
         count = num_images or len(conditions)
         chosen = saved_with(pipe) if recipe is None else open_recipe(recipe)
         arguments = call_arguments(
-            pipeline, guidance_scale=guidance_scale, height=height, width=width, num_frames=num_frames, fps=fps
+            pipeline,
+            pipe,
+            argument,
+            guidance_scale=guidance_scale,
+            height=height,
+            width=width,
+            num_frames=num_frames,
+            fps=fps,
         )
+        prompted = conditions.texts(range(count))
+        if prompted is not None and (problem := too_long(pipeline, prompted, arguments)) is not None:
+            say(f"warning: {problem}")
         if attention is not None:
             set_attention(pipeline, attention)
         if chosen is not None:
@@ -127,22 +144,30 @@ def generate(
 
 def makes_videos(pipeline: Any) -> bool:
     """Whether the pipeline can be asked for a number of frames."""
-    return "num_frames" in _parameters(pipeline)
+    return "num_frames" in parameters(pipeline)
 
 
-def call_arguments(pipeline: Any, *, fps: float | None, **given: Any) -> dict[str, Any]:
-    """The options that are not None as arguments of a call; of a video pipeline, frames as PIL images too.
+def call_arguments(
+    pipeline: Any, pipe: str, argument: list[str] | None, *, fps: float | None = None, **given: Any
+) -> dict[str, Any]:
+    """The arguments of a call: the options that are not None over those of --argument over what the zoo has for PIPE;
+    of a video pipeline, frames as PIL images too.
 
     Raises:
-        ValueError: the pipeline does not take one of them.
+        ValueError: the pipeline does not take one of them, flowaccel sets it itself, or it is given twice.
     """
-    accepted = _parameters(pipeline)
-    arguments = {name: value for name, value in given.items() if value is not None}
-    for name in [*arguments, *(["num_frames"] if fps is not None else [])]:
-        if name not in accepted:
-            option = "--fps" if name not in arguments else f"--{name.replace('_', '-')}"
-            known = ", ".join(name for name in accepted if name != "self")
-            raise ValueError(f"{type(pipeline).__name__} does not take {option}; its arguments are {known}")
+    options = {name: value for name, value in given.items() if value is not None}
+    for name in [*options, *(["num_frames"] if fps is not None else [])]:
+        if name not in parameters(pipeline):
+            spelled = "--fps" if name not in options else f"--{name.replace('_', '-')}"
+            raise unknown_argument(pipeline, name, spelled)
+    free = free_arguments(pipeline, pipe, argument)
+    twice = sorted(options.keys() & parse_arguments(argument).keys())
+    if twice:
+        raise ValueError(f"{twice[0]} is given both by --{twice[0].replace('_', '-')} and by --argument; give one")
+    known = zoo_entry(pipe)
+    guidance = {} if known is None or known.guidance_scale is None else {"guidance_scale": known.guidance_scale}
+    arguments = {**free, **guidance, **options}
     if makes_videos(pipeline):
         arguments["output_type"] = "pil"
     if fps is not None and (rate := _rate_argument(pipeline)) is not None:
@@ -150,28 +175,56 @@ def call_arguments(pipeline: Any, *, fps: float | None, **given: Any) -> dict[st
     return arguments
 
 
+def free_arguments(pipeline: Any, pipe: str, argument: list[str] | None) -> dict[str, Any]:
+    """The arguments of --argument over those that the zoo has for PIPE.
+
+    Raises:
+        ValueError: as `parse_arguments` and `check_arguments`.
+    """
+    given = parse_arguments(argument)
+    check_arguments(pipeline, given)
+    known = zoo_entry(pipe)
+    return {**({} if known is None else known.arguments), **given}
+
+
+def parse_arguments(texts: list[str] | None) -> dict[str, Any]:
+    """`["height=512", "negative_prompt=blurry"]` -> `{"height": 512, "negative_prompt": "blurry"}`.
+
+    Raises:
+        ValueError: not of that form, or a name is given twice.
+    """
+    found: dict[str, Any] = {}
+    for text in texts or ():
+        name, equals, value = text.partition("=")
+        if not name.isidentifier() or not equals:
+            raise ValueError(f"--argument must look like NAME=VALUE, such as height=512, got {text!r}")
+        if name in found:
+            raise ValueError(f"--argument {name} is given twice")
+        try:
+            found[name] = json.loads(value)
+        except ValueError:
+            found[name] = value
+    return found
+
+
 def frame_rate(pipeline: Any) -> float:
     """Frames per second that the pipeline makes videos for by default."""
     rate = _rate_argument(pipeline)
-    default = FPS if rate is None else _parameters(pipeline)[rate].default
+    default = FPS if rate is None else parameters(pipeline)[rate].default
     return default if isinstance(default, (int, float)) else FPS
 
 
 def _rate_argument(pipeline: Any) -> str | None:
-    return next((name for name in ("frame_rate", "fps") if name in _parameters(pipeline)), None)
+    return next((name for name in ("frame_rate", "fps") if name in parameters(pipeline)), None)
 
 
-def _parameters(pipeline: Any) -> Mapping[str, inspect.Parameter]:
-    return inspect.signature(type(pipeline).__call__).parameters
-
-
-def parse_conditions(pipeline: Any, classes: str | None, prompt: list[str] | None, prompts: Path | None) -> Conditions:
+def parse_conditions(pipeline: Any, classes: str | None, prompt: list[str] | None, prompts: str | None) -> Conditions:
     """What to sample for, from the options; without any, every class of a class-conditional pipeline.
 
     Raises:
         ValueError: none given where needed, or of the wrong kind for the pipeline.
     """
-    class_conditional = "class_labels" in _parameters(pipeline)
+    class_conditional = "class_labels" in parameters(pipeline)
     if class_conditional:
         if prompt or prompts:
             raise ValueError(f"{type(pipeline).__name__} takes classes, not prompts; use --classes")
@@ -180,10 +233,16 @@ def parse_conditions(pipeline: Any, classes: str | None, prompt: list[str] | Non
         )
     if classes:
         raise ValueError(f"{type(pipeline).__name__} takes prompts, not classes; use --prompt or --prompts")
+    if prompt and prompts:
+        raise ValueError("give --prompt or --prompts, not both")
     if prompts is not None:
-        return Prompts.from_file(prompts)
+        return Prompts.from_zoo(prompts) if prompts.startswith(zoo.PREFIX) else Prompts.from_file(prompts)
     if not prompt:
-        raise ValueError(f"{type(pipeline).__name__} needs --prompt TEXT or --prompts FILE")
+        known = ", ".join(zoo.PREFIX + name for name in PROMPT_SETS)
+        raise ValueError(
+            f"{type(pipeline).__name__} needs --prompt TEXT (evaluate: --prompts only) or --prompts FILE|zoo:SET, with "
+            f"the sets {known}"
+        )
     return Prompts(tuple(prompt))
 
 

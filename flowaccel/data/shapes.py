@@ -9,7 +9,7 @@ it has not seen. Original work of this project, under its licence.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
@@ -122,6 +122,17 @@ class CaptionedSet:
         return len(self.captions)
 
 
+@dataclass(frozen=True, kw_only=True)
+class AttributeSet:
+    """What captions of a data set can state about their pictures, and how it is read from them."""
+
+    names: tuple[str, ...]
+    """Of the A attributes."""
+    read: Callable[[Sequence[str]], Tensor]
+    """N captions -> (N, A) int64: the index of each attribute's value, `NOT_STATED` where the caption leaves it open;
+    ValueError for a caption that it cannot read."""
+
+
 def shapes(
     split: str = "generator", count: int | None = None, combinations: Combinations | None = None
 ) -> CaptionedSet:
@@ -169,6 +180,9 @@ def attributes_of(captions: Sequence[str]) -> Tensor:
         ValueError: a caption that this data set cannot have; the message shows two that it can.
     """
     return torch.tensor([_stated(caption) for caption in captions], dtype=torch.int64).reshape(-1, len(ATTRIBUTES))
+
+
+shape_attributes = AttributeSet(names=tuple(ATTRIBUTES), read=attributes_of)
 
 
 def holds_held_out(caption: str) -> bool:

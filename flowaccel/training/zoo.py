@@ -21,6 +21,7 @@ from flowaccel.training.features import ClassifierObjective
 from flowaccel.training.flow import FlowObjective, shift_augment
 from flowaccel.training.loop import LoopConfig, Progress, train
 from flowaccel.training.refiner import RefinerObjective
+from flowaccel.training.zoo_shapes import build_shapes_clip, build_shapes_features, build_t2i_shapes
 
 Step = tuple[str, Progress, int]
 
@@ -99,4 +100,7 @@ def _save(model: nn.Module, folder: Path) -> None:
 BUILDERS: dict[str, Callable[[Path], Iterator[Step]]] = {
     "sit-digits": build_sit_digits,
     "digits-features": build_digits_features,
+    "t2i-shapes": build_t2i_shapes,
+    "shapes-features": build_shapes_features,
+    "shapes-clip": build_shapes_clip,
 }

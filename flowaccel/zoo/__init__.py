@@ -6,14 +6,20 @@ A zoo name is written `zoo:NAME` wherever a path or a Hub id is accepted.
 from __future__ import annotations
 
 import difflib
-from dataclasses import dataclass
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, TypeVar
 
-from flowaccel.errors import WeightsNotFoundError
-from flowaccel.models import DigitsClassifier
+from flowaccel.errors import CheckpointError, WeightsNotFoundError
+from flowaccel.models import DigitsClassifier, FeatureClassifier, ShapesClassifier
 
 PREFIX = "zoo:"
 _ROOT = Path(__file__).parent
+_CLASSIFIERS = {network.__name__: network for network in (DigitsClassifier, ShapesClassifier)}
+
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,12 +28,23 @@ class Entry:
 
     name: str
     kind: str
-    """`pipeline` or `features`."""
+    """`pipeline`, `features` or `clip`."""
     description: str
     features: str | None = None
-    """The feature network that fits this pipeline's images."""
+    """The feature network that fits this pipeline's images. This and what follows are the evaluator's defaults."""
     reference: str | None = None
     """The reference images that fit them."""
+    prompts: str | None = None
+    """What to sample for."""
+    clip: str | None = None
+    """The CLIP network that knows its words."""
+    attributes: str | None = None
+    """Reads from prompts what images have to show."""
+    metrics: tuple[str, ...] | None = None
+    """The metrics that say most about it."""
+    guidance_scale: float | None = None
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    """Further arguments of every pipeline call."""
 
     @property
     def folder(self) -> Path:
@@ -55,8 +72,50 @@ ENTRIES = {
             kind="features",
             description="convolutional digit classifier; its 32 features serve Frechet distances and class accuracy",
         ),
+        Entry(
+            name="t2i-shapes",
+            kind="pipeline",
+            description="stock StableDiffusion3Pipeline: text to 32x32 pictures of coloured shapes",
+            features="zoo:shapes-features",
+            reference="zoo:shapes",
+            prompts="zoo:shapes",
+            clip="zoo:shapes-clip",
+            attributes="zoo:shapes",
+            metrics=("fid", "clip_score", "attribute_accuracy", "rel_l2"),
+            guidance_scale=4.0,
+            arguments={"max_sequence_length": 1},  # zeros in place of the T5 that it lacks: 256 of them by default
+        ),
+        Entry(
+            name="shapes-features",
+            kind="features",
+            description="classifier of what captions of shapes state; its 64 features serve Frechet distances",
+        ),
+        Entry(
+            name="shapes-clip",
+            kind="clip",
+            description="CLIP of pictures of shapes and their captions, for the CLIP score",
+        ),
     )
 }
+
+
+def find(table: Mapping[str, Found], name: str, what: str) -> Found:
+    """What `table` has under `name`, with or without `zoo:`.
+
+    Args:
+        table: by names without `zoo:`.
+        name: which.
+        what: what the table holds, for the message.
+
+    Raises:
+        ValueError: nothing of that name; the message has the nearest one and all of them.
+    """
+    stem = name.removeprefix(PREFIX)
+    if stem not in table:
+        near = difflib.get_close_matches(stem, table, n=1)
+        hint = f"did you mean {PREFIX}{near[0]}? " if near else ""
+        raise ValueError(f"unknown {what} {name!r}: {hint}there are {', '.join(PREFIX + known for known in table)}")
+    return table[stem]
 
 
 def entry(name: str) -> Entry:
@@ -65,14 +124,7 @@ def entry(name: str) -> Entry:
     Raises:
         ValueError: no such entry; the message names those there are.
     """
-    stem = name.removeprefix(PREFIX)
-    if stem not in ENTRIES:
-        near = difflib.get_close_matches(stem, ENTRIES, n=1)
-        hint = f"did you mean {PREFIX}{near[0]}? " if near else ""
-        raise ValueError(
-            f"unknown zoo entry {name!r}: {hint}there are {', '.join(PREFIX + known for known in ENTRIES)}"
-        )
-    return ENTRIES[stem]
+    return find(ENTRIES, name, "zoo entry")
 
 
 def folder(name: str) -> Path:
@@ -90,14 +142,19 @@ def folder(name: str) -> Path:
     return found.folder
 
 
-def load_classifier(name: str) -> DigitsClassifier:
-    """A feature network of the zoo in float32, ready for evaluation.
+def load_classifier(name: str) -> FeatureClassifier:
+    """A feature network of the zoo in float32, ready for evaluation, of the class that its configuration names.
 
     Raises:
         ValueError: no such entry, or one of another kind.
         WeightsNotFoundError: the weights are not installed.
+        CheckpointError: the folder holds a network of another class.
     """
     if entry(name).kind != "features":
         known = ", ".join(PREFIX + found.name for found in ENTRIES.values() if found.kind == "features")
         raise ValueError(f"{name} is a {entry(name).kind}, not a feature network; there are {known}")
-    return DigitsClassifier.from_pretrained(folder(name)).float().eval()
+    config = folder(name) / "config.json"
+    kind = json.loads(config.read_text(encoding="utf-8"))["_class_name"]
+    if kind not in _CLASSIFIERS:
+        raise CheckpointError(f"{config} names a {kind}; allowed are {', '.join(_CLASSIFIERS)}")
+    return _CLASSIFIERS[kind].from_pretrained(folder(name)).float().eval()

@@ -6,6 +6,7 @@ import errno
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -438,7 +439,7 @@ def test_no_file_and_not_text(saved: str) -> None:
         (["--metrics", "fidd"], "unknown metric 'fidd'; did you mean 'fid'?"),
         (["--features", "inceptoin"], "zoo:NAME or MODULE:ATTRIBUTE, got 'inceptoin'"),
         (["--features", "zoo:sit-digits"], "zoo:sit-digits is a pipeline, not a feature network"),
-        (["--reference", "zoo:faces"], "unknown reference 'zoo:faces'; embedded ones are zoo:digits"),
+        (["--reference", "zoo:faces"], "unknown reference 'zoo:faces': there are zoo:digits, "),
         (["--reference", "nowhere"], "reference must be zoo:SET, a folder with images, or a"),
         (["--rounds", "1"], "Invalid value for '--rounds'"),
         (["--attention", "sage"], "attention must be one of"),
@@ -463,10 +464,10 @@ def test_other_settings_in_a_used_folder(saved: str) -> None:
 
 
 def test_demo(saved: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(demo, "PIPE", saved)
-    monkeypatch.setattr(demo, "STEPS", 3)
-    monkeypatch.setattr(demo, "BASELINE_STEPS", (2,))
-    monkeypatch.setattr(demo, "RECIPES", ("euler@2", FLOWTURBO))
+    entry = replace(zoo.ENTRIES["sit-digits"], name=saved)  # what the zoo says, and a tiny pipeline
+    monkeypatch.setitem(zoo.ENTRIES, "sit-digits", entry)
+    small = replace(demo.TASKS["digits"], steps=3, baseline_steps=(2,), recipes=("euler@2", FLOWTURBO))
+    monkeypatch.setitem(demo.TASKS, "digits", small)
     result = run("demo", "--num-samples", "70", "--rounds", "2", "--device", "cpu")
     assert "70 images a row, a demo-sized sample" in result.stderr
     assert [row["recipe"] for row in load_results("outputs/demo")["rows"]] == [
@@ -478,9 +479,11 @@ def test_demo(saved: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_demo_names_things_that_exist() -> None:
-    assert demo.PIPE.removeprefix(zoo.PREFIX) in zoo.ENTRIES
-    for name in demo.RECIPES:
-        assert json.loads(run("recipes", name, "--json").stdout)["name"] == name
+    for task in demo.TASKS.values():
+        assert zoo.entry(task.pipe).kind == "pipeline"
+        for name in task.recipes:
+            assert json.loads(run("recipes", name, "--json").stdout)["name"] == name
+    assert "--task must be one of digits, t2i, got 'video'" in fails("demo", "--task", "video")
 
 
 # compare
@@ -602,8 +605,6 @@ def test_wrong_use_of_the_zoo() -> None:
 
 
 def test_zoo_build_resumes(monkeypatch: pytest.MonkeyPatch) -> None:
-    from dataclasses import replace
-
     from flowaccel.training import zoo as builders
 
     monkeypatch.setattr(builders, "FEATURES_LOOP", replace(builders.FEATURES_LOOP, steps=3))

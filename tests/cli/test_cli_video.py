@@ -94,9 +94,9 @@ def test_the_frame_rate_goes_to_a_pipeline_that_is_asked_for_one() -> None:
     class Silent:
         def __call__(self, prompt: str, num_frames: int = 9) -> None: ...
 
-    assert generate_command.call_arguments(Talking(), fps=8)["frame_rate"] == 8
+    assert generate_command.call_arguments(Talking(), "folder", None, fps=8)["frame_rate"] == 8
     assert generate_command.frame_rate(Talking()) == 25
-    assert "frame_rate" not in generate_command.call_arguments(Silent(), fps=8)
+    assert "frame_rate" not in generate_command.call_arguments(Silent(), "folder", None, fps=8)
     assert generate_command.frame_rate(Silent()) == generate_command.FPS
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from flowaccel.data import shape_captions
 from flowaccel.evaluation import Classes, Prompts
 
 
@@ -64,8 +65,18 @@ def test_file_in_another_encoding(tmp_path: Path) -> None:
 
 
 def test_no_file(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError):
-        Prompts.from_file(tmp_path / "prompts.txt")
+    for path in (tmp_path / "prompts.txt", tmp_path):
+        with pytest.raises(FileNotFoundError, match="there is no file of prompts"):
+            Prompts.from_file(path)
+
+
+def test_prompts_of_the_zoo() -> None:
+    prompts = Prompts.from_zoo("zoo:shapes-held-out")
+    assert prompts == Prompts.from_zoo("shapes-held-out")
+    assert prompts.name == "zoo:shapes-held-out, 500 prompts"
+    assert prompts.prompts == shape_captions("prompts", 500, "held_out")
+    with pytest.raises(ValueError, match=r"unknown set of prompts 'zoo:digits'.*there are zoo:shapes, zoo:shapes-held"):
+        Prompts.from_zoo("zoo:digits")
 
 
 @pytest.mark.parametrize(

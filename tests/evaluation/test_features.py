@@ -153,7 +153,7 @@ def test_wrong_references(tmp_path: Path) -> None:
     network = load_features(f"{ME}:Moments")
     (tmp_path / "notes.txt").write_text("no image")
     for name, message in {
-        "zoo:digit": "unknown reference 'zoo:digit'; embedded ones are zoo:digits",
+        "zoo:digit": "unknown reference 'zoo:digit': did you mean zoo:digits.*there are ",
         str(tmp_path): "reference must be zoo:SET, a folder with images, or .*; .* has no images",
         str(tmp_path / "nowhere"): "reference must be zoo:SET, a folder with images, or .*; .* has no images",
     }.items():

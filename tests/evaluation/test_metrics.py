@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +14,16 @@ from torch import Tensor
 
 from flowaccel.evaluation.bootstrap import resample_counts, resample_indices, stderr
 from flowaccel.evaluation.kernel import kernel_distance, kernel_distance_resampled
-from flowaccel.evaluation.metrics import METRICS, ReferenceSet, RowSamples, TextMatch, difference, measure, not_worse
+from flowaccel.evaluation.metrics import (
+    METRICS,
+    AttributeMatch,
+    ReferenceSet,
+    RowSamples,
+    TextMatch,
+    difference,
+    measure,
+    not_worse,
+)
 from flowaccel.evaluation.moments import Moments, frechet_distance
 
 N, WIDTH = 120, 6
@@ -40,7 +50,18 @@ def make_row(name: str, noise: float = 0.0, seed: int = 0) -> RowSamples:
             prompts=tuple(f"prompt {i}" for i in range(N)),
             cosine=0.3 + 0.2 * normal(8, N) - noise * normal(seed + 9, N).abs(),
         ),
+        attributes=make_attributes(noise, seed),
     )
+
+
+def make_attributes(noise: float, seed: int) -> AttributeMatch:
+    """Of two attributes the second is stated for every other image; both are seen wrongly now and then."""
+    stated = torch.stack([torch.arange(N) % 3, torch.arange(N) % 4], dim=1)
+    stated[::2, 1] = -1
+    wrong = normal(seed + 10, N, 2).abs() < noise
+    prompts = tuple(f"prompt {i}" for i in range(N))
+    seen = torch.where(wrong, (stated + 1) % 3, stated)
+    return AttributeMatch(names=("colour", "shape"), prompts=prompts, stated=stated, seen=seen)
 
 
 def make_reference() -> ReferenceSet:
@@ -57,7 +78,8 @@ def found() -> dict[str, dict[str, dict[str, Any]]]:
 
 
 def test_there_are_exactly_the_documented_metrics() -> None:
-    names = ["fid", "fid_inf", "kid", "class_accuracy", "clip_score", "precision", "recall", "psnr", "ssim", "rel_l2"]
+    prompted = ["clip_score", "attribute_accuracy"]
+    names = ["fid", "fid_inf", "kid", "class_accuracy", *prompted, "precision", "recall", "psnr", "ssim", "rel_l2"]
     assert list(METRICS) == names
 
 
@@ -70,13 +92,14 @@ def test_result_is_strict_json_with_the_documented_keys(found: dict[str, Any]) -
     assert json.loads(json.dumps(found, allow_nan=False)) == found
     always = {"value", "n", "stderr", "ci95", "higher_is_better", "display", "versus"}
     extra = {"class_accuracy": {"features"}, "clip_score": {"features"}, "psnr": {"reference", "identical_fraction"}}
+    extra |= {"attribute_accuracy": {"features", "attributes"}}
     for name, entry in found["fast"].items():
         default = {"reference"} if name in PAIRED else {"features", "reference"}
         assert set(entry) == always | extra.get(name, default), name
 
 
 def test_interval_and_errors_belong_together(found: dict[str, Any]) -> None:
-    for entry in found["fast"].values():
+    for entry in found["baseline@10"].values():
         low, high = entry["ci95"]
         assert entry["stderr"] > 0
         assert (low + high) / 2 == pytest.approx(entry["value"])
@@ -109,6 +132,7 @@ def test_error_of_the_kernel_distance_is_that_of_the_resamples(found: dict[str, 
         ("fid_inf", "Frechet distance extrapolated to infinite n, net, n=120"),
         ("precision", "Precision (k=3), net, n=120"),
         ("clip_score", "CLIP score, clip:tiny, n=120"),
+        ("attribute_accuracy", "Attribute accuracy (images that show all that their prompt states), net, n=120"),
         ("psnr", "PSNR in dB against baseline, n=120"),
     ],
 )
@@ -123,7 +147,7 @@ def test_paired_metrics_and_classes_name_what_they_rest_on(found: dict[str, Any]
 
 
 def test_more_noise_is_worse_in_every_paired_metric(found: dict[str, Any]) -> None:
-    for name in ("class_accuracy", "clip_score", *PAIRED):
+    for name in ("class_accuracy", "clip_score", "attribute_accuracy", *PAIRED):
         noisy, close = found["baseline@10"][name]["value"], found["fast"][name]["value"]
         assert (close > noisy) == METRICS[name].higher_is_better, name
 
@@ -312,6 +336,46 @@ def test_clip_score_says_which_row_lacks_prompts() -> None:
         measure(rows, make_reference(), ["clip_score"], features_name="net")
     with pytest.raises(ValueError, match=r"row 'baseline': prompts must have one entry for each of the 120 .*got 1"):
         replace(ROWS[0], text_match=TextMatch(network="clip:tiny", prompts=("one",), cosine=normal(0, N)))
+
+
+def attribute_accuracy(stated: Tensor, seen: Tensor, prompts: Sequence[str], resamples: int = 400) -> dict[str, Any]:
+    names = tuple("abc"[: stated.shape[1]])
+    match = AttributeMatch(names=names, prompts=tuple(prompts), stated=stated, seen=seen)
+    rows = [replace(ROWS[0], attributes=match)]
+    found = measure(rows, make_reference(), ["attribute_accuracy"], features_name="net", resamples=resamples)
+    return found["baseline"]["attribute_accuracy"]
+
+
+def test_an_image_is_right_if_all_that_is_stated_is() -> None:
+    """Of four kinds of images: all right; one of two wrong; the wrong one not stated; nothing but the wrong one."""
+    stated = torch.tensor([[2, 1, -1], [2, 1, -1], [2, -1, -1], [-1, 1, -1]]).repeat(N // 4, 1)
+    seen = torch.tensor([[2, 1, 0], [2, 0, 0], [2, 0, 0], [2, 0, 0]]).repeat(N // 4, 1)
+    entry = attribute_accuracy(stated, seen, [f"prompt {i}" for i in range(N)])
+    assert entry["value"] == 0.5
+    assert entry["attributes"] == {"a": 1.0, "b": pytest.approx(1 / 3)}  # nobody states c
+    assert entry["stderr"] == pytest.approx(0.5 / N**0.5, rel=0.15)
+    assert entry["higher_is_better"]
+
+
+def test_right_images_of_one_prompt_are_resampled_together() -> None:
+    stated = torch.zeros(N, 1, dtype=torch.int64)
+    seen = (torch.arange(N) % 40 % 4 == 0).long().unsqueeze(1)  # a quarter of forty prompts is wrong, three times each
+    together = attribute_accuracy(stated, seen, [f"prompt {i % 40}" for i in range(N)])
+    assert together["value"] == pytest.approx(0.75)
+    assert together["stderr"] == pytest.approx((0.75 * 0.25 / 40) ** 0.5, rel=0.15)
+
+
+def test_attribute_accuracy_says_which_row_lacks_attributes() -> None:
+    rows = [ROWS[0], replace(ROWS[1], attributes=None)]
+    with pytest.raises(ValueError, match=r"metric 'attribute_accuracy' needs prompts whose .* row 'baseline@10' lacks"):
+        measure(rows, make_reference(), ["attribute_accuracy"], features_name="net")
+    with pytest.raises(ValueError, match=r"row 'baseline': attributes must have one entry for each of the 120 .*got 1"):
+        one = torch.zeros(1, 2, dtype=torch.int64)
+        replace(ROWS[0], attributes=AttributeMatch(names=("a", "b"), prompts=("x",), stated=one, seen=one))
+    with pytest.raises(
+        ValueError, match=r"seen must have one row for each of the 1 prompts .* 2 attributes, got \(1, 1"
+    ):
+        AttributeMatch(names=("a", "b"), prompts=("x",), stated=one, seen=one[:, :1])
 
 
 @pytest.mark.parametrize("missing", ["labels", "predicted"])

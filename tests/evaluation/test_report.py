@@ -98,6 +98,9 @@ def test_primary_metric(results: Any) -> None:
         entry["metrics"] = {"psnr": {}, "kid": {}, "rel_l2": {}}
     assert figures.primary_metric(results) == "kid"
     for entry in results["rows"]:
+        entry["metrics"] = {"rel_l2": {}, "clip_score": {}, "attribute_accuracy": {}}
+    assert figures.primary_metric(results) == "attribute_accuracy"
+    for entry in results["rows"]:
         entry["metrics"] = {"psnr": {}}
     with pytest.raises(ValueError, match="pass metric= one of psnr"):
         figures.primary_metric(results)
@@ -209,6 +212,26 @@ def test_sample_grid(tmp_path: Path, channels: int) -> None:
         assert image.height == 2 * (8 * 5 + 4) + 4
         assert image.getpixel((image.width - 10, 20)) == (0, 0, 0)
         assert image.getpixel((image.width - 10, 70)) == (200, 200, 200)
+
+
+def test_sample_grid_with_captions(tmp_path: Path) -> None:
+    images = {"baseline": torch.zeros(2, 3, 64, 64, dtype=torch.uint8)}
+    captions = ["a circle", "a small striped red circle at the top left", "of a column that is not there " * 9]
+    figures.sample_grid(images, tmp_path / "plain.png", columns=2)
+    figures.sample_grid(images, tmp_path / "grid.png", columns=2, captions=captions)
+    with Image.open(tmp_path / "plain.png") as plain, Image.open(tmp_path / "grid.png") as grid:
+        head = grid.height - plain.height
+        assert 3 * 12 <= head <= 5 * 12  # 42 letters of about six pixels in a tile of 64
+        assert grid.crop((0, head, *grid.size)).tobytes() == plain.tobytes()
+        third_line = [grid.crop((grid.width - 68 * (2 - i), 24, grid.width - 68 * (1 - i), 36)) for i in range(2)]
+        white = [set(part.tobytes()) == {255} for part in third_line]
+        assert white == [True, False]  # the first caption has ended, the second goes on
+
+
+def test_long_captions_are_cut() -> None:
+    lines = figures._wrapped("word " * 40, 9, len)
+    assert lines == ["word word"] * 5 + ["..."]
+    assert figures._wrapped("", 9, len) == []
 
 
 def test_small_samples_are_enlarged(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 import tiny
 from flowaccel.evaluation import Classes, FeatureNetwork, Prompts, load_features
 from flowaccel.evaluation.conditions import load_conditions
-from flowaccel.evaluation.text import load_clip, text_match
+from flowaccel.evaluation.text import load_clip, text_match, warn_of_cut_prompts
 
 IMAGES = torch.randint(256, (5, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
 
@@ -44,6 +45,21 @@ def test_the_feature_network_serves_where_it_is_a_clip(clip: FeatureNetwork) -> 
     assert load_clip(clip.name, digits).fingerprint == clip.fingerprint
     with pytest.raises(ValueError, match=r"its text half and tokenizer, and zoo:digits-features has none; .*--clip"):
         load_clip(None, digits)
+
+
+def test_prompts_longer_than_the_network_reads(clip: FeatureNetwork) -> None:
+    assert clip.encode_text is not None and clip.encode_text.longest == 12
+    fits, cut = "abcdefghij", "abcdefghijk"  # a token a letter, and start and end
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_of_cut_prompts(clip, [fits, fits])
+    with pytest.warns(
+        UserWarning, match=r"1 of 2 prompts are longer than the 12 tokens that clip:.* reads: clip_score"
+    ):
+        warn_of_cut_prompts(clip, [fits, cut, cut])
+    half, whole = clip.encode_text([cut + "xyz", cut + "zzz"]), clip.encode_text([fits, fits[:-1]])
+    assert torch.equal(half[0], half[1])  # the ends were cut off
+    assert not torch.equal(whole[0], whole[1])
 
 
 def test_texts_of_ids() -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from diffusers import DiTPipeline, DiTTransformer2DModel, FlowMatchEulerDiscreteScheduler
 
+import tiny
 from flowaccel import SiTPipeline, UnsupportedModelError, WeightsNotFoundError
 from flowaccel.pipelines import load_pipeline
 from helpers import tiny_sit_pipeline, tiny_vae
@@ -115,3 +116,13 @@ def test_modules_named_by_the_folder_are_not_imported(copy: Path) -> None:
 def test_neither_a_folder_nor_on_the_hub(name: str) -> None:
     with pytest.raises(WeightsNotFoundError, match=r"it is no folder here, and the Hub did not give it.*download it"):
         load_pipeline(name)
+
+
+def test_text_encoders_that_a_saved_pipeline_lacks(tmp_path: Path) -> None:
+    """diffusers itself saves such a pipeline and cannot load it without `text_encoder_3=None`."""
+    pipe = tiny.sd3_pipeline()
+    pipe.save_pretrained(tmp_path / "sd3")
+    loaded = load_pipeline(tmp_path / "sd3")
+    assert loaded.text_encoder_3 is None and loaded.tokenizer is None
+    arguments = tiny.sd3_arguments(steps=2)
+    assert torch.equal(loaded(**arguments).images, pipe(**tiny.sd3_arguments(steps=2)).images)
