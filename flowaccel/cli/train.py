@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,6 +11,7 @@ import torch
 import typer
 from diffusers import StableDiffusion3Pipeline
 
+from flowaccel import zoo
 from flowaccel.accelerators.velocity_refiner import new_refiner
 from flowaccel.cli.common import (
     DeviceOption,
@@ -77,7 +79,7 @@ def refiner(
         if data not in DATASETS:
             raise ValueError(f"--data must be one of {sorted(DATASETS)}, got {data!r}")
         pipeline = open_pipeline(pipe, device)
-        images, wrap = training_data(pipeline, data)
+        images, wrap = training_data(pipe, pipeline, data)
         teacher = wrap(pipeline.transformer.eval().requires_grad_(False))
         objective = RefinerObjective(
             teacher=teacher,
@@ -112,22 +114,24 @@ def refiner(
         )
 
 
-def training_data(pipeline: Any, name: str) -> tuple[ImageSet, Callable[[Any], Any]]:
+def training_data(pipe: str, pipeline: Any, data_set: str) -> tuple[ImageSet, Callable[[Any], Any]]:
     """What a refiner of the pipeline is trained on, and how its networks are called for that.
 
     Raises:
         ValueError: images without what the pipeline is conditioned on.
         UnsupportedModelError: another pipeline.
     """
-    data = DATASETS[name]("generator")
+    data = DATASETS[data_set]("generator")
     if isinstance(pipeline, SiTPipeline):
         if not isinstance(data, ImageSet):
-            raise ValueError(f"--data {name} has captions, and a {type(pipeline).__name__} takes classes")
+            raise ValueError(f"--data {data_set} has captions, and a {type(pipeline).__name__} takes classes")
         return data, lambda network: network
     if isinstance(pipeline, StableDiffusion3Pipeline):
         if not isinstance(data, CaptionedSet):
-            raise ValueError(f"--data {name} has no captions, and a {type(pipeline).__name__} takes prompts")
-        prompted = prompted_data(pipeline, data)
+            raise ValueError(f"--data {data_set} has no captions, and a {type(pipeline).__name__} takes prompts")
+        called = zoo.entry(pipe).arguments if pipe.startswith(zoo.PREFIX) else {}
+        default = inspect.signature(pipeline.__call__).parameters["max_sequence_length"].default
+        prompted = prompted_data(pipeline, data, called.get("max_sequence_length", default))
         return prompted.latents, prompted.wrap
     raise UnsupportedModelError(
         f"this trains refiners of a SiTPipeline or a StableDiffusion3Pipeline, got a {type(pipeline).__name__}"

@@ -1,6 +1,6 @@
 """Data sets that need no network.
 
-The tables below are what `zoo:SET` may name: labelled images to train on, reference images, prompts, and readers of
+The tables below are what `zoo:SET` may name: images to train on, reference images, prompts, and readers of
 what prompts state.
 """
 
@@ -15,17 +15,17 @@ from flowaccel.data.shapes import shape_attributes as shape_attributes
 from flowaccel.data.shapes import shape_captions as shape_captions
 from flowaccel.data.shapes import shapes as shapes
 
-DATASETS: dict[str, Callable[[str], ImageSet]] = {"digits": digits}
-"""Images with classes: split -> set."""
+DATASETS: dict[str, Callable[[str], ImageSet | CaptionedSet]] = {"digits": digits, "shapes": shapes}
+"""Images with classes or captions: split -> set."""
 REFERENCE_SETS: dict[str, Callable[[], ImageSet | CaptionedSet]] = {
     "digits": partial(digits, "reference"),
-    "shapes": partial(shapes, "reference", 2000),
-    "shapes-held-out": partial(shapes, "reference", 2000, "held_out"),
+    "shapes": partial(shapes, "reference"),
+    "shapes-held-out": partial(shapes, "reference", combinations="held_out"),
 }
 """What generated images are compared with."""
 PROMPT_SETS: dict[str, Callable[[], Sequence[str]]] = {
-    "shapes": partial(shape_captions, "prompts", 500),
-    "shapes-held-out": partial(shape_captions, "prompts", 500, "held_out"),
+    "shapes": partial(shape_captions, "prompts"),
+    "shapes-held-out": partial(shape_captions, "prompts", combinations="held_out"),
 }
 """Prompts of embedded data; of the set `shapes-held-out` each names a combination that no training picture has."""
 ATTRIBUTE_SETS = {"shapes": shape_attributes}

@@ -114,15 +114,20 @@ def _refines_nothing(blocks: str) -> bool:
     return Blocks.parse(blocks).refine == 0
 
 
+# not the sign of a number's exponent, as in threshold=1e+9
+_JOIN = re.compile(r"\s*\+\s*(?=[A-Za-z_./~])")
+
 RecipeLike = Recipe | Accelerator | Sequence[Accelerator] | str | Path
 
 
 def resolve(recipe: RecipeLike) -> Recipe:
     """Whatever names a recipe, as a `Recipe`: itself, an accelerator, a list of them, or a text or path.
 
-    A text is, in this order, a file or folder, a preset name, or a Hub id (OWNER/NAME).
+    A text is, in this order, a file or folder, several of what follows joined by `+` (`ab2@12+guidance_skip`), a preset
+    name, or a Hub id (OWNER/NAME).
 
     Raises:
+        RecipeConflictError: what is joined does not go together.
         ValueError, TypeError, FileNotFoundError: it names none.
     """
     if isinstance(recipe, Recipe):
@@ -131,14 +136,32 @@ def resolve(recipe: RecipeLike) -> Recipe:
         return Recipe([recipe], name=recipe.name)
     if isinstance(recipe, Path) or (isinstance(recipe, str) and Path(recipe).exists()):
         return Recipe.from_pretrained(recipe)
+    if isinstance(recipe, str) and len(parts := _JOIN.split(recipe)) > 1:
+        return joined(recipe, [resolve(part) for part in parts])
     if isinstance(recipe, str):
         return _from_hub(recipe) if is_hub_id(recipe) else preset(recipe)  # no preset has a slash
-    parts = [part for part in recipe if isinstance(part, Accelerator)] if isinstance(recipe, (list, tuple)) else None
-    if parts is not None and len(parts) == len(recipe):
-        return Recipe(parts)
+    if isinstance(recipe, (list, tuple)) and all(isinstance(part, Accelerator) for part in recipe):
+        return Recipe(recipe)
     raise TypeError(
         f"recipe must be a Recipe, an accelerator, a list of them, a preset name, a path or a Hub id, got {recipe!r}"
     )
+
+
+def joined(name: str, recipes: Sequence[Recipe]) -> Recipe:
+    """One recipe of the accelerators of several, in their order.
+
+    Raises:
+        ValueError: they ask for different numbers of steps, or were made for different networks.
+        RecipeConflictError: they do not go together.
+    """
+    counts = {recipe.num_inference_steps for recipe in recipes} - {None}
+    if len(counts) > 1:
+        raise ValueError(f"recipe {name!r} joins parts with different numbers of steps: {sorted(counts)}")
+    bases = [recipe.base for recipe in recipes if recipe.base is not None]
+    if any(base != bases[0] for base in bases):
+        raise ValueError(f"recipe {name!r} joins parts that were made for different networks: {bases}")
+    accelerators = [part for recipe in recipes for part in recipe.accelerators]
+    return Recipe(accelerators, name=name, num_inference_steps=next(iter(counts), None), base=next(iter(bases), None))
 
 
 def _from_hub(repo_id: str) -> Recipe:

@@ -245,7 +245,7 @@ class PromptedData:
         return PromptedFlow(network, self.tokens, self.pooled)
 
 
-def prompted_data(pipe: Any, data: CaptionedSet, max_sequence_length: int = ZERO_TOKENS[0]) -> PromptedData:
+def prompted_data(pipe: Any, data: CaptionedSet, max_sequence_length: int) -> PromptedData:
     """Latents and encoded captions of `data`; the empty prompt comes last.
 
     `max_sequence_length` is what the pipeline will be called with.

@@ -254,7 +254,7 @@ def _t5_tokenizer() -> T5Tokenizer:
 def train_refiner(pipe: StableDiffusion3Pipeline, out: Path, loop: LoopConfig) -> Iterator[Step]:
     """FlowTurbo's refiner for the pipeline's transformer, written to `out/refiner` in bfloat16."""
     torch.manual_seed(loop.seed)
-    data = prompted_data(pipe, shapes("generator"))
+    data = prompted_data(pipe, shapes("generator"), MAX_TOKENS)
     refiner, teacher = data.wrap(new_refiner(pipe.transformer)), data.wrap(pipe.transformer)
     objective = RefinerObjective(teacher=teacher, data=data.latents, null_label=teacher.null_label, **REFINER_OBJECTIVE)
     for progress in train(refiner, objective, loop, out / "training-refiner"):

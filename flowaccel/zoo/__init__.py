@@ -83,7 +83,7 @@ ENTRIES = {
             attributes="zoo:shapes",
             metrics=("fid", "clip_score", "attribute_accuracy", "rel_l2"),
             guidance_scale=4.0,
-            arguments={"max_sequence_length": 1},  # zeros in place of the T5 that it lacks: 256 of them by default
+            arguments={"max_sequence_length": 16},  # of zeros, as its T5 returns nothing else; 256 by default
         ),
         Entry(
             name="shapes-features",

@@ -273,7 +273,7 @@ def entry(**fields: Any) -> dict[str, Any]:
         (entry(name="sampler", sampler=["heun"]), r"accelerators\[0\]: sampler must be one of .*, got \['heun'\]"),
         (
             entry(name="sampler", sampler="heun", option={}),
-            r"accelerators\[0\]\.option: unknown; did you mean 'options'\? allowed: name, sampler, options$",
+            r"accelerators\[0\]\.option: unknown; did you mean 'options'\? allowed: name, sampler, options, calibration$",
         ),
         (entry(name="sampler", options={"bloks": "H1"}), "options of sampler 'flowturbo': .*unexpected.*'bloks'"),
         (entry(name="sampler", options={"blocks": 3}), "options of sampler 'flowturbo'"),
@@ -473,3 +473,30 @@ def test_sampler_refuses_a_scheduler_that_is_no_flow() -> None:
         assert tiny.snapshot(pipe) == state
     pipe.scheduler = DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)
     accelerate(pipe, "heun")
+
+
+# joined by +
+
+
+def test_presets_are_joined_in_their_order() -> None:
+    found = resolve("ab2@12+ab_cache:interval=3+guidance_skip:threshold=0.99")
+    kinds = [type(part).__name__ for part in found.accelerators]
+    assert kinds == ["Sampler", "FeatureCache", "GuidanceSkip"]
+    assert (found.num_inference_steps, found.name) == (12, "ab2@12+ab_cache:interval=3+guidance_skip:threshold=0.99")
+    assert resolve("fbcache:threshold=1e+9").accelerators == resolve("fbcache:threshold=1000000000").accelerators
+
+
+def test_saved_recipes_are_joined_too(tmp_path: Path) -> None:
+    resolve("heun@5").save_pretrained(tmp_path / "mine")
+    found = resolve(f"{tmp_path / 'mine'} + guidance_interval")
+    assert [part.name for part in found.accelerators] == ["sampler", "guidance_skip"]
+    assert found.num_inference_steps == 5
+
+
+def test_joining_what_does_not_go_together() -> None:
+    with pytest.raises(ValueError, match=r"different numbers of steps: \[8, 12\]"):
+        resolve("heun@8+ab_cache@12")
+    with pytest.raises(RecipeConflictError, match="one of a kind works at a time"):
+        resolve("ab_cache+fbcache")
+    with pytest.raises(ValueError, match="unknown recipe 'guidance_skp'"):
+        resolve("ab_cache+guidance_skp")

@@ -172,7 +172,7 @@ def test_autoencoder_objective_learns(pipe: StableDiffusion3Pipeline) -> None:
 def test_refiner_is_trained_on_what_the_accelerator_feeds_it(pipe: StableDiffusion3Pipeline) -> None:
     """The objective's loss, in SiT's terms, is that of the stock networks called as the pipeline calls them."""
     captions = shapes("generator", 6)
-    data = prompted_data(pipe, captions)
+    data = prompted_data(pipe, captions, 1)
     refiner = new_refiner(pipe.transformer)
     torch.manual_seed(3)
     for parameter in refiner.parameters():
