@@ -1,11 +1,12 @@
 """Rebuild `flowaccel/accelerators/calibrated.json`, the caches behind the presets `safe`, `balanced` and `fast`.
 
-For each sampler and number of evaluations of zoo:sit-digits, and for each level, every method is calibrated to the
+For each model of the zoo, sampler and number of evaluations, and for each level, every method is calibrated to the
 level's speed-up. Of those that reach it in a run, the one with the least relative L2 error against the untouched images
 is shipped; the errors of all are recorded beside it. The thresholds that EasyCache needs are printed: those of the
 generic cache are chosen by them.
 
     python benchmarks/calibrate_levels.py --record
+    python benchmarks/calibrate_levels.py --record --models zoo:t2i-shapes   # the entries of other models stay
     python benchmarks/calibrate_levels.py --generic --record   # what the generic cache does, and fewer steps instead
 """
 
@@ -24,15 +25,19 @@ from flowaccel import FeatureCache, Recipe, Sampler, __version__, accelerated, z
 from flowaccel.accelerators import LEVELS
 from flowaccel.accelerators.level_cache import CALIBRATED, GENERIC
 from flowaccel.calibration import METHODS, Observation, Sampling, fitted, observe_methods, verified
-from flowaccel.evaluation import Classes, environment
+from flowaccel.evaluation import Classes, Prompts, environment
 from flowaccel.evaluation.paired import rel_l2
 from flowaccel.pipelines import load_pipeline
 from flowaccel.predictors import Hold, Newton, Predictor
 
-MODEL = "zoo:sit-digits"
-RUNS = (("euler", 20), ("euler", 30), ("euler", 50), ("heun", 10), ("heun", 25))  # Heun evaluates twice a step
+DIGITS, SHAPES = "zoo:sit-digits", "zoo:t2i-shapes"
+OWN = "own"  # the pipeline's own sampler
+RUNS = {
+    DIGITS: (("euler", 20), ("euler", 30), ("euler", 50), ("heun", 10), ("heun", 25)),  # Heun evaluates twice a step
+    SHAPES: ((OWN, 28),),
+}
 IMAGES = 20
-RESULT = Path(__file__).parent / "results" / "generic_cache_sit-digits_cpu.json"
+RESULTS = Path(__file__).parent / "results"
 TOLERANCE = 0.98  # of the speed-up aimed at: reuse changes what follows, and with it the decisions
 PREDICTORS: dict[str, Predictor] = {"hold": Hold(), "newton": Newton(order=1)}
 
@@ -41,19 +46,20 @@ def main() -> None:
     """Print what was found, and with --record write it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--generic", action="store_true", help="measure the generic cache and fewer steps instead")
+    parser.add_argument("--models", nargs="+", choices=RUNS, default=[DIGITS], help="which to calibrate")
     parser.add_argument("--record", action="store_true")
     arguments = parser.parse_args()
-    pipe = load_pipeline(zoo.folder(MODEL))
-    pipe.set_progress_bar_config(disable=True)
     rows = []
-    for sampler, steps in RUNS:
-        base = Recipe([Sampler(sampler)])
-        sampling = Sampling(conditions=Classes(tuple(range(10))), steps=steps, num_samples=IMAGES, batch_size=IMAGES)
-        observation = observe_methods(pipe, sampling, list(METHODS.values()), base=base, model=MODEL)
+    for model, sampler, steps in ((name, *run) for name in arguments.models for run in RUNS[name]):
+        pipe = load_pipeline(zoo.folder(model))
+        pipe.set_progress_bar_config(disable=True)
+        base = Recipe() if sampler == OWN else Recipe([Sampler(sampler)])
+        sampling = sampling_of(model, steps)
+        observation = observe_methods(pipe, sampling, list(METHODS.values()), base=base, model=model)
         for level, target in LEVELS.items():
             if arguments.generic:
                 found = generic(pipe, observation, sampling, base, level)
-                rows.append({"run": f"{sampler} {steps}", "level": level, **found})
+                rows.append({"model": model, "run": f"{sampler} {steps}", "level": level, **found})
                 print(rows[-1], flush=True)
             else:
                 tried = candidates(pipe, observation, sampling, base, target)
@@ -61,12 +67,31 @@ def main() -> None:
                 report(f"{sampler} {steps}", level, tried)
     if not arguments.record:
         return
-    protocol = {"model": MODEL, "classes": "0-9", "images": IMAGES, "seed": 0}
+    protocol = {"images": IMAGES, "seed": 0}
     if arguments.generic:
-        write(RESULT, {"protocol": protocol, "environment": environment(pipe.device), "rows": rows})
+        for name in arguments.models:
+            found = [row for row in rows if row["model"] == name]
+            about = {"protocol": {"model": name, **protocol}, "environment": environment("cpu"), "rows": found}
+            write(RESULTS / f"generic_cache_{name.removeprefix(zoo.PREFIX)}_cpu.json", about)
     else:
         made = {"made_by": "benchmarks/calibrate_levels.py", "flowaccel": __version__}
-        write(CALIBRATED, {"schema": 1, **made, "protocol": protocol, "entries": rows})
+        kept = [row for row in json.loads(CALIBRATED.read_text())["entries"] if model_of(row) not in arguments.models]
+        write(CALIBRATED, {"schema": 1, **made, "protocol": protocol, "entries": kept + rows})
+
+
+def sampling_of(model: str, steps: int) -> Sampling:
+    """The runs: classes in turn, or the first prompts, called as the zoo has it."""
+    about = zoo.entry(model)
+    arguments = dict(about.arguments)
+    if about.guidance_scale is not None:
+        arguments["guidance_scale"] = about.guidance_scale
+    conditions = Classes(tuple(range(10))) if about.prompts is None else Prompts.from_zoo(about.prompts)
+    return Sampling(conditions=conditions, steps=steps, num_samples=IMAGES, batch_size=IMAGES, arguments=arguments)
+
+
+def model_of(row: dict[str, Any]) -> str:
+    """The model that an entry of the file was calibrated on."""
+    return str(row["recipe"]["accelerators"][0]["calibration"]["model"])
 
 
 def write(path: Path, data: dict[str, Any]) -> None:

@@ -325,10 +325,22 @@ def row_samples(
     clip: FeatureNetwork | None = None,
     attributes: AttributeSet | None = None,
 ) -> RowSamples:
+    """The stored images of a row and what networks see in them; see `judged`."""
+    return judged(store.read(ids), name, ids, conditions, network, clip, attributes)
+
+
+def judged(
+    images: Tensor,
+    name: str,
+    ids: Sequence[int],
+    conditions: Conditions,
+    network: FeatureNetwork,
+    clip: FeatureNetwork | None = None,
+    attributes: AttributeSet | None = None,
+) -> RowSamples:
     """A row's images and what the feature network and, where prompts are asked for, the CLIP network see in them; the
     attributes that prompts state too, where these are given.
     """
-    images = store.read(ids)
     features = network(images)
     texts = conditions.texts(ids)
     match, stated = None, None

@@ -154,7 +154,7 @@ def joined(name: str, recipes: Sequence[Recipe]) -> Recipe:
         ValueError: they ask for different numbers of steps, or were made for different networks.
         RecipeConflictError: they do not go together.
     """
-    counts = {recipe.num_inference_steps for recipe in recipes} - {None}
+    counts = {recipe.num_inference_steps for recipe in recipes if recipe.num_inference_steps is not None}
     if len(counts) > 1:
         raise ValueError(f"recipe {name!r} joins parts with different numbers of steps: {sorted(counts)}")
     bases = [recipe.base for recipe in recipes if recipe.base is not None]
