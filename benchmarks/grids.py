@@ -1,6 +1,6 @@
 """Searched step grids (BOSS, OSS) against the pipeline's own grid of as many steps.
 
-    python benchmarks/grids.py --record                         # zoo:sit-digits, about ten minutes
+    python benchmarks/grids.py --record                         # zoo:sit-digits, some minutes
     python benchmarks/grids.py --pipe FOLDER --prompts FILE     # a text-to-image pipeline; errors only
 
 Grids are searched in the fine runs of a few samples, and measured on others: other seeds, and for prompts the ones that
