@@ -1,6 +1,6 @@
 """Searched step grids (BOSS, OSS) against the pipeline's own grid of as many steps.
 
-    python benchmarks/grids.py --record                         # zoo:sit-digits, about ten minutes
+    python benchmarks/grids.py --record                         # zoo:sit-digits, some minutes
     python benchmarks/grids.py --pipe FOLDER --prompts FILE     # a text-to-image pipeline; errors only
 
 Grids are searched in the fine runs of a few samples, and measured on others: other seeds, and for prompts the ones that
@@ -39,8 +39,8 @@ def main() -> None:
     parser.add_argument("--prompts", type=Path, help="a UTF-8 text file with one prompt a line")
     parser.add_argument("--steps", type=int, nargs="+", default=[3, 4, 6, 8])
     parser.add_argument("--fine-steps", type=int, default=60)
-    parser.add_argument("--search-samples", type=int, default=20)
-    parser.add_argument("--num-samples", type=int, default=200, help="held out, per row")
+    parser.add_argument("--search-samples", type=int, default=10)
+    parser.add_argument("--num-samples", type=int, default=100, help="held out, per row")
     parser.add_argument("--metric", choices=METRICS, default="state")
     parser.add_argument("--batch-size", type=int, default=100)
     parser.add_argument("--guidance-scale", type=float)
