@@ -145,6 +145,7 @@ def default_protocol(
         ValueError: something is wrong, or has no default and is missing.
     """
     known = zoo_entry(pipe)
+    conditions = parse_conditions(pipeline, classes, None, prompts or getattr(known, "prompts", None))
     settings = {name: value for name, value in given.items() if value is not None}
     for name in ("features", "reference", "clip", "attributes", "metrics", "guidance_scale"):
         settings.setdefault(name, getattr(known, name, None))
@@ -153,11 +154,7 @@ def default_protocol(
     for name in ("features", "reference"):
         if not settings[name]:
             raise ValueError(f"this pipeline has no default for --{name}; give one (see --help)")
-    return Protocol(
-        conditions=parse_conditions(pipeline, classes, None, prompts or getattr(known, "prompts", None)),
-        arguments=free_arguments(pipeline, pipe, argument),
-        **settings,
-    )
+    return Protocol(conditions=conditions, arguments=free_arguments(pipeline, pipe, argument), **settings)
 
 
 def show(results: Results, folder: Path) -> None:

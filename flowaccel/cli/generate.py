@@ -240,8 +240,8 @@ def parse_conditions(pipeline: Any, classes: str | None, prompt: list[str] | Non
     if not prompt:
         known = ", ".join(zoo.PREFIX + name for name in PROMPT_SETS)
         raise ValueError(
-            f"{type(pipeline).__name__} needs --prompt TEXT (evaluate: --prompts only) or --prompts FILE|zoo:SET, with "
-            f"the sets {known}"
+            f"{type(pipeline).__name__} needs --prompt TEXT or --prompts FILE|zoo:SET; the sets are {known} (evaluate "
+            "takes --prompts only)"
         )
     return Prompts(tuple(prompt))
 
