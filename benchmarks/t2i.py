@@ -51,7 +51,6 @@ from flowaccel.evaluation.runner import judged
 from flowaccel.evaluation.text import load_clip
 from flowaccel.pipelines import load_pipeline
 from flowaccel.recipe import resolve
-from flowaccel.recipe.presets import joined
 from flowaccel.training.loop import load_average
 from flowaccel.training.text_to_image import TextToImage
 

@@ -149,7 +149,7 @@ def build_shapes_clip(out: Path) -> Iterator[Step]:
     )
     for progress in train(model, objective, CLIP_LOOP, out / "training"):
         yield "clip", progress, CLIP_LOOP.steps
-    model.save_pretrained(out)
+    model.to(torch.bfloat16).save_pretrained(out)
     tokenizer.save_pretrained(out)
     normalisation = {"image_mean": CLIP_MEAN, "image_std": CLIP_STD, "size": {"height": 32, "width": 32}}
     (out / "preprocessor_config.json").write_text(json.dumps(normalisation, indent=2) + "\n")
