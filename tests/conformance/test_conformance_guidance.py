@@ -209,7 +209,7 @@ def test_a_run_after_an_aborted_one_is_as_fresh(case: Case) -> None:
 
 CACHES: dict[str, Any] = {
     "output": lambda: cache_preset("ab_cache", warmup=2),
-    "stack": lambda: cache_preset("fbcache", threshold=0.3, max_run=3),
+    "stack": lambda: cache_preset("fbcache", threshold=0.6, max_run=3),
     "module": lambda: cache_preset("taylorseer", parity=True, decide="image", warmup=1, interval=3),
 }
 WITH_CACHES = pytest.mark.parametrize("kind", CACHES)
@@ -264,10 +264,10 @@ def test_forecasts_of_a_cache_end_no_guidance() -> None:
 
 @pytest.mark.parametrize(("sampler", "mode"), [("heun", "hold"), ("ab2", "drop"), ("rk4", "extrapolate")])
 def test_solvers_of_higher_order_are_as_by_hand(sampler: str, mode: Any) -> None:
-    case, parts = CASES["sd3"], [Sampler(sampler)]
-    expected, _ = by_hand(case, [*parts], mode=mode, threshold=parting("sd3"))
+    case, parts, threshold = CASES["sd3"], [Sampler(sampler)], 0.9965  # one image reaches it at once
+    expected, _ = by_hand(case, [*parts], mode=mode, threshold=threshold)
     pipe = case.make()
-    accelerate(pipe, [*parts, GuidanceSkip(threshold=parting("sd3"), mode=mode)])
+    accelerate(pipe, [*parts, GuidanceSkip(threshold=threshold, mode=mode)])
     assert_close(made(case, pipe, batch=2), expected)
     assert (False, True) in guided(pipe) or (True, False) in guided(pipe)
 
