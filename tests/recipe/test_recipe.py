@@ -273,7 +273,7 @@ def entry(**fields: Any) -> dict[str, Any]:
         (entry(name="sampler", sampler=["heun"]), r"accelerators\[0\]: sampler must be one of .*, got \['heun'\]"),
         (
             entry(name="sampler", sampler="heun", option={}),
-            r"option: unknown; did you mean 'options'\? allowed: name, sampler, options, calibration$",
+            r"\[0\]\.option: unknown; did you mean 'options'\? allowed: name, sampler, options, calibration$",
         ),
         (entry(name="sampler", options={"bloks": "H1"}), "options of sampler 'flowturbo': .*unexpected.*'bloks'"),
         (entry(name="sampler", options={"blocks": 3}), "options of sampler 'flowturbo'"),
