@@ -15,12 +15,14 @@ import yaml
 from typer.testing import CliRunner
 
 import tiny
-from flowaccel import zoo
+from flowaccel import Recipe, Sampler, VelocityRefiner, zoo
 from flowaccel.cli import app, demo
 from flowaccel.cli.generate import free_arguments, parse_arguments
 from flowaccel.data import PROMPT_SETS, REFERENCE_SETS, shapes
+from flowaccel.data.shapes import SPLITS
 from flowaccel.evaluation import compare_rows, load_results, runner
 
+ENTRY = zoo.entry("t2i-shapes")
 CAPTION = "three solid blue squares"
 LONG = " ".join([CAPTION] * 4)  # 16 words and two ends, where 16 tokens are kept
 COMMANDS: dict[str, list[str]] = {
@@ -198,24 +200,26 @@ def test_evaluate_with_nothing_but_a_recipe() -> None:
     assert protocol["metrics"] == ["fid", "clip_score", "attribute_accuracy", "rel_l2"]
     assert (protocol["features"], protocol["clip"]) == ("zoo:shapes-features", "zoo:shapes-clip")
     assert (protocol["reference"], protocol["attributes"]) == ("zoo:shapes", "zoo:shapes")
-    assert (protocol["guidance_scale"], protocol["arguments"]) == (4.0, {"max_sequence_length": 1})
+    assert (protocol["guidance_scale"], protocol["arguments"]) == (ENTRY.guidance_scale, ENTRY.arguments)
     assert set(results["rows"][1]["metrics"]) == {"fid", "clip_score", "attribute_accuracy", "rel_l2"}
     assert set(compare_rows("out", "baseline@2", "baseline")["metrics"]) == {"fid", "clip_score", "attribute_accuracy"}
     manifest = json.loads(Path("out/rows/baseline/manifest.json").read_text())
-    assert manifest["arguments"] == {"max_sequence_length": 1}
+    assert manifest["arguments"] == {"max_sequence_length": 16}
     said = run("evaluate", "--num-samples", "3", "--steps", "3", "--argument", "height=16", code=2).stderr
-    assert "holds samples made differently (arguments: there {'max_sequence_length': 1}" in " ".join(said.split())
+    assert "holds samples made differently (arguments: there {'max_sequence_length': 16}" in " ".join(said.split())
 
 
 def test_demo(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(demo.TASKS, "t2i", replace(demo.TASKS["t2i"], steps=4, baseline_steps=(1, 2)))
+    monkeypatch.setitem(
+        demo.TASKS, "t2i", replace(demo.TASKS["t2i"], steps=4, baseline_steps=(1, 2), recipes=("ab_cache", "ab2@2"))
+    )
     options = ["--num-samples", "50", "--rounds", "2", "--device", "cpu", "--out", "out"]
     result = CliRunner().invoke(app, ["demo", "--task", "t2i", *options])
     assert result.exit_code == 0, result.output
     assert "zoo:t2i-shapes: 50 images a row, a demo-sized sample." in result.stderr
     results = load_results("out")
     names = [row["recipe"] for row in results["rows"]]
-    assert names == ["baseline", "baseline@1", "baseline@2", *demo.T2I_RECIPES]
+    assert names == ["baseline", "baseline@1", "baseline@2", "ab_cache", "ab2@2"]
     assert all(set(row["metrics"]) == {"fid", "attribute_accuracy"} for row in results["rows"])
 
 
@@ -244,7 +248,7 @@ def test_arguments_in_a_yaml_file(form: Any) -> None:
     Path("config.yaml").write_text(yaml.safe_dump({"argument": form, "prompts": "zoo:shapes-held-out"}))
     run("evaluate", "--config", "config.yaml", "--baseline-steps", "1", "--reference", "zoo:shapes", "--metrics", "")
     protocol: Any = load_results("out")["protocol"]
-    assert protocol["arguments"] == {"clip_skip": 1, "negative_prompt": "a cat", "max_sequence_length": 1}
+    assert protocol["arguments"] == {"clip_skip": 1, "negative_prompt": "a cat", "max_sequence_length": 16}
     assert protocol["dataset"] == "zoo:shapes-held-out, 500 prompts"
 
 
@@ -259,7 +263,14 @@ def test_every_entry_has_a_builder() -> None:
     assert set(BUILDERS) == set(zoo.ENTRIES)
 
 
-def test_the_refiner_is_trained_on_classes_only() -> None:
-    result = CliRunner().invoke(app, ["train", "refiner", "zoo:t2i-shapes", "--data", "shapes", "--out", "refiner"])
+def test_a_refiner_is_trained_on_captions(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(SPLITS, "generator", 30)
+    train = ["train", "refiner", "zoo:t2i-shapes", "--steps", "2", "--batch-size", "4", "--device", "cpu"]
+    result = CliRunner().invoke(app, [*train, "--data", "shapes", "--guidance-scale", "3", "--out", "refiner"])
+    assert result.exit_code == 0, result.output
+    Recipe([Sampler("flowturbo", {"blocks": "H1P1R1"}), VelocityRefiner("refiner")]).save_pretrained("recipe")
+    said = json.loads(run("generate", "--prompt", CAPTION, "--recipe", "recipe", "--steps", "3", "--json").stdout)
+    assert len(said["files"]) == 1
+    result = CliRunner().invoke(app, [*train, "--data", "digits", "--out", "other"])
     assert result.exit_code == 2
-    assert "--data must be one of ['digits'], got 'shapes'" in " ".join(result.stderr.split())
+    assert "--data digits has no captions" in " ".join(result.stderr.split())
