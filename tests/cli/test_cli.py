@@ -393,7 +393,10 @@ def test_the_file_and_the_command_line_make_the_same_run(saved: str) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("num_sample: 12\nrecipes: x", "options.yaml has unknown options num_sample, recipes; allowed are argument, attention,"),
+        (
+            "num_sample: 12\nrecipes: x",
+            "options.yaml has unknown options num_sample, recipes; allowed are argument, attention,",
+        ),
         ("config: other.yaml", "has unknown options config"),
         ("- a\n- b", "must map option names to values"),
         ("just text", "must map option names to values"),
