@@ -209,6 +209,7 @@ def test_evaluate_with_nothing_but_a_recipe() -> None:
     assert "holds samples made differently (arguments: there {'max_sequence_length': 16}" in " ".join(said.split())
 
 
+@pytest.mark.filterwarnings("ignore:nothing is calibrated")  # `balanced`, for this tiny network
 def test_demo(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(
         demo.TASKS, "t2i", replace(demo.TASKS["t2i"], steps=4, baseline_steps=(1, 2), recipes=("ab_cache", "ab2@2"))

@@ -113,6 +113,13 @@ def test_compare_equals_the_result_file(finished: tuple[Path, Results]) -> None:
         assert {key: found[name][key] for key in versus} == versus
 
 
+def test_prompts_that_the_clip_reads_in_part_are_counted_in_a_warning(tmp_path: Path) -> None:
+    clip = f"clip:{tiny.clip_folder(tmp_path / 'clip')}"  # a token a letter
+    few = replace(PROTOCOL, clip=clip, metrics=("clip_score",), num_samples=3, steps=1, baseline_steps=())
+    with pytest.warns(UserWarning, match="3 of 3 prompts are longer than the 12 tokens that clip:"):
+        evaluate(load_pipeline(zoo.folder("t2i-shapes")), [], few, tmp_path / "out")
+
+
 @pytest.mark.parametrize("metric", ["clip_score", "attribute_accuracy"])
 def test_it_is_an_axis_of_the_plot_and_a_column_of_the_tables(
     metric: str, finished: tuple[Path, Results], tmp_path: Path
