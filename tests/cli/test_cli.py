@@ -689,7 +689,7 @@ def test_a_loss_that_is_not_finite_is_a_failure(saved: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--data", "faces"], "--data must be one of ['digits'], got 'faces'"),
+        (["--data", "faces"], "--data must be one of ['digits', 'shapes'], got 'faces'"),
         (["--delta-max", "3"], "need 0 <= delta_min < delta_max <= 1, got 0.0 and 3.0"),
         (["--guidance-scale", "0.2"], "guidance_scale must be at least 1, got 0.2"),
         (["--label-drop", "2"], "label_drop must lie in [0, 1], got 2.0"),
