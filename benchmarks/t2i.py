@@ -69,7 +69,7 @@ RECIPES = {
         "guidance_interval:stop=0.5",
         "guidance_interval:stop=0.5,mode=hold",
     ),
-    "FlowTurbo": ("flowturbo-H1P2R1-single", "flowturbo-H1P4R1-single", "flowturbo-H1P3R2-single", "flowturbo-H1P4"),
+    "FlowTurbo": ("flowturbo-H1P3R2-single", "flowturbo-H1P4R1-single", "flowturbo-H1P6R1-single", "flowturbo-H1P5"),
     "caches": (
         "fbcache",
         "easycache:threshold=0.1,warmup=3",
