@@ -45,9 +45,10 @@ from flowaccel.evaluation import (
 )
 from flowaccel.evaluation.attributes import load_attributes
 from flowaccel.evaluation.features import quantise
-from flowaccel.evaluation.figures import pareto_png
+from flowaccel.evaluation.figures import pareto_png, sample_grid
 from flowaccel.evaluation.protocol import call
 from flowaccel.evaluation.runner import judged
+from flowaccel.evaluation.store import SampleStore, folder_name
 from flowaccel.evaluation.text import load_clip
 from flowaccel.pipelines import load_pipeline
 from flowaccel.recipe import resolve
@@ -88,6 +89,7 @@ RECIPES = {
         "flowturbo-H1P4R1-single+guidance_interval:stop=0.5",
     ),
 }
+SHOWN = ("baseline@8", "ab2@8", "flowturbo-H1P4R1-single", "guidance_skip", "balanced")
 QUALITY = ("fid", "clip_score", "attribute_accuracy")
 METRICS = (*QUALITY, "rel_l2")
 
@@ -137,7 +139,7 @@ def table_stage(pipe: Any, arguments: argparse.Namespace) -> None:
             shutil.copyfile(arguments.out / name, RESULTS / f"t2i-shapes_cpu.{suffix}")
         shown = {**results["seen"], "rows": [in_group(row) for row in results["seen"]["rows"]]}
         pareto_png(shown, Path("docs/images/t2i.png"), "attribute_accuracy")
-        shutil.copyfile(arguments.out / "seen" / "samples.png", "docs/images/t2i_samples.png")
+        picture(seen, folders["seen"], claims["chosen"])
 
 
 def protocol_of(pipe: Any, arguments: argparse.Namespace) -> Protocol:
@@ -192,6 +194,14 @@ def recipe_of(name: str, grids: dict[str, list[float]]) -> Recipe:
     return replace(
         recipe, accelerators=[*recipe.accelerators, *(resolve(rest).accelerators if plus else ())], name=name
     )
+
+
+def picture(protocol: Protocol, folder: Path, chosen: str | None) -> None:
+    """The first samples of a few rows, for the docs."""
+    ids = range(10)
+    names = ["baseline", *SHOWN, *([chosen] if chosen and chosen not in SHOWN else [])]
+    images = {name: SampleStore(folder / "rows" / folder_name(name)).read(ids) for name in names}
+    sample_grid(images, Path("docs/images/t2i_samples.png"), captions=protocol.conditions.texts(ids) or ())
 
 
 def group_of(name: str) -> str:

@@ -4,6 +4,11 @@ from flowaccel.hooks.blocks import ATTENTION as ATTENTION
 from flowaccel.hooks.blocks import FEED_FORWARD as FEED_FORWARD
 from flowaccel.hooks.blocks import Block as Block
 from flowaccel.hooks.blocks import attention_input as attention_input
+from flowaccel.hooks.calls import COMPUTED as COMPUTED
+from flowaccel.hooks.calls import REUSED as REUSED
+from flowaccel.hooks.calls import Call as Call
+from flowaccel.hooks.calls import CallRecord as CallRecord
+from flowaccel.hooks.calls import Run as Run
 from flowaccel.hooks.families import FAMILIES as FAMILIES
 from flowaccel.hooks.families import BlockList as BlockList
 from flowaccel.hooks.families import Family as Family
@@ -13,9 +18,6 @@ from flowaccel.hooks.families import networks as networks
 from flowaccel.hooks.families import register_family as register_family
 from flowaccel.hooks.identity import Identity as Identity
 from flowaccel.hooks.macs import macs_by_module as macs_by_module
-from flowaccel.hooks.session import Call as Call
-from flowaccel.hooks.session import CallRecord as CallRecord
-from flowaccel.hooks.session import Run as Run
 from flowaccel.hooks.session import Session as Session
 from flowaccel.hooks.session import close_session as close_session
 from flowaccel.hooks.session import open_session as open_session
@@ -25,8 +27,10 @@ from flowaccel.hooks.wrap import wrap as wrap
 
 __all__ = [
     "ATTENTION",
+    "COMPUTED",
     "FAMILIES",
     "FEED_FORWARD",
+    "REUSED",
     "Block",
     "BlockList",
     "Call",

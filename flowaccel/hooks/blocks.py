@@ -7,21 +7,19 @@ import inspect
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 
 from flowaccel.errors import FlowaccelError, RecipeConflictError, UnsupportedModelError
+from flowaccel.hooks.calls import Call, take_rows
 from flowaccel.hooks.families import BlockList, Family, unsupported, unwrapped
 from flowaccel.hooks.wrap import Wrapped, entry_point, wrap
 
-if TYPE_CHECKING:
-    from flowaccel.hooks.session import Call
-
-BlockAround = Callable[[Callable[..., Any], "Call", "Block"], Any]
+BlockAround = Callable[[Callable[..., Any], Call, "Block"], Any]
 """`around(proceed, call, block)` returns what the block is to return; see `Block.pack`."""
 
-ModuleAround = Callable[[Callable[[], Any], "Call", str], Any]
+ModuleAround = Callable[[Callable[[], Any], Call, str], Any]
 """`around(proceed, call, path)` returns what the module is to return; `path` is its name within the network."""
 
 ATTENTION, FEED_FORWARD = ("attn", "attention", "self_attn"), ("ff", "ffn", "mlp", "proj_mlp")
@@ -309,17 +307,6 @@ class _Reached(Exception):
     def __init__(self, hidden: Tensor) -> None:
         super().__init__()
         self.hidden = hidden
-
-
-def take_rows(value: Any, rows: Tensor, full: int) -> Any:
-    """The tensors in `value` that have `full` rows, for the rows of those indices only; all else as it is."""
-    if isinstance(value, Tensor):
-        return value[rows] if value.dim() and value.shape[0] == full else value
-    if isinstance(value, dict):
-        return {key: take_rows(entry, rows, full) for key, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(take_rows(entry, rows, full) for entry in value)
-    return value
 
 
 def _refuse_whole_graph(network: nn.Module) -> None:

@@ -11,9 +11,7 @@ import gc
 import inspect
 import time
 import weakref
-from bisect import bisect_left
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -21,16 +19,15 @@ from torch import Tensor, nn
 
 from flowaccel.compat import foreign_cache
 from flowaccel.errors import RecipeConflictError
-from flowaccel.hooks.blocks import BlockAround, BlockHooks, ModuleAround, take_rows
+from flowaccel.hooks.blocks import BlockAround, BlockHooks, ModuleAround
+from flowaccel.hooks.calls import COMPUTED, COND, EXTRA, REUSED, UNCOND, Call, CallRecord, Run
 from flowaccel.hooks.families import Family, family_of, networks, unwrapped
 from flowaccel.hooks.macs import shapes_of
 from flowaccel.hooks.wrap import Wrapped, entry_point, wrap
 
-COND, UNCOND, EXTRA = "cond", "uncond", "extra"
-COMPUTED, REUSED = "computed", "reused"
 _ATTACHED = "_flowaccel_session"
 
-CallAround = Callable[[Callable[..., Any], "Call"], Any]
+CallAround = Callable[[Callable[..., Any], Call], Any]
 """`around(proceed, call)` returns the network's return value; `proceed()` runs the network as it was called,
 `proceed(arguments)` with other arguments (a dictionary like `call.arguments`), and `proceed(call.narrowed(rows))` for
 some of the rows, so that those who stand further inside see no others."""
@@ -38,159 +35,6 @@ some of the rows, so that those who stand further inside see no others."""
 StepObserver = Callable[[Tensor, Tensor, Tensor], Tensor | None]
 """`observer(velocity, sample, result)`, (images, ...) each: the guided output of the network and the state that the
 scheduler was handed, and the state that it returned. Returns None, or a state (images, ...) to go on with instead."""
-
-
-@dataclass
-class CallRecord:
-    """What one network call did, for the report; plain numbers and text."""
-
-    step: int
-    network: str
-    branches: tuple[str, ...]
-    rows: int
-    what: str
-    """`computed`, `reused`, or what an accelerator says that it did instead of the network's work."""
-    seconds: float
-    """Host clock; on a GPU the call may return before it is done."""
-    computed: tuple[bool, ...] = ()
-    """Per image, where an accelerator decides whether to compute: what it decided."""
-    guided: tuple[bool, ...] = ()
-    """Per image, where an accelerator decides about guidance: whether it was guided."""
-    not_run: dict[str, int] = field(default_factory=dict)
-    """Rows for which a module of the network was not run, by its name in the network; "" is the network itself."""
-    near_ties: int = 0
-    """Decisions that rounding may take otherwise."""
-    host_reads: int = 0
-    """How often the host waited for a number from the device."""
-    cache_bytes: int = 0
-    """Computed values that accelerators held after the call."""
-    gate_bytes: int = 0
-    """What they held besides to decide by."""
-
-
-@dataclass
-class Run:
-    """One walk of the pipeline through its scheduler's timesteps."""
-
-    index: int
-    """How many runs the session saw before."""
-    timesteps: tuple[float, ...] = ()
-    """The scheduler's timesteps, those that image to image leaves out included."""
-    sigmas: tuple[float, ...] = ()
-    """Noise level at each of them: the scheduler's sigma (flow models: in [0, 1]) where it has one, else
-    sqrt((1 - a) / a) with a the cumulative alpha."""
-    begin: int | None = None
-    """Position in `timesteps` of the first network call; None before it."""
-    images: int | None = None
-    """Images in the batch; None before the first network call."""
-    steps_done: int = 0
-    state: dict[Any, Any] = field(default_factory=dict)
-    """What accelerators remember during the run, each under keys of its own; cleared when the run ends."""
-    records: list[CallRecord] = field(default_factory=list)
-    shapes: dict[str, tuple[nn.Module, dict[str, Any], int]] = field(default_factory=dict)
-    """Of every network's first call: the network, its arguments without their data, and its rows."""
-    started: float = field(default_factory=time.perf_counter)
-    seconds: float = 0.0
-    ended: bool = False
-    failed: bool = False
-    """Whether an exception ended it."""
-
-    @property
-    def num_steps(self) -> int:
-        """How many evaluations the run is going to make (guidance does not count twice)."""
-        return len(self.timesteps) - (self.begin or 0)
-
-    def end(self, failed: bool = False) -> None:
-        """Forget all state; what was recorded stays for the report. Idempotent."""
-        if not self.ended:
-            self.ended, self.failed = True, failed
-            self.seconds = time.perf_counter() - self.started
-            self.state.clear()
-
-
-@dataclass(frozen=True, kw_only=True)
-class Call:
-    """One network call.
-
-    Row r of the pipeline's batch belongs to image `r % images` and to branch `branches[r // images]`.
-    """
-
-    run: Run
-    network: str
-    """Component name, `transformer` or `transformer_2`."""
-    module: nn.Module
-    family: Family
-    step: int
-    """Index of this evaluation in the run, 0 .. `run.num_steps` - 1."""
-    timestep: float
-    """The scheduler's timestep."""
-    sigma: float
-    """Noise level, see `Run.sigmas`."""
-    branches: tuple[str, ...]
-    """`("cond",)` or `("uncond",)` for one branch, both in their order for a batch that holds both, and `("extra",)`
-    for calls beyond guidance."""
-    images: int
-    arguments: dict[str, Any]
-    """What the network was called with, by name."""
-    record: CallRecord
-    kept: tuple[int, ...] | None = None
-    """The rows of the pipeline's batch that a `narrowed` call still holds, ascending; None for all."""
-
-    @property
-    def places(self) -> Sequence[int]:
-        """Per row of this call, which row of the pipeline's batch it is."""
-        return range(self.images * len(self.branches)) if self.kept is None else self.kept
-
-    @property
-    def rows(self) -> int:
-        """Rows of this call."""
-        return len(self.places)
-
-    @property
-    def row_images(self) -> list[int]:
-        """Per row of this call, the image that it belongs to."""
-        return [place % self.images for place in self.places]
-
-    @property
-    def sample(self) -> Any:
-        """The network's first argument: what is denoised (rows, ...), in some families a list with an entry per row."""
-        return next(iter(self.arguments.values()))
-
-    def rows_of(self, branch: str) -> slice:
-        """The rows of one branch; all of them are there but in a `narrowed` call.
-
-        Raises:
-            ValueError: the call does not hold that branch.
-        """
-        start = self.branches.index(branch) * self.images
-        return slice(bisect_left(self.places, start), bisect_left(self.places, start + self.images))
-
-    @property
-    def gathers(self) -> bool:
-        """Whether a part of the rows can be called alone: the family's row says what rows share, and no ControlNet adds
-        to all rows between the blocks.
-        """
-        controlled = any("control" in name and value is not None for name, value in self.arguments.items())
-        return not self.family.derived and not controlled
-
-    def narrowed(self, rows: Tensor) -> Call:
-        """This call for some of its rows only: `rows` are their ascending indices, on the CPU. Where the call does not
-        `gather`, what rows share would come out wrong.
-        """
-        kept = tuple(self.places[row] for row in rows.tolist())
-        return replace(self, arguments=self.take(rows), kept=kept)
-
-    def take(self, rows: Tensor) -> dict[str, Any]:
-        """The arguments of a call for some of the rows only: `rows` are their indices. What all rows share is kept."""
-        return {
-            name: value if name in self.family.shared else self._take(name, value, rows)
-            for name, value in self.arguments.items()
-        }
-
-    def _take(self, name: str, value: Any, rows: Tensor) -> Any:
-        if isinstance(value, (list, tuple)) and name in self.family.lists:
-            return type(value)(value[int(row)] for row in rows)
-        return take_rows(value, rows, self.rows)
 
 
 class Session:

@@ -7,12 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from flowaccel.hooks import CallRecord, Run, macs_by_module, session_of
+from flowaccel.hooks import COMPUTED, REUSED, CallRecord, Run, macs_by_module, session_of
 from flowaccel.recipe.recipe import Recipe
 from flowaccel.recipe.verbs import recipe_of
 
-COMPUTED = "computed"
-_BY_NETWORK = (COMPUTED, "mixed", "reused", "unguided", "partly guided")
+_BY_NETWORK = (COMPUTED, "mixed", REUSED, "unguided", "partly guided")
 """What the network itself did, at least in part; refiners and the like count nothing here."""
 _LETTERS = 16
 

@@ -17,7 +17,7 @@ from flowaccel.accelerators.caching.guard import Guard
 from flowaccel.accelerators.caching.history import History, PartialHistory
 from flowaccel.errors import UnsupportedModelError
 from flowaccel.gates import Gate, Step
-from flowaccel.hooks import Call, CallRecord, Session
+from flowaccel.hooks import COMPUTED, REUSED, Call, CallRecord, Session
 from flowaccel.predictors import Predictor
 
 COND, EXTRA = "cond", "extra"
@@ -238,7 +238,7 @@ def _account(record: CallRecord, call: Call, decision: Decision, rows: tuple[boo
     computed = {image for image, row in zip(call.row_images, rows, strict=True) if row}
     present = set(call.row_images)
     record.computed = tuple(image in computed for image in range(call.images))
-    record.what = "computed" if computed == present else "mixed" if computed else "reused"
+    record.what = COMPUTED if computed == present else "mixed" if computed else REUSED
     if decides:
         record.near_ties += decision.near_ties
         record.host_reads += decision.host_reads

@@ -17,12 +17,12 @@ from flowaccel.accelerators.calibration import warn_once
 from flowaccel.accelerators.guidance.when import AdaptiveGuidance, When
 from flowaccel.accelerators.sampler import FLOW_PREDICTION
 from flowaccel.errors import UnsupportedModelError
-from flowaccel.hooks import Call, CallRecord, Session
+from flowaccel.hooks import COMPUTED, Call, CallRecord, Session
 from flowaccel.models import convention_of
 from flowaccel.predictors import Predictor
 
 UNCOND = "uncond"
-COMPUTED, REFINED = "computed", "refined"
+REFINED = "refined"
 UNGUIDED, PARTLY, LEFT_OUT = "unguided", "partly guided", "left out"
 """What a report says of calls: for the conditional rows alone, for some unconditional rows, not made at all."""
 
