@@ -52,6 +52,7 @@ from flowaccel.evaluation.store import SampleStore, folder_name
 from flowaccel.evaluation.text import load_clip
 from flowaccel.pipelines import load_pipeline
 from flowaccel.recipe import resolve
+from flowaccel.recipe.presets import joined
 from flowaccel.training.loop import load_average
 from flowaccel.training.text_to_image import TextToImage
 
@@ -63,6 +64,7 @@ FEWER = (5, 6, 8, 10, 14)
 GRID_STEPS = (6, 8, 10)
 RECIPES = {
     "another solver": ("ab2@6", "ab2@8", "ab2@10"),
+    "time shift 3, as SD3": ("shift 3@6", "shift 3@8"),
     "searched grids": ("boss@6", "boss@8", "boss@10", "oss@6", "oss@8"),
     "guidance": (
         "guidance_skip",
@@ -82,7 +84,7 @@ RECIPES = {
     ),
     "pairs": (
         "ab_cache:interval=3,order=2+guidance_skip",
-        "ab_cache:interval=3,order=2+guidance_interval:stop=0.5",
+        "taylorseer:interval=3+guidance_interval:stop=0.75",
         "ab2@8+guidance_interval:stop=0.5",
         "boss@8+guidance_interval:stop=0.5",
         "ab2 on boss@8",
@@ -185,15 +187,17 @@ def found_grids(pipe: Any, file: Path) -> dict[str, list[float]]:
 
 
 def recipe_of(name: str, grids: dict[str, list[float]]) -> Recipe:
-    """A row by its name: a preset, a grid, AB2 on a grid, or a grid with something joined to it."""
-    stem, plus, rest = name.removeprefix("ab2 on ").partition("+")
+    """A row by its name: a preset, a time shift, a grid, AB2 on a grid, or a grid with something joined to it."""
+    if name.startswith("shift "):
+        shift, steps = name.removeprefix("shift ").split("@")
+        return Recipe([Sampler("euler", {"shift": float(shift)})], name=name, num_inference_steps=int(steps))
+    if name.startswith("ab2 on "):
+        return Recipe([Sampler("ab2", {"grid": grids[name.removeprefix("ab2 on ")]})], name=name)
+    stem, plus, rest = name.partition("+")
     if stem not in grids:
         return resolve(name)
-    under = Recipe([Sampler("ab2")]) if name.startswith("ab2 on ") else Recipe()
-    recipe = with_grid(under, grids[stem])
-    return replace(
-        recipe, accelerators=[*recipe.accelerators, *(resolve(rest).accelerators if plus else ())], name=name
-    )
+    recipe = with_grid(Recipe(), grids[stem])
+    return joined(name, [recipe, resolve(rest)] if plus else [recipe])
 
 
 def picture(protocol: Protocol, folder: Path, chosen: str | None) -> None:
