@@ -187,10 +187,9 @@ def found_grids(pipe: Any, file: Path) -> dict[str, list[float]]:
 
 
 def recipe_of(name: str, grids: dict[str, list[float]]) -> Recipe:
-    """A row by its name: a preset, a time shift, a grid, AB2 on a grid, or a grid with something joined to it."""
+    """A row by its name: a preset, a grid, AB2 on a grid, or a grid with something joined to it."""
     if name.startswith("shift "):
-        shift, steps = name.removeprefix("shift ").split("@")
-        return Recipe([Sampler("euler", {"shift": float(shift)})], name=name, num_inference_steps=int(steps))
+        return replace(resolve(name.replace("shift ", "euler:shift=")), name=name)
     if name.startswith("ab2 on "):
         return Recipe([Sampler("ab2", {"grid": grids[name.removeprefix("ab2 on ")]})], name=name)
     stem, plus, rest = name.partition("+")

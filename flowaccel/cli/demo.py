@@ -41,7 +41,14 @@ class Task:
 
 
 DIGITS_RECIPES = ("euler@6", "ab2@4", "flowturbo-H1P2", "flowturbo-H1P1R1-single", "flowturbo-H1P2R1-single")
-T2I_RECIPES = ("ab_cache:interval=3,order=2", "balanced")  # the rows of `demo --task t2i` are chosen here
+T2I_RECIPES = (
+    "euler:shift=3@8",
+    "ab2@8",
+    "flowturbo-H1P4R1-single",
+    "taylorseer:interval=3",
+    "balanced",
+    "guidance_skip",
+)
 TASKS = {
     "digits": Task(
         pipe="zoo:sit-digits",
@@ -80,7 +87,8 @@ def demo(
     as_json: JsonOption = False,
 ) -> None:
     """Sample in full, by fewer steps and accelerated, and measure quality and milliseconds side by side: handwritten
-    digits by Heun and FlowTurbo, or pictures of coloured shapes from text by Euler and caches.
+    digits by Heun and FlowTurbo, or pictures of coloured shapes from text by Euler, time
+    shift, AB2, FlowTurbo, caches and guidance that ends.
 
     Example: flowaccel demo --task digits --out runs/demo
     """

@@ -41,7 +41,7 @@ def recipes(
 def _show_presets() -> None:
     _show(("name", "what it is"), PRESETS.items())
     Console().print(
-        "Append @N for N steps, for example heun@8; caches and guidance take options, such as "
+        "Append @N for N steps, for example heun@8; samplers, caches and guidance take options, such as "
         "fbcache:threshold=0.1,max_run=3@28 or guidance_skip:threshold=0.99. Join several with +: ab2@12+guidance_skip."
     )
 

@@ -27,7 +27,13 @@ from flowaccel.recipe.recipe import Recipe
 from flowaccel.recipe.storage import holds_recipe, is_hub_id
 from flowaccel.samplers import Blocks
 
+
+def _sampler(name: str, **options: Any) -> Sampler:
+    return Sampler(name, options)
+
+
 _WITH_OPTIONS: dict[str, Callable[..., Accelerator]] = {
+    **{name: functools.partial(_sampler, name) for name in SAMPLERS if name != "flowturbo"},
     **{name: functools.partial(cache_preset, name) for name in CACHE_PRESETS},
     "guidance_skip": GuidanceSkip,
     "guidance_interval": functools.partial(GuidanceSkip, "interval"),
@@ -46,7 +52,7 @@ PRESETS = {
         for name, speedup in LEVELS.items()
     },
 }
-"""Preset names and what they are. `@N` after a name asks for N steps; caches and guidance take options,
+"""Preset names and what they are. `@N` after a name asks for N steps; samplers, caches and guidance take options,
 `fbcache:threshold=0.1`."""
 
 
@@ -62,8 +68,6 @@ def preset(name: str) -> Recipe:
     count = int(steps) if at else None
     if stem == "none":
         return Recipe(name=name, num_inference_steps=count)
-    if stem in SAMPLERS and stem != "flowturbo":
-        return Recipe([Sampler(stem)], name=name, num_inference_steps=count)
     if stem in LEVELS:
         return Recipe([LevelCache(cast(Level, stem))], name=name, num_inference_steps=count)
     kind, colon, options_text = stem.partition(":")

@@ -500,3 +500,12 @@ def test_joining_what_does_not_go_together() -> None:
         resolve("ab_cache+fbcache")
     with pytest.raises(ValueError, match="unknown recipe 'guidance_skp'"):
         resolve("ab_cache+guidance_skp")
+
+
+def test_samplers_take_options() -> None:
+    found = resolve("euler:shift=3@6")
+    assert found.accelerators == (Sampler("euler", {"shift": 3}),)
+    assert found.num_inference_steps == 6
+    assert resolve("ab2:grid=[1.0,0.5,0.0]").num_inference_steps == 2
+    with pytest.raises(ValueError, match="unexpected keyword argument 'shifts'"):
+        resolve("heun:shifts=3")
