@@ -181,7 +181,8 @@ def test_calibrate_hands_arguments_on(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(StableDiffusion3Pipeline, "encode_prompt", encode_prompt)
     run("calibrate", "--prompt", CAPTION, "--argument", "negative_prompt=x", "--argument", "max_sequence_length=3")
     assert {(options["negative_prompt"], options["max_sequence_length"]) for options in seen} == {("x", 3)}
-    assert json.loads(Path("out/flowaccel.json").read_text())["accelerators"][-1]["calibration"]["guidance_scale"] == 4
+    calibration = json.loads(Path("out/flowaccel.json").read_text())["accelerators"][-1]["calibration"]
+    assert calibration["guidance_scale"] == ENTRY.guidance_scale
 
 
 # what the zoo knows
