@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowaccel import Recipe, Sampler, zoo
+from flowaccel import Recipe, Sampler, accelerated, zoo
 from flowaccel.calibration import Sampling, search_grids
 from flowaccel.calibration.steps import with_grid
 from flowaccel.cli.common import progress
@@ -37,7 +37,6 @@ from flowaccel.data import shape_captions, shapes
 from flowaccel.evaluation import (
     Prompts,
     Protocol,
-    compare_rows,
     environment,
     evaluate,
     load_features,
@@ -48,7 +47,8 @@ from flowaccel.evaluation import (
 from flowaccel.evaluation.attributes import load_attributes
 from flowaccel.evaluation.features import quantise
 from flowaccel.evaluation.figures import pareto_png, sample_grid
-from flowaccel.evaluation.protocol import call
+from flowaccel.evaluation.metrics import not_worse
+from flowaccel.evaluation.protocol import call, plan_rows, row_store
 from flowaccel.evaluation.runner import judged
 from flowaccel.evaluation.store import SampleStore, folder_name
 from flowaccel.evaluation.text import load_clip
@@ -120,7 +120,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--half", type=Path, help="stage judges: state of the half-trained generator")
     parser.add_argument("--out", type=Path, default=Path("runs/t2i"))
-    parser.add_argument("--keep-seen", action="store_true", help="do not measure again what the run folder holds")
+    parser.add_argument("--keep", action="store_true", help="do not measure again what the run folder has results of")
     parser.add_argument("--record", action="store_true", help="copy the results to benchmarks/results/")
     arguments = parser.parse_args()
     pipe = load_pipeline(zoo.folder(MODEL))
@@ -141,19 +141,17 @@ def table_stage(pipe: Any, arguments: argparse.Namespace) -> None:
         conditions=Prompts.from_zoo(HELD_OUT),
         reference=HELD_OUT,
         num_samples=max(arguments.num_samples // 3, 2),
-        rounds=2,  # times are taken from the other evaluation
-        latency_batch=1,
     )
     folders = {"seen": arguments.out / "seen", "held_out": arguments.out / "held_out"}
     results: dict[str, Any] = {}
     some = [recipe for recipe in recipes if recipe.name in HELD_OUT_TOO]
-    with progress() as notify:
-        if arguments.keep_seen:
-            results["seen"] = load_results(folders["seen"])
-        else:
+    if arguments.keep and (folders["seen"] / "results.json").is_file():
+        results["seen"] = load_results(folders["seen"])
+    else:
+        with progress() as notify:
             results["seen"] = evaluate(pipe, recipes, seen, folders["seen"], notify)
-        results["held_out"] = evaluate(pipe, some, held_out, folders["held_out"], notify)
-    claims = compared(folders, results)
+    results["held_out"] = quality(pipe, some, held_out, folders["held_out"])
+    claims = compared(results)
     table = markdown(results, claims)
     print(table)
     (arguments.out / "claims.json").write_text(json.dumps(claims, indent=1) + "\n")
@@ -166,6 +164,26 @@ def table_stage(pipe: Any, arguments: argparse.Namespace) -> None:
         shown = {**results["seen"], "rows": [in_group(row) for row in results["seen"]["rows"]]}
         pareto_png(shown, Path("docs/images/t2i.png"), "attribute_accuracy")
         picture(seen, folders["seen"], claims["chosen"])
+
+
+def quality(pipe: Any, recipes: list[Recipe], protocol: Protocol, folder: Path) -> dict[str, Any]:
+    """Metrics without times of the untouched pipeline, fewer steps and recipes; samples in the folder are used."""
+    network = load_features(protocol.features)
+    clip, attributes = load_clip(protocol.clip, network), load_attributes(protocol.attributes, network)
+    ids = range(protocol.num_samples)
+    samples = []
+    for row in plan_rows(recipes, protocol):
+        store = row_store(folder, row)
+        with accelerated(pipe, row.recipe):
+            images = store.read(ids) if store.folder.is_dir() else sampled(pipe, protocol, row.steps)
+        samples.append(judged(images, row.name, ids, protocol.conditions, network, clip, attributes))
+    reference = load_reference(protocol.reference, network)
+    found = measure(samples, reference, METRICS, features_name=network.name, seed=protocol.seed)
+    rows = [{"recipe": name, "metrics": metrics} for name, metrics in found.items()]
+    folder.mkdir(parents=True, exist_ok=True)
+    results = {"protocol": {"dataset": protocol.conditions.name, "num_samples": len(ids)}, "rows": rows}
+    (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    return results
 
 
 def protocol_of(pipe: Any, arguments: argparse.Namespace) -> Protocol:
@@ -243,24 +261,36 @@ def in_group(row: Any) -> Any:
     return {**row, "family": group_of(row["recipe"])}
 
 
-def compared(folders: dict[str, Path], results: dict[str, Any]) -> dict[str, Any]:
+def compared(results: dict[str, Any]) -> dict[str, Any]:
     """Every row against the untouched pipeline, and against fewer steps of no less time; and the row chosen."""
-    rows = {row["recipe"]: row for row in results["seen"]["rows"]}
+    parts = {part: {row["recipe"]: row for row in found["rows"]} for part, found in results.items()}
+    rows = parts["seen"]
     fewer = [name for name in rows if name.startswith("baseline@")]
     claims: dict[str, Any] = {}
-    for name in rows:
-        if name == "baseline":
-            continue
-        parts = [part for part in folders if name in {row["recipe"] for row in results[part]["rows"]}]
-        entry: dict[str, Any] = {part: compare_rows(folders[part], name, "baseline")["metrics"] for part in parts}
+    for name in [name for name in rows if name != "baseline"]:
+        entry: dict[str, Any] = {
+            part: {metric: paired(found, name, "baseline", metric) for metric in QUALITY}
+            for part, found in parts.items()
+            if name in found
+        }
         slower = [other for other in fewer if other != name and speed(rows[other]) <= speed(rows[name])]
-        if not name.startswith("baseline") and slower:
+        if name not in fewer and slower:
             rival = max(slower, key=lambda other: speed(rows[other]))
-            entry["fewer_steps"] = {"row": rival, **compare_rows(folders["seen"], name, rival)}
-        entry["not_worse"] = all(entry[part][metric]["not_worse"] for part in parts for metric in QUALITY)
+            entry["fewer_steps"] = {"row": rival} | {metric: paired(rows, name, rival, metric) for metric in METRICS}
+        entry["not_worse"] = all(
+            entry[part][metric]["not_worse"] for part in parts if part in entry for metric in QUALITY
+        )
         claims[name] = entry
     good = [name for name, entry in claims.items() if entry["not_worse"] and "held_out" in entry]
     return {"chosen": max(good, key=lambda name: speed(rows[name]), default=None), "rows": claims}
+
+
+def paired(rows: dict[str, Any], name: str, other: str, metric: str) -> dict[str, Any]:
+    """The paired difference of a metric between two rows, and whether the first is not worse."""
+    found = rows[name]["metrics"][metric]
+    difference = found["versus"][other]
+    value = rows[other]["metrics"][metric]["value"]
+    return {**difference, "not_worse": not_worse(difference["ci95"], value, found["higher_is_better"])}
 
 
 def speed(row: Any) -> float:
@@ -340,10 +370,10 @@ def judges_stage(pipe: Any, arguments: argparse.Namespace) -> None:
         (RESULTS / "t2i_judges_cpu.json").write_text(json.dumps(found, indent=1) + "\n")
 
 
-def sampled(pipe: Any, protocol: Protocol) -> Tensor:
+def sampled(pipe: Any, protocol: Protocol, steps: int = STEPS) -> Tensor:
     """uint8 (N, 3, 32, 32), of the pipeline as it is."""
     ids = torch.arange(protocol.num_samples).split(protocol.batch_size)
-    return torch.cat([call(pipe, protocol, part.tolist(), protocol.steps) for part in ids])
+    return torch.cat([call(pipe, protocol, part.tolist(), steps) for part in ids])
 
 
 if __name__ == "__main__":
