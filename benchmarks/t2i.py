@@ -167,8 +167,7 @@ def table_stage(pipe: Any, arguments: argparse.Namespace) -> None:
 
 def quality(pipe: Any, recipes: list[Recipe], protocol: Protocol, folder: Path) -> dict[str, Any]:
     """Metrics without times of the untouched pipeline, fewer steps and recipes; samples in the folder are used."""
-    network = load_features(protocol.features)
-    clip, attributes = load_clip(protocol.clip, network), load_attributes(protocol.attributes, network)
+    network, clip, attributes = judges_of(protocol)
     ids = range(protocol.num_samples)
     samples = []
     for row in plan_rows(recipes, protocol):
@@ -352,8 +351,7 @@ def judges_stage(pipe: Any, arguments: argparse.Namespace) -> None:
         parts = TextToImage(pipe.transformer, pipe.text_encoder, pipe.text_encoder_2).requires_grad_(True)
         load_average(parts, arguments.half)
         rows["half-trained"] = (sampled(pipe, protocol), captions)
-    network = load_features(protocol.features)
-    clip, attributes = load_clip(protocol.clip, network), load_attributes(protocol.attributes, network)
+    network, clip, attributes = judges_of(protocol)
     ids = range(arguments.num_samples)
     samples = [
         judged(images, name, ids, Prompts(tuple(texts)), network, clip, attributes)
@@ -367,6 +365,12 @@ def judges_stage(pipe: Any, arguments: argparse.Namespace) -> None:
     print(json.dumps(found["rows"], indent=1))
     if arguments.record:
         (RESULTS / "t2i_judges_cpu.json").write_text(json.dumps(found, indent=1) + "\n")
+
+
+def judges_of(protocol: Protocol) -> tuple[Any, Any, Any]:
+    """The feature network, the CLIP network and the set of attributes."""
+    network = load_features(protocol.features)
+    return network, load_clip(protocol.clip, network), load_attributes(protocol.attributes, network)
 
 
 def sampled(pipe: Any, protocol: Protocol, steps: int = STEPS) -> Tensor:

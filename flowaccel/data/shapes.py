@@ -93,10 +93,6 @@ class _Object:
     def __str__(self) -> str:
         return f"{self.texture} {self.colour} {self.shape}"
 
-    @property
-    def held_out(self) -> bool:
-        return (self.colour, self.shape) in HELD_OUT
-
 
 @dataclass(frozen=True)
 class _Scene:
@@ -237,7 +233,7 @@ def _scene(rng: np.random.Generator, combinations: Combinations) -> _Scene:
     """Draws until the combinations are as wanted: conditioning, not correcting, keeps everything else as it was."""
     while True:
         scene = _any_scene(rng)
-        held_out = any(thing.held_out for thing in scene.objects)
+        held_out = holds_held_out(scene.caption)
         if combinations == "all" or held_out == (combinations == "held_out"):
             return scene
 
