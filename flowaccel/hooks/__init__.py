@@ -5,7 +5,10 @@ from flowaccel.hooks.blocks import FEED_FORWARD as FEED_FORWARD
 from flowaccel.hooks.blocks import Block as Block
 from flowaccel.hooks.blocks import attention_input as attention_input
 from flowaccel.hooks.calls import COMPUTED as COMPUTED
+from flowaccel.hooks.calls import COND as COND
+from flowaccel.hooks.calls import EXTRA as EXTRA
 from flowaccel.hooks.calls import REUSED as REUSED
+from flowaccel.hooks.calls import UNCOND as UNCOND
 from flowaccel.hooks.calls import Call as Call
 from flowaccel.hooks.calls import CallRecord as CallRecord
 from flowaccel.hooks.calls import Run as Run
@@ -28,9 +31,12 @@ from flowaccel.hooks.wrap import wrap as wrap
 __all__ = [
     "ATTENTION",
     "COMPUTED",
+    "COND",
+    "EXTRA",
     "FAMILIES",
     "FEED_FORWARD",
     "REUSED",
+    "UNCOND",
     "Block",
     "BlockList",
     "Call",

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from flowaccel.hooks.families import Family
 
 COND, UNCOND, EXTRA = "cond", "uncond", "extra"
+"""Branches, see `Call.branches`."""
 COMPUTED, REUSED = "computed", "reused"
 """What most calls did, see `CallRecord.what`."""
 

@@ -17,10 +17,9 @@ from flowaccel.accelerators.caching.guard import Guard
 from flowaccel.accelerators.caching.history import History, PartialHistory
 from flowaccel.errors import UnsupportedModelError
 from flowaccel.gates import Gate, Step
-from flowaccel.hooks import COMPUTED, REUSED, Call, CallRecord, Session
+from flowaccel.hooks import COMPUTED, COND, EXTRA, REUSED, Call, CallRecord, Session
 from flowaccel.predictors import Predictor
 
-COND, EXTRA = "cond", "extra"
 Proceed = Callable[..., Any]
 
 

@@ -12,16 +12,15 @@ from torch.nn.functional import cosine_similarity
 
 from flowaccel.accelerators.caching.decisions import NEAR
 from flowaccel.accelerators.caching.history import History, PartialHistory
-from flowaccel.accelerators.caching.runtime import COND, EXTRA, Proceed, not_run, packer, require_tensor, tensor_of
+from flowaccel.accelerators.caching.runtime import Proceed, not_run, packer, require_tensor, tensor_of
 from flowaccel.accelerators.calibration import warn_once
 from flowaccel.accelerators.guidance.when import AdaptiveGuidance, When
 from flowaccel.accelerators.sampler import FLOW_PREDICTION
 from flowaccel.errors import UnsupportedModelError
-from flowaccel.hooks import COMPUTED, Call, CallRecord, Session
+from flowaccel.hooks import COMPUTED, COND, EXTRA, UNCOND, Call, CallRecord, Session
 from flowaccel.models import convention_of
 from flowaccel.predictors import Predictor
 
-UNCOND = "uncond"
 REFINED = "refined"
 UNGUIDED, PARTLY, LEFT_OUT = "unguided", "partly guided", "left out"
 """What a report says of calls: for the conditional rows alone, for some unconditional rows, not made at all."""
