@@ -21,6 +21,7 @@ from flowaccel.hooks.families import networks as networks
 from flowaccel.hooks.families import register_family as register_family
 from flowaccel.hooks.identity import Identity as Identity
 from flowaccel.hooks.macs import macs_by_module as macs_by_module
+from flowaccel.hooks.macs import shapes_of as shapes_of
 from flowaccel.hooks.session import Session as Session
 from flowaccel.hooks.session import close_session as close_session
 from flowaccel.hooks.session import open_session as open_session
@@ -55,5 +56,6 @@ __all__ = [
     "open_session",
     "register_family",
     "session_of",
+    "shapes_of",
     "wrap",
 ]

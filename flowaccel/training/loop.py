@@ -7,10 +7,10 @@ import logging
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from accelerate import Accelerator
@@ -28,6 +28,14 @@ _PARTS = ("parameter", "ema", "exp_avg", "exp_avg_sq")
 Loss = Callable[[nn.Module, torch.Generator], Tensor]
 
 
+@runtime_checkable
+class Scheduled(Protocol):
+    """An objective that changes while it trains."""
+
+    def at(self, step: int) -> Loss:
+        """The loss of optimiser step `step` (0-based)."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class LoopConfig:
     """How long and how fast to train."""
@@ -39,6 +47,8 @@ class LoopConfig:
     """Steps over which the learning rate rises linearly from 0."""
     cosine: bool = False
     """Let the learning rate fall to 0 along a half cosine; otherwise it stays constant."""
+    rate_scales: Mapping[str, float] = field(default_factory=dict)
+    """Part of a parameter's name -> factor: those parameters learn so much faster."""
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     ema_decay: float = 0.999
@@ -76,7 +86,7 @@ class Progress:
     learning_rate: float
 
 
-def train(model: nn.Module, loss: Loss, config: LoopConfig, folder: Path) -> Iterator[Progress]:
+def train(model: nn.Module, loss: Loss | Scheduled, config: LoopConfig, folder: Path) -> Iterator[Progress]:
     """Train `model` in place, yielding after every step; at the end the model holds the averaged (EMA) weights.
 
     Every random number of a step comes from a generator seeded by (seed, step, process), so a run that was killed and
@@ -85,7 +95,8 @@ def train(model: nn.Module, loss: Loss, config: LoopConfig, folder: Path) -> Ite
 
     Args:
         model: the network to train; parameters without gradient stay as they are.
-        loss: `loss(model, generator)` -> scalar, drawing all its randomness from the (CPU) generator.
+        loss: `loss(model, generator)` -> scalar, drawing all its randomness from the (CPU) generator; or what gives
+            such a loss for every step.
         config: see `LoopConfig`.
         folder: where the checkpoints go; an existing one is resumed.
 
@@ -98,7 +109,7 @@ def train(model: nn.Module, loss: Loss, config: LoopConfig, folder: Path) -> Ite
     on_cpu = next(model.parameters()).device.type == "cpu"
     accelerator = Accelerator(mixed_precision=config.precision, cpu=on_cpu)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trainable, lr=config.learning_rate, weight_decay=config.weight_decay)
+    optimizer = torch.optim.AdamW(_groups(model, config), lr=config.learning_rate, weight_decay=config.weight_decay)
     ema = EMAModel(trainable, decay=config.ema_decay)
     settings = {**_settings(config), **_objective_settings(loss)}
     start = _resume(folder, trainable, optimizer, ema, settings)
@@ -108,9 +119,9 @@ def train(model: nn.Module, loss: Loss, config: LoopConfig, folder: Path) -> Ite
     for step in range(start, config.steps):
         generator = torch.Generator().manual_seed(_step_seed(config.seed, step, accelerator.process_index))
         for group in optimizer.param_groups:
-            group["lr"] = config.rate_at(step)
+            group["lr"] = config.rate_at(step) * group["scale"]
         with accelerator.autocast():
-            value = loss(prepared, generator)
+            value = (loss.at(step) if isinstance(loss, Scheduled) else loss)(prepared, generator)
         if not torch.isfinite(value):
             raise FloatingPointError(f"the loss is {value.item()} at step {step}; lower the learning rate")
         accelerator.backward(value)
@@ -128,6 +139,16 @@ def train(model: nn.Module, loss: Loss, config: LoopConfig, folder: Path) -> Ite
     model.eval()
 
 
+def _groups(model: nn.Module, config: LoopConfig) -> list[dict[str, Any]]:
+    """A group per parameter, in the model's order, which is the order of the saved state."""
+    groups = []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            scale = next((factor for part, factor in config.rate_scales.items() if part in name), 1.0)
+            groups.append({"params": [parameter], "scale": scale})
+    return groups
+
+
 def _step_seed(seed: int, step: int, process: int) -> int:
     return (seed * 1_000_003 + step) * 1_009 + process
 
@@ -138,7 +159,7 @@ def _settings(config: LoopConfig) -> dict[str, Any]:
     return {key: value for key, value in asdict(config).items() if key not in free}
 
 
-def _objective_settings(loss: Loss) -> dict[str, Any]:
+def _objective_settings(loss: Loss | Scheduled) -> dict[str, Any]:
     """The same of an objective: the plain values among its fields, where it is a dataclass."""
     own: dict[str, Any] = (
         {entry.name: getattr(loss, entry.name) for entry in fields(loss)} if is_dataclass(loss) else {}

@@ -1,0 +1,55 @@
+"""What is dynamic in a network, and how its routers are built."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any, Self
+
+from flowaccel.modules.routers import TAU, TOKEN_BIAS, WIDTH_BIAS
+
+
+@dataclass(frozen=True, kw_only=True)
+class DynamicSettings:
+    """What is dynamic, and how its routers are built. The defaults are the published ones."""
+
+    tokens: bool = True
+    """Whether feed-forwards leave out tokens."""
+    groups: int | None = None
+    """Groups that the hidden channels of a feed-forward form; None takes as many as there are heads, as published."""
+    normalise: bool = False
+    """Give routers the timestep embedding normalised to unit variance, and let their weights start at 0. How fast a
+    router learns depends on the size of its input, which differs between networks; normalised, one learning rate serves
+    all."""
+    bias: float = WIDTH_BIAS
+    """What the logits of heads and channels start at."""
+    token_bias: float = TOKEN_BIAS
+    """What the logits of tokens start at."""
+    tau: float = TAU
+    """Temperature of the relaxation."""
+
+    def __post_init__(self) -> None:
+        if self.groups is not None and (not isinstance(self.groups, int) or self.groups < 1):
+            raise ValueError(f"groups must be at least 1, or None for as many as there are heads, got {self.groups!r}")
+        if not self.tau > 0:
+            raise ValueError(f"tau must be positive, got {self.tau}")
+
+    @property
+    def gain(self) -> float:
+        """Of the routers' first weights."""
+        return 0.0 if self.normalise else 1.0
+
+    @classmethod
+    def of(cls, given: Self | dict[str, Any] | None) -> Self:
+        """From a configuration.
+
+        Raises:
+            ValueError: an entry that is not known.
+        """
+        if isinstance(given, cls):
+            return given
+        known = [field.name for field in fields(cls)]
+        entries: dict[str, Any] = dict(given or {})  # type: ignore[arg-type]
+        unknown = sorted(set(entries) - set(known))
+        if unknown:
+            raise ValueError(f"dynamic_config: unknown {unknown}; allowed are {known}")
+        return cls(**entries)

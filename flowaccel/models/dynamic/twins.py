@@ -1,0 +1,55 @@
+"""A second module tree around the same parameters."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import Any, TypeVar
+
+from torch import nn
+
+from flowaccel.errors import RecipeConflictError
+
+Module = TypeVar("Module", bound=nn.Module)
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+)
+_OWN = ("forward", "_hf_hook", "_old_forward")
+"""What others put on an instance around its forward; it leads back to that instance."""
+
+
+def twin(module: Module, *, hooks: bool = True) -> Module:
+    """A tree of modules like `module` that holds the very same parameters and buffers.
+
+    Args:
+        module: stays as it is.
+        hooks: whether its forward hooks are taken over.
+
+    Raises:
+        RecipeConflictError: a part of it is compiled, or its weights are moved by hooks of its parts.
+    """
+    kept = {name: _copied(value) for name, value in module.__dict__.items() if name not in _OWN}
+    if kept.get("_compiled_call_impl") is not None:
+        raise RecipeConflictError(f"the {type(module).__name__} is compiled; accelerate first, then compile")
+    if "_diffusers_hook" in kept or any(value.is_meta for value in module.parameters(recurse=False)):
+        raise RecipeConflictError(
+            f"the weights of a {type(module).__name__} are offloaded piece by piece, or it is cached by diffusers; "
+            "accelerate first, then switch offloading on"
+        )
+    if not hooks:
+        kept |= {name: OrderedDict() for name in _HOOKS if name in kept}
+    kept["_modules"] = {
+        name: None if child is None else twin(child, hooks=hooks) for name, child in module._modules.items()
+    }
+    clone = object.__new__(type(module))
+    clone.__dict__.update(kept)
+    return clone
+
+
+def _copied(value: Any) -> Any:
+    return value.copy() if isinstance(value, (dict, list, set)) else value

@@ -1,0 +1,90 @@
+"""Routers of dynamic width and dynamic tokens (DyDiT, arXiv 2410.03456), and their relaxation.
+
+A router gives logits; a gate is on where its logit is positive. While training, logistic noise is added and the
+gradient is that of a sigmoid (straight through). Logits are float32 whatever the weights are, because a flipped gate
+changes the network.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+WIDTH_BIAS, TOKEN_BIAS, TAU = 15.0, 35.0, 5.0
+"""The published start (nearly everything on) and temperature."""
+_BOTTLENECK = 16
+
+
+def logistic_noise(shape: tuple[int, ...], generator: torch.Generator | None = None) -> Tensor:
+    """What the difference of two Gumbel variables is, on the CPU in float32.
+
+    Args:
+        shape: of the result.
+        generator: where the randomness comes from.
+    """
+    uniform = torch.rand(shape, generator=generator).clamp(1e-6, 1 - 1e-6)
+    return torch.logit(uniform)
+
+
+def straight_through(logits: Tensor, noise: Tensor, tau: float = TAU) -> Tensor:
+    """Gates of exactly 0 or 1 whose gradient is that of sigmoid((logits + noise) / tau).
+
+    The probability that a gate is on is sigmoid(logit) whatever `tau` is; `tau` shapes the gradient alone.
+
+    Args:
+        logits: any shape.
+        noise: logistic noise of that shape.
+        tau: temperature, positive.
+    """
+    soft = torch.sigmoid((logits + noise) / tau)
+    hard = (logits + noise > 0).to(soft.dtype)
+    return hard - soft.detach() + soft
+
+
+class WidthRouter(nn.Linear):
+    """Timestep embedding (B, width) -> logits (B, units - 1) of all units but the first, which is always on.
+
+    Args:
+        width: of the timestep embedding.
+        units: heads, or groups of channels.
+        bias: what the logits start at.
+        gain: of the Xavier weights; with 0 all logits start at `bias` exactly.
+    """
+
+    def __init__(self, width: int, units: int, bias: float = WIDTH_BIAS, gain: float = 1.0) -> None:
+        super().__init__(width, units - 1)
+        if units > 1:
+            nn.init.xavier_uniform_(self.weight, gain)
+        nn.init.constant_(self.bias, bias)
+
+    def forward(self, embedding: Tensor) -> Tensor:
+        """Logits in float32."""
+        return nn.functional.linear(embedding.float(), self.weight.float(), self.bias.float())
+
+
+class TokenRouter(nn.Sequential):
+    """Residual stream (B, tokens, width) -> logits (B, tokens, 1).
+
+    Args:
+        width: of the residual stream.
+        bias: what the logits start at.
+        gain: of the last layer's Xavier weights; with 0 all logits start at `bias` exactly.
+    """
+
+    def __init__(self, width: int, bias: float = TOKEN_BIAS, gain: float = 1.0) -> None:
+        inner = max(1, width // _BOTTLENECK)
+        first, last = nn.Linear(width, inner), nn.Linear(inner, 1)
+        super().__init__(first, nn.ReLU(), last)
+        nn.init.xavier_uniform_(first.weight)
+        nn.init.xavier_uniform_(last.weight, gain)
+        nn.init.zeros_(first.bias)
+        nn.init.constant_(last.bias, bias)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """Logits in float32."""
+        inner = torch.relu(_linear(self[0], hidden_states.float()))
+        return _linear(self[2], inner)
+
+
+def _linear(layer: nn.Module, value: Tensor) -> Tensor:
+    return nn.functional.linear(value, layer.weight.float(), layer.bias.float())  # type: ignore[arg-type]

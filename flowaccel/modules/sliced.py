@@ -1,0 +1,108 @@
+"""Linear layers of which a part can stand in for the whole, and the cache of those parts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+
+import torch
+from torch import Tensor, nn
+
+Part = tuple[Tensor, Tensor | None]
+"""Weight and bias."""
+
+
+class SlicedLinear(nn.Linear):
+    """A linear layer that computes with a part of its rows and columns (`part`), or masks them (for training).
+
+    Every plain `nn.Linear` can become one (`SlicedLinear.take_over`): parameters, hooks and names stay.
+    """
+
+    part: Part | None = None
+    """What stands in for weight and bias; None computes the whole."""
+    row_mask: Tensor | None = None
+    """(B, out_features), multiplies the output."""
+    column_mask: Tensor | None = None
+    """(B, columns), multiplies the input."""
+
+    @staticmethod
+    def take_over(linear: nn.Linear) -> SlicedLinear:
+        """Make `linear` itself a `SlicedLinear`."""
+        linear.__class__ = SlicedLinear
+        assert isinstance(linear, SlicedLinear)
+        return linear
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """(B, ..., columns) -> (B, ..., rows)."""
+        if self.column_mask is not None:
+            hidden_states = hidden_states * spread(self.column_mask, hidden_states)
+        weight, bias = (self.weight, self.bias) if self.part is None else self.part
+        output = nn.functional.linear(hidden_states, weight, bias)
+        return output if self.row_mask is None else output * spread(self.row_mask, output)
+
+    def cut(self, rows: Tensor | None, columns: Tensor | None) -> Part:
+        """Contiguous copies of some rows and columns of weight and bias; None takes all."""
+        with torch.no_grad():
+            weight, bias = self.weight.detach(), None if self.bias is None else self.bias.detach()
+            if rows is not None:
+                rows = rows.to(weight.device)
+                weight, bias = weight.index_select(0, rows), None if bias is None else bias.index_select(0, rows)
+            if columns is not None:
+                weight = weight.index_select(1, columns.to(weight.device))
+            return weight.contiguous(), bias
+
+
+def spread(mask: Tensor, like: Tensor) -> Tensor:
+    """(B, C) so that it multiplies `like` (B * n, ..., C): video networks fold frames or places into the rows."""
+    if len(like) != len(mask):
+        mask = mask.repeat_interleave(len(like) // len(mask), dim=0)
+    return mask.reshape(len(mask), *[1] * (like.dim() - 2), mask.shape[-1]).to(like.dtype)
+
+
+class SliceCache:
+    """Keeps parts within a bound; what does not fit any more is cut anew each time it is asked for.
+
+    Args:
+        limit: bytes that may be kept.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.held = 0
+        """Bytes that are kept."""
+        self.passing = 0
+        """How many parts were cut and not kept, because the bound was reached."""
+        self._parts: dict[Hashable, tuple[Tensor, Part]] = {}
+
+    def get(self, key: Hashable, weight: Tensor, cut: Callable[[], Part]) -> Part:
+        """The part under `key`, cut from `weight` if there is none, or if the weight moved or changed its type."""
+        known = self._parts.get(key)
+        if known is not None and known[0].device == weight.device and known[0].dtype == weight.dtype:
+            return known[1]
+        if known is not None:
+            self._drop(key)
+        part = cut()
+        size = _bytes(part)
+        if self.held + size > self.limit:
+            self.passing += 1
+            return part
+        self._parts[key] = (part[0], part)
+        self.held += size
+        return part
+
+    def keep_only(self, keys: set[Hashable]) -> None:
+        """Drop all others."""
+        for key in [key for key in self._parts if key not in keys]:
+            self._drop(key)
+
+    def clear(self) -> None:
+        """Drop all."""
+        self._parts.clear()
+        self.held = self.passing = 0
+
+    def _drop(self, key: Hashable) -> None:
+        _, part = self._parts.pop(key)
+        self.held -= _bytes(part)
+
+
+def _bytes(part: Part) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in part if tensor is not None)

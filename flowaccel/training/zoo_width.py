@@ -1,0 +1,73 @@
+"""How the digits generator gets dynamic width and tokens, and the control that is trained as long without."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from flowaccel.data import digits
+from flowaccel.models import SiTTransformer2DModel
+from flowaccel.models.dynamic import DynamicSettings, make_dynamic
+from flowaccel.training.flow import FlowObjective, shift_augment
+from flowaccel.training.loop import LoopConfig, Progress, train
+from flowaccel.training.width import MacsCosts, WidthObjective
+
+LOOP = LoopConfig(
+    steps=1500,
+    learning_rate=5e-4,
+    warmup=50,
+    cosine=True,
+    ema_decay=0.99,
+    rate_scales={"dynamic": 2.0},
+    save_every=100,
+    seed=0,
+)
+BATCH = 64
+ROUTERS = {"normalise": True, "bias": 4.0, "token_bias": 4.0, "tau": 2.0}
+OBJECTIVE: dict[str, Any] = {"ramp_start": 0, "ramp": 500, "controller": True, "freeze_step": 1350}
+"""The recommended recipe; that of the paper is the default of `WidthObjective`."""
+
+
+def dynamic_digits(base: SiTTransformer2DModel, *, tokens: bool, **routers: Any) -> Any:
+    """A dynamic copy of the digits generator whose weights are all to be trained."""
+    torch.manual_seed(LOOP.seed)
+    network = make_dynamic(copy.deepcopy(base), DynamicSettings(tokens=tokens, **{**ROUTERS, **routers}))
+    network.requires_grad_(True)
+    network.pos_embed.requires_grad_(False)
+    return network
+
+
+def train_width(
+    network: Any, base: SiTTransformer2DModel, work: Path, *, ratio: float, loop: LoopConfig = LOOP, **options: Any
+) -> Iterator[Progress]:
+    """Train a dynamic digits generator in place, with `base` as its teacher."""
+    side, channels = base.config.sample_size, base.config.in_channels
+    example = {
+        "hidden_states": torch.zeros(1, channels, side, side),
+        "timestep": torch.zeros(1),
+        "class_labels": torch.zeros(1, dtype=torch.long),
+    }
+    settings = {**OBJECTIVE, "batch_size": BATCH, "teacher": base, "augment": shift_augment, **options}
+    objective = WidthObjective(
+        data=digits("generator"),
+        null_label=base.null_label,
+        costs=MacsCosts.of(network, example, 1),
+        ratio=ratio,
+        **settings,
+    )
+    objective.prepare(network)
+    yield from train(network, objective, loop, work)
+
+
+def train_longer(network: SiTTransformer2DModel, work: Path, *, loop: LoopConfig = LOOP) -> Iterator[Progress]:
+    """The control: the stock network, trained in place for as long, at the same rate and on the same draws."""
+    network.requires_grad_(True)
+    network.pos_embed.requires_grad_(False)
+    objective = FlowObjective(
+        data=digits("generator"), null_label=network.null_label, batch_size=BATCH, augment=shift_augment
+    )
+    yield from train(network, objective, loop, work)
