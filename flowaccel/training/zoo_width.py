@@ -17,7 +17,7 @@ from flowaccel.training.loop import LoopConfig, Progress, train
 from flowaccel.training.width import MacsCosts, WidthObjective
 
 LOOP = LoopConfig(
-    steps=1500,
+    steps=1200,
     learning_rate=5e-4,
     warmup=50,
     cosine=True,
@@ -28,7 +28,7 @@ LOOP = LoopConfig(
 )
 BATCH = 64
 ROUTERS = {"normalise": True, "bias": 4.0, "token_bias": 4.0, "tau": 2.0}
-OBJECTIVE: dict[str, Any] = {"ramp_start": 0, "ramp": 500, "controller": True, "freeze_step": 1350}
+OBJECTIVE: dict[str, Any] = {"ramp_start": 0, "ramp": 400, "controller": True, "freeze_step": 1080}
 """The recommended recipe; that of the paper is the default of `WidthObjective`."""
 
 

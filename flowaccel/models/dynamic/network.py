@@ -83,6 +83,10 @@ class TokenSite:
 class Dynamics(nn.Module):
     """The routers of a network, and the wires to the layers that they switch. Lies at `network.dynamic`."""
 
+    time_mean: Tensor
+    """(D,) mean of the timestep embeddings over all times, for `normalise`; and their spread."""
+    time_std: Tensor
+
     def __init__(self, network: nn.Module, settings: DynamicSettings) -> None:
         super().__init__()
         self.settings = settings
@@ -100,18 +104,20 @@ class Dynamics(nn.Module):
         """Whether gates are those of evaluation also while training, and routers learn nothing."""
         self.masks: list[Tensor] = []
         """(B, units) of the last training call, one per gate."""
+        width = _embedding_width(network, self.rule)
+        self.register_buffer("time_mean", torch.zeros(width))
+        self.register_buffer("time_std", torch.ones(width))
         self._off = self._paused = False
         self._bits: Bits = ()
         self._wires: list[Wire] = []
         self._linears: list[_LinearWires] = []
         self._sites: list[TokenSite] = []
-        self._wire(network)
+        self._wire(network, width)
         self.cache = SliceCache(sum(_bytes(entry.linear) for entry in self._linears))
 
     # -- construction
 
-    def _wire(self, network: nn.Module) -> None:
-        width = _embedding_width(network, self.rule)
+    def _wire(self, network: nn.Module, width: int) -> None:
         for rule in self.rule.blocks:
             for place, block in enumerate(network.get_submodule(rule.path).children()):
                 self._wire_block(f"{rule.path}.{place}", block, rule, width)
@@ -180,7 +186,7 @@ class Dynamics(nn.Module):
         """The routers' answers to timestep embeddings (B, D): (B, units - 1) for each gate."""
         given = embedding.float()
         if self.settings.normalise:
-            given = nn.functional.layer_norm(given, given.shape[-1:])
+            given = (given - self.time_mean) / self.time_std
         return [wire.gate.router(given) for wire in self._wires]
 
     def evaluated(self, embedding: Tensor) -> list[Tensor]:

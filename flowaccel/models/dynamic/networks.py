@@ -19,6 +19,8 @@ from flowaccel.models.dynamic.settings import DynamicSettings
 from flowaccel.models.dynamic.twins import twin
 from flowaccel.models.sit import SiTTransformer2DModel
 
+_TIMES = 256
+
 
 class DynamicMixin:
     """What the dynamic networks add to the stock ones: the routers, called `dynamic`, and their configuration."""
@@ -58,6 +60,7 @@ class DynamicMixin:
         network._internal_dict = FrozenDict(dict(network._internal_dict))
         cls.install(network, DynamicSettings.of(settings))
         rank(network)
+        measure_time(network)
         return network
 
 
@@ -67,6 +70,14 @@ def rank(network: Any) -> None:
         grouping = head_groups if wire.rule.kind == "heads" else channel_groups
         found = grouping(wire.rows, wire.columns, wire.gate.units)
         wire.gate.group_of.copy_(found)
+
+
+def measure_time(network: Any) -> None:
+    """Note the mean and the spread of the timestep embedding over all times."""
+    dynamics = network.dynamic
+    embedded = time_embedding(network, torch.linspace(0, dynamics.rule.time_span, _TIMES))
+    dynamics.time_mean.copy_(embedded.mean(0))
+    dynamics.time_std.copy_(embedded.std(0).clamp_min(1e-3 * float(embedded.abs().mean())))
 
 
 def _add_argument(cls: type) -> None:
