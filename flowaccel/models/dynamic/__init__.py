@@ -3,8 +3,29 @@
 from flowaccel.models.dynamic.network import Bits as Bits
 from flowaccel.models.dynamic.network import Dynamics as Dynamics
 from flowaccel.models.dynamic.networks import DYNAMIC as DYNAMIC
+from flowaccel.models.dynamic.networks import DynamicDiTTransformer2DModel as DynamicDiTTransformer2DModel
+from flowaccel.models.dynamic.networks import DynamicFluxTransformer2DModel as DynamicFluxTransformer2DModel
+from flowaccel.models.dynamic.networks import DynamicLatteTransformer3DModel as DynamicLatteTransformer3DModel
+from flowaccel.models.dynamic.networks import DynamicSD3Transformer2DModel as DynamicSD3Transformer2DModel
+from flowaccel.models.dynamic.networks import DynamicSiTTransformer2DModel as DynamicSiTTransformer2DModel
 from flowaccel.models.dynamic.networks import make_dynamic as make_dynamic
+from flowaccel.models.dynamic.networks import stock_class as stock_class
 from flowaccel.models.dynamic.networks import time_embedding as time_embedding
+from flowaccel.models.dynamic.plan import WidthPlan as WidthPlan
 from flowaccel.models.dynamic.settings import DynamicSettings as DynamicSettings
 
-__all__ = ["DYNAMIC", "Bits", "DynamicSettings", "Dynamics", "make_dynamic", "time_embedding"]
+__all__ = [
+    "DYNAMIC",
+    "Bits",
+    "DynamicDiTTransformer2DModel",
+    "DynamicFluxTransformer2DModel",
+    "DynamicLatteTransformer3DModel",
+    "DynamicSD3Transformer2DModel",
+    "DynamicSettings",
+    "DynamicSiTTransformer2DModel",
+    "Dynamics",
+    "WidthPlan",
+    "make_dynamic",
+    "stock_class",
+    "time_embedding",
+]

@@ -11,7 +11,8 @@ Shapes: B rows, N image tokens, D width, H units of a gate.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -113,7 +114,7 @@ class Dynamics(nn.Module):
         self._linears: list[_LinearWires] = []
         self._sites: list[TokenSite] = []
         self._wire(network, width)
-        self.cache = SliceCache(sum(_bytes(entry.linear) for entry in self._linears))
+        self.cache = SliceCache(self.weight_bytes)
 
     # -- construction
 
@@ -178,9 +179,33 @@ class Dynamics(nn.Module):
         return tuple(self._wires)
 
     @property
+    def weight_bytes(self) -> int:
+        """What the layers that can be sliced take as a whole."""
+        return sum(_bytes(entry.linear) for entry in self._linears)
+
+    def left_out(self, shares: Sequence[float]) -> dict[str, float]:
+        """By module, the part of its work that is not done when so much of every gate is on.
+
+        Args:
+            shares: of the gates, in [0, 1].
+        """
+        return {wire.path: 1 - share for wire, share in zip(self._wires, shares, strict=True) if share < 1}
+
+    @property
     def sites(self) -> tuple[TokenSite, ...]:
         """Where tokens can be left out, in the order of the blocks."""
         return tuple(self._sites)
+
+    @property
+    def fingerprint(self) -> str:
+        """A short hash of all that decides which heads and channels are on."""
+        digest = hashlib.sha256()
+        for tensor in (self.time_mean, self.time_std):
+            digest.update(tensor.detach().float().cpu().numpy().tobytes())
+        for wire in self._wires:
+            for tensor in (wire.gate.router.weight, wire.gate.router.bias, wire.gate.group_of):
+                digest.update(tensor.detach().float().cpu().numpy().tobytes())
+        return digest.hexdigest()[:12]
 
     def logits(self, embedding: Tensor) -> list[Tensor]:
         """The routers' answers to timestep embeddings (B, D): (B, units - 1) for each gate."""
@@ -289,6 +314,11 @@ class Dynamics(nn.Module):
         for wire, units in zip(self._wires, bits, strict=True):
             if wire.attention is not None:
                 wire.attention.heads = units.count("1")
+
+    def keep_slices(self, plan: Iterable[Bits]) -> None:
+        """Forget the slices that none of these needs."""
+        rows = list(plan)
+        self.cache.keep_only({(i, *entry.key(bits)) for i, entry in enumerate(self._linears) for bits in rows})
 
     def clear(self) -> None:
         """Whole layers again."""

@@ -26,6 +26,8 @@ class DynamicMixin:
     """What the dynamic networks add to the stock ones: the routers, called `dynamic`, and their configuration."""
 
     dynamic: Dynamics
+    stock: ClassVar[type[nn.Module]]
+    """The class that it is a dynamic form of."""
     _keep_in_fp32_modules: ClassVar[list[str]] = ["dynamic"]
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -39,6 +41,14 @@ class DynamicMixin:
         network.dynamic = Dynamics(network, settings)
         network.get_submodule(network.dynamic.rule.time_embed).register_forward_hook(network.dynamic.timed)
         network.register_forward_hook(network.dynamic.ended, always_call=True)
+
+    def move_like(self, other: Any) -> None:
+        """To the device and the type of another network; routers stay float32."""
+        network: Any = self
+        routers = {id(tensor) for tensor in (*network.dynamic.parameters(), *network.dynamic.buffers())}
+        for tensor in (*network.parameters(), *network.buffers()):
+            floating = tensor.is_floating_point() and id(tensor) not in routers
+            tensor.data = tensor.data.to(other.device, other.dtype if floating else tensor.dtype)
 
     @classmethod
     def from_base(cls, base: nn.Module, settings: DynamicSettings | dict[str, Any] | None = None) -> Any:
@@ -80,10 +90,10 @@ def measure_time(network: Any) -> None:
     dynamics.time_std.copy_(embedded.std(0).clamp_min(1e-3 * float(embedded.abs().mean())))
 
 
-def _add_argument(cls: type) -> None:
+def _add_argument(cls: type[DynamicMixin]) -> None:
     """Give `cls` the constructor of its stock class with one more argument."""
-    stock: Any = next(base for base in cls.__mro__[1:] if base is not DynamicMixin)
-    original = stock.__init__
+    cls.stock = next(base for base in cls.__mro__[1:] if base is not DynamicMixin)
+    original: Any = cls.stock.__init__
 
     def __init__(self: Any, dynamic_config: dict[str, Any] | None = None, **config: Any) -> None:
         settings = DynamicSettings.of(dynamic_config)
@@ -93,7 +103,7 @@ def _add_argument(cls: type) -> None:
     signature = inspect.signature(original)
     extra = inspect.Parameter("dynamic_config", inspect.Parameter.KEYWORD_ONLY, default=None)
     __init__.__signature__ = signature.replace(parameters=[*signature.parameters.values(), extra])  # type: ignore[attr-defined]
-    cls.__init__ = __init__  # type: ignore[misc]
+    cls.__init__ = __init__  # type: ignore[method-assign]
 
 
 class DynamicSiTTransformer2DModel(DynamicMixin, SiTTransformer2DModel):
@@ -127,6 +137,11 @@ DYNAMIC: dict[str, type[DynamicMixin]] = {
     )
 }
 """By the class name of the stock network."""
+
+
+def stock_class(network: nn.Module) -> Any:
+    """The class that a network would have if nothing about it were dynamic."""
+    return getattr(network, "stock", type(network))
 
 
 def make_dynamic(base: nn.Module, settings: DynamicSettings | dict[str, Any] | None = None) -> Any:
