@@ -95,7 +95,7 @@ class DynamicWidth(Accelerator):
     def attach(self, pipe: Any) -> Detach:
         """Exchange the network; undone by putting the old object back."""
         base, session = denoiser(pipe), session_of(pipe)
-        network: Any = variant_of(self.resolve(pipe), base)
+        network = variant_of(self.resolve(pipe), base)
         dynamics: Dynamics = network.dynamic
         if self.plan is not None and self.plan.routers != dynamics.fingerprint:
             raise ValueError(
@@ -120,7 +120,8 @@ class _Runs:
 
     def __init__(self, config: DynamicWidth, session: Session, network: Any) -> None:
         self.config, self.session, self.network = config, session, network
-        self.routers: str = network.dynamic.fingerprint
+        self.dynamics: Dynamics = network.dynamic
+        self.routers = self.dynamics.fingerprint  # once: on a GPU it waits for the device
         self.made: WidthPlan | None = None
 
     def __call__(self, proceed: Callable[..., Any], call: Call) -> Any:
@@ -130,7 +131,7 @@ class _Runs:
         if plan is None:
             plan = call.run.state[self] = self._plan(call)
         place = min((call.run.begin or 0) + call.step, len(plan.bits) - 1)
-        dynamics: Dynamics = self.network.dynamic
+        dynamics = self.dynamics
         dynamics.chosen, cut = plan.bits[place], dynamics.cache.passing
         try:
             return proceed()
@@ -153,10 +154,9 @@ class _Runs:
             times = network_times(call.family.time, timesteps, scheduler)
             plan = WidthPlan.of(self.network, times, timesteps=timesteps, scheduler=asked)
         if self.config.buckets is not None:
-            plan = plan.bucketed(self.config.buckets, [1.0] * len(plan.gates))
-        self.made = plan
-        dynamics: Dynamics = self.network.dynamic
-        dynamics.keep_slices(plan.bits)
+            plan = plan.bucketed(self.config.buckets, self.dynamics.gate_weights)
+        self.made = self.dynamics.plan = plan
+        self.dynamics.keep_slices(plan.bits)
         return plan
 
 

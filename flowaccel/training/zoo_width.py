@@ -14,7 +14,7 @@ from flowaccel.models import SiTTransformer2DModel
 from flowaccel.models.dynamic import DynamicSettings, make_dynamic
 from flowaccel.training.flow import FlowObjective, shift_augment
 from flowaccel.training.loop import LoopConfig, Progress, train
-from flowaccel.training.width import MacsCosts, WidthObjective
+from flowaccel.training.width import RECOMMENDED, MacsCosts, WidthObjective, call_arguments
 
 LOOP = LoopConfig(
     steps=1200,
@@ -27,15 +27,13 @@ LOOP = LoopConfig(
     seed=0,
 )
 BATCH = 64
-ROUTERS = {"normalise": True, "bias": 4.0, "token_bias": 4.0, "tau": 2.0}
-OBJECTIVE: dict[str, Any] = {"ramp_start": 0, "ramp": 400, "controller": True, "freeze_step": 1080}
-"""The recommended recipe; that of the paper is the default of `WidthObjective`."""
+OBJECTIVE: dict[str, Any] = {**RECOMMENDED["objective"], "ramp": 400, "freeze_step": 1080}
 
 
 def dynamic_digits(base: SiTTransformer2DModel, *, tokens: bool, **routers: Any) -> Any:
     """A dynamic copy of the digits generator whose weights are all to be trained."""
     torch.manual_seed(LOOP.seed)
-    network = make_dynamic(copy.deepcopy(base), DynamicSettings(tokens=tokens, **{**ROUTERS, **routers}))
+    network = make_dynamic(copy.deepcopy(base), DynamicSettings(tokens=tokens, **{**RECOMMENDED["routers"], **routers}))
     network.requires_grad_(True)
     network.pos_embed.requires_grad_(False)
     return network
@@ -45,17 +43,13 @@ def train_width(
     network: Any, base: SiTTransformer2DModel, work: Path, *, ratio: float, loop: LoopConfig = LOOP, **options: Any
 ) -> Iterator[Progress]:
     """Train a dynamic digits generator in place, with `base` as its teacher."""
-    side, channels = base.config.sample_size, base.config.in_channels
-    example = {
-        "hidden_states": torch.zeros(1, channels, side, side),
-        "timestep": torch.zeros(1),
-        "class_labels": torch.zeros(1, dtype=torch.long),
-    }
+    data = digits("generator")
+    example = WidthObjective.example(data, base.null_label, base.device)
     settings = {**OBJECTIVE, "batch_size": BATCH, "teacher": base, "augment": shift_augment, **options}
     objective = WidthObjective(
-        data=digits("generator"),
+        data=data,
         null_label=base.null_label,
-        costs=MacsCosts.of(network, example, 1),
+        costs=MacsCosts.of(network, call_arguments(network, *example), 1),
         ratio=ratio,
         **settings,
     )

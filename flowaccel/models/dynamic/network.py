@@ -101,14 +101,18 @@ class Dynamics(nn.Module):
         """`noise(path, shape)`: the noise of one router's logits."""
         self.chosen: Bits | None = None
         """The plan's gates for the present call; None asks the routers."""
+        self.plan: Any = None
+        """The `WidthPlan` of the last run of a pipeline, for those who want to see or save it."""
         self.hard = False
         """Whether gates are those of evaluation also while training, and routers learn nothing."""
         self.masks: list[Tensor] = []
         """(B, units) of the last training call, one per gate."""
+        self.embedding = torch.zeros(0)
+        """(B, D) what its routers read."""
         width = _embedding_width(network, self.rule)
         self.register_buffer("time_mean", torch.zeros(width))
         self.register_buffer("time_std", torch.ones(width))
-        self._off = self._paused = False
+        self._off = False
         self._bits: Bits = ()
         self._wires: list[Wire] = []
         self._linears: list[_LinearWires] = []
@@ -183,6 +187,15 @@ class Dynamics(nn.Module):
         """What the layers that can be sliced take as a whole."""
         return sum(_bytes(entry.linear) for entry in self._linears)
 
+    @property
+    def gate_weights(self) -> list[int]:
+        """How many weights every gate switches: what its work is in proportion to, but for attention itself."""
+        return [
+            sum(linear.weight.numel() for linear in wire.rows)
+            + sum(linear.out_features * wire.rows[0].out_features for linear, _ in wire.columns)
+            for wire in self._wires
+        ]
+
     def left_out(self, shares: Sequence[float]) -> dict[str, float]:
         """By module, the part of its work that is not done when so much of every gate is on.
 
@@ -228,24 +241,14 @@ class Dynamics(nn.Module):
         finally:
             self._off = before
 
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Within this nothing is set when time is embedded."""
-        before, self._paused = self._paused, True
-        try:
-            yield
-        finally:
-            self._paused = before
-
     # -- the forward pass
 
     def timed(self, module: nn.Module, args: Any, embedding: Tensor) -> None:
         """Forward hook of the module that embeds time: set all gates."""
-        if self._paused:
-            return
         if self._off:
             self.clear()
         elif self.training and torch.is_grad_enabled():
+            self.embedding = embedding.detach()
             self._mask(self._trained(embedding))
         elif self.chosen is not None:
             self.slice(self.chosen)
