@@ -153,15 +153,27 @@ class Report:
             lines.append(f"No network call was saved: {self.unsaved}.")
         return "\n".join(lines)
 
+    def _macs_share(self) -> str | None:
+        if self.macs is None or self.macs_saved is None:
+            return None
+        return f"{self.macs_saved / (self.macs + self.macs_saved):.0%} of the multiply-adds"
+
+    def _width(self) -> list[str]:
+        """What width left out, where nothing else was."""
+        widths = [call.width for call in self.calls if call.width is not None]
+        macs = self._macs_share()
+        if not widths:
+            return []
+        return [f"Width {sum(widths) / len(widths):.0%} on average{'' if macs is None else f', {macs} left out'}."]
+
     def _savings(self) -> list[str]:
         """What caches and guidance left out, in a line or two."""
         parts = [f"Reused: {self.hit_rate:.0%}"] if any(step.computed for step in self.steps) else []
         parts += [] if self.guided_rate is None else [f"{'not' if parts else 'Not'} guided: {1 - self.guided_rate:.0%}"]
         if not parts:
-            return []
-        macs = ""
-        if self.macs is not None and self.macs_saved is not None:
-            macs = f", {self.macs_saved / (self.macs + self.macs_saved):.0%} of the multiply-adds"
+            return self._width()
+        macs = self._macs_share()
+        macs = "" if macs is None else f", {macs}"
         seconds = "" if self.seconds_saved is None else f", about {self.seconds_saved:.3f} s"
         return [
             f"{'; '.join(parts)} of the images and steps{macs}{seconds}.",

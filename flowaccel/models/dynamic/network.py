@@ -310,10 +310,12 @@ class Dynamics(nn.Module):
         self._bits = bits
         for index, entry in enumerate(self._linears):
             key = entry.key(bits)
-            if "0" in "".join(key):
-                entry.linear.part = self.cache.get(
-                    (index, *key), entry.linear.weight, functools.partial(entry.cut, bits)
-                )
+            if "0" not in "".join(key):
+                continue
+            cut = functools.partial(entry.cut, bits)
+            # Weights that are offloaded piece by piece are there only while their layer runs.
+            away = entry.linear.weight.is_meta
+            entry.linear.part = cut if away else self.cache.get((index, *key), entry.linear.weight, cut)
         for wire, units in zip(self._wires, bits, strict=True):
             if wire.attention is not None:
                 wire.attention.heads = units.count("1")
