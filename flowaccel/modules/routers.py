@@ -1,8 +1,8 @@
 """Routers of dynamic width and dynamic tokens (DyDiT, arXiv 2410.03456), and their relaxation.
 
 A router gives logits; a gate is on where its logit is positive. While training, logistic noise is added and the
-gradient is that of a sigmoid (straight through). Logits are float32 whatever the weights are, because a flipped gate
-changes the network.
+gradient is that of a sigmoid (straight through). Logits are float32 whatever the weights are, or float64 for an input
+of float64, because a flipped gate changes the network.
 """
 
 from __future__ import annotations
@@ -41,6 +41,11 @@ def straight_through(logits: Tensor, noise: Tensor, tau: float = TAU) -> Tensor:
     return hard - soft.detach() + soft
 
 
+def widened(value: Tensor) -> Tensor:
+    """`value` in float32, or as it is if it is float64: what logits are computed in."""
+    return value if value.dtype == torch.float64 else value.float()
+
+
 class WidthRouter(nn.Linear):
     """Timestep embedding (B, width) -> logits (B, units - 1) of all units but the first, which is always on.
 
@@ -58,8 +63,8 @@ class WidthRouter(nn.Linear):
         nn.init.constant_(self.bias, bias)
 
     def forward(self, embedding: Tensor) -> Tensor:
-        """Logits in float32."""
-        return nn.functional.linear(embedding.float(), self.weight.float(), self.bias.float())
+        """Logits in float32 or wider."""
+        return _linear(self, widened(embedding))
 
 
 class TokenRouter(nn.Sequential):
@@ -81,10 +86,10 @@ class TokenRouter(nn.Sequential):
         nn.init.constant_(last.bias, bias)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """Logits in float32."""
-        inner = torch.relu(_linear(self[0], hidden_states.float()))
+        """Logits in float32 or wider."""
+        inner = torch.relu(_linear(self[0], widened(hidden_states)))
         return _linear(self[2], inner)
 
 
 def _linear(layer: nn.Module, value: Tensor) -> Tensor:
-    return nn.functional.linear(value, layer.weight.float(), layer.bias.float())  # type: ignore[arg-type]
+    return nn.functional.linear(value, layer.weight.to(value.dtype), layer.bias.to(value.dtype))  # type: ignore[arg-type]

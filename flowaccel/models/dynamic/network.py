@@ -22,7 +22,15 @@ from torch import Tensor, nn
 from flowaccel.errors import UnsupportedModelError
 from flowaccel.models.dynamic.rules import BlockRule, DynamicRule, GateRule, rule_of
 from flowaccel.models.dynamic.settings import DynamicSettings
-from flowaccel.modules import SliceCache, SlicedLinear, TokenRouter, WidthRouter, logistic_noise, straight_through
+from flowaccel.modules import (
+    SliceCache,
+    SlicedLinear,
+    TokenRouter,
+    WidthRouter,
+    logistic_noise,
+    straight_through,
+    widened,
+)
 from flowaccel.modules.tokens import TokenFeedForward
 
 Bits = tuple[str, ...]
@@ -178,7 +186,7 @@ class Dynamics(nn.Module):
 
     def logits(self, embedding: Tensor) -> list[Tensor]:
         """The routers' answers to timestep embeddings (B, D): (B, units - 1) for each gate."""
-        given = embedding.float()
+        given = widened(embedding)
         if self.settings.normalise:
             given = nn.functional.layer_norm(given, given.shape[-1:])
         return [wire.gate.router(given) for wire in self._wires]
