@@ -63,7 +63,7 @@ def _check_routers(routers: Mapping[str, Tensor], heads: int) -> None:
             "the checkpoint has no routers (blocks.I.attn_rate.router): it is a static network; load it with "
             "SiTTransformer2DModel.from_official and convert it with flowaccel.models.dynamic.make_dynamic"
         )
-    if sizes == {heads}:
+    if heads in sizes:
         raise CheckpointError(
             f"the checkpoint has DyDiT's router layout of December 2024: {heads} outputs for {heads} heads. There "
             "every head and every group of channels may be off; since March 2025, and here, the first one is always "
