@@ -14,6 +14,7 @@ from diffusers import DiTTransformer2DModel, LatteTransformer3DModel
 from peft import LoraConfig
 from torch import Tensor, nn
 
+from flowaccel.errors import UnsupportedModelError
 from flowaccel.models.dynamic import Bits, make_dynamic, reorder_
 from flowaccel.modules import logistic_noise
 from helpers import assert_close
@@ -76,7 +77,7 @@ def flux() -> tuple[nn.Module, Call]:
     return network, lambda net: net(draw(2, 16, 16), **arguments).sample
 
 
-def latte() -> tuple[nn.Module, Call]:
+def latte(activation: str = "gelu-approximate") -> tuple[nn.Module, Call]:
     torch.manual_seed(0)
     network = LatteTransformer3DModel(
         num_attention_heads=HEADS,
@@ -88,7 +89,7 @@ def latte() -> tuple[nn.Module, Call]:
         attention_bias=True,
         sample_size=8,
         patch_size=2,
-        activation_fn="gelu-approximate",
+        activation_fn=activation,
         num_embeds_ada_norm=1000,
         norm_type="ada_norm_single",
         norm_elementwise_affine=False,
@@ -205,6 +206,12 @@ def test_units_below_adapters_are_not_moved() -> None:
     network.add_adapter(LoraConfig(target_modules=["to_q"]))
     with pytest.raises(ValueError, match="merge or unload the adapters first"):
         reorder_(network)
+
+
+def test_gated_feed_forwards_are_refused() -> None:
+    """They make two rows for every hidden channel, so a row is no unit."""
+    with pytest.raises(UnsupportedModelError, match=r"transformer_blocks\.0\.ff: 256 rows.*gated activation"):
+        make_dynamic(latte("geglu")[0])
 
 
 # --- ranking

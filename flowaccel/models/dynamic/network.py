@@ -141,8 +141,13 @@ class Dynamics(nn.Module):
                     f"{path}.{gate.name}: {made} rows cannot be divided into {units} equal groups; "
                     "set groups to a number that divides them, and give all projections the same number of heads"
                 )
-            own[gate.name] = Gate(width, units, members, self.settings)
             offsets = [(linear, start * rows[0].in_features) for linear, start in columns]
+            if any(start + made > linear.in_features for linear, start in offsets):
+                raise UnsupportedModelError(
+                    f"{path}.{gate.name}: {made} rows are made and fewer are read, as by a gated activation (GEGLU, "
+                    "SwiGLU); dynamic width is for plain activations"
+                )
+            own[gate.name] = Gate(width, units, members, self.settings)
             self._wires.append(
                 Wire(
                     path=f"{path}.{gate.name}",
