@@ -1,6 +1,7 @@
 """Training dynamic width and tokens: DyDiT (arXiv 2410.03456) and DyDiT++ (arXiv 2504.06803).
 
-Convention: SiT's (t = 1 data, velocity data - noise).
+Convention: SiT's (t = 1 data, velocity data - noise). DyDiT's own objective, on a DDPM chain, is made of the terms of
+`flowaccel.training.ddpm` and of `MacsCosts.ratio`; there is no `WidthObjective` for it.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
 """Networks with dynamic width and tokens."""
 
+from flowaccel.models.dynamic.importance import reorder_ as reorder_
 from flowaccel.models.dynamic.network import Bits as Bits
 from flowaccel.models.dynamic.network import Dynamics as Dynamics
 from flowaccel.models.dynamic.networks import DYNAMIC as DYNAMIC
@@ -26,6 +27,7 @@ __all__ = [
     "Dynamics",
     "WidthPlan",
     "make_dynamic",
+    "reorder_",
     "stock_class",
     "time_embedding",
 ]

@@ -23,7 +23,15 @@ from torch import Tensor, nn
 from flowaccel.errors import UnsupportedModelError
 from flowaccel.models.dynamic.rules import BlockRule, DynamicRule, GateRule, rule_of
 from flowaccel.models.dynamic.settings import DynamicSettings
-from flowaccel.modules import SliceCache, SlicedLinear, TokenRouter, WidthRouter, logistic_noise, straight_through
+from flowaccel.modules import (
+    SliceCache,
+    SlicedLinear,
+    TokenRouter,
+    WidthRouter,
+    logistic_noise,
+    straight_through,
+    widened,
+)
 from flowaccel.modules.tokens import TokenFeedForward
 
 Bits = tuple[str, ...]
@@ -112,7 +120,7 @@ class Dynamics(nn.Module):
         width = _embedding_width(network, self.rule)
         self.register_buffer("time_mean", torch.zeros(width))
         self.register_buffer("time_std", torch.ones(width))
-        self._off = False
+        self._off = self._deaf = False
         self._bits: Bits = ()
         self._wires: list[Wire] = []
         self._linears: list[_LinearWires] = []
@@ -144,8 +152,13 @@ class Dynamics(nn.Module):
                     f"{path}.{gate.name}: {made} rows cannot be divided into {units} equal groups; "
                     "set groups to a number that divides them, and give all projections the same number of heads"
                 )
-            own[gate.name] = Gate(width, units, members, self.settings)
             offsets = [(linear, start * rows[0].in_features) for linear, start in columns]
+            if any(start + made > linear.in_features for linear, start in offsets):
+                raise UnsupportedModelError(
+                    f"{path}.{gate.name}: {made} rows are made and fewer are read, as by a gated activation (GEGLU, "
+                    "SwiGLU); dynamic width is for plain activations"
+                )
+            own[gate.name] = Gate(width, units, members, self.settings)
             self._wires.append(
                 Wire(
                     path=f"{path}.{gate.name}",
@@ -222,7 +235,7 @@ class Dynamics(nn.Module):
 
     def logits(self, embedding: Tensor) -> list[Tensor]:
         """The routers' answers to timestep embeddings (B, D): (B, units - 1) for each gate."""
-        given = embedding.float()
+        given = widened(embedding)
         if self.settings.normalise:
             given = (given - self.time_mean) / self.time_std
         return [wire.gate.router(given) for wire in self._wires]
@@ -241,10 +254,21 @@ class Dynamics(nn.Module):
         finally:
             self._off = before
 
+    @contextmanager
+    def deaf(self) -> Iterator[None]:
+        """Within this nothing is set when time is embedded."""
+        self._deaf = True
+        try:
+            yield
+        finally:
+            self._deaf = False
+
     # -- the forward pass
 
     def timed(self, module: nn.Module, args: Any, embedding: Tensor) -> None:
         """Forward hook of the module that embeds time: set all gates."""
+        if self._deaf:
+            return
         if self._off:
             self.clear()
         elif self.training and torch.is_grad_enabled():

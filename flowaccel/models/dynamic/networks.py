@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import inspect
 from dataclasses import asdict
-from typing import Any, ClassVar
+from pathlib import Path
+from typing import Any, ClassVar, Self
 
 import torch
 from diffusers import DiTTransformer2DModel, FluxTransformer2DModel, LatteTransformer3DModel, SD3Transformer2DModel
@@ -14,9 +15,11 @@ from torch import Tensor, nn
 
 from flowaccel.models.dynamic.importance import channel_groups, head_groups
 from flowaccel.models.dynamic.network import Dynamics
+from flowaccel.models.dynamic.official import arrangement, read_dydit, write_dydit
 from flowaccel.models.dynamic.rules import rule_of
 from flowaccel.models.dynamic.settings import DynamicSettings
 from flowaccel.models.dynamic.twins import twin
+from flowaccel.models.official import load_converted
 from flowaccel.models.sit import SiTTransformer2DModel
 
 _TIMES = 256
@@ -107,7 +110,46 @@ def _add_argument(cls: type[DynamicMixin]) -> None:
 
 
 class DynamicSiTTransformer2DModel(DynamicMixin, SiTTransformer2DModel):
-    """`SiTTransformer2DModel` with dynamic width and tokens."""
+    """`SiTTransformer2DModel` with dynamic width and tokens.
+
+    Loaded `from_official`, a checkpoint of DyDiT (arXiv 2410.03456) is one with integer times 0 .. 999, of which 999 is
+    noise, that returns noise and variance channels.
+    """
+
+    @classmethod
+    def from_official(
+        cls, path_or_state_dict: str | Path | dict[str, Tensor], which: str | None = None, **overrides: Any
+    ) -> Self:
+        """Load a checkpoint in the layout of the official DyDiT repository (of March 2025).
+
+        All computed channels are returned: for DyDiT noise, then variance. Without token routers in the checkpoint,
+        tokens are not dynamic.
+
+        Args:
+            path_or_state_dict: as `SiTTransformer2DModel.from_official`.
+            which: take this entry of a training checkpoint.
+            overrides: constructor arguments that the weights do not tell: `num_attention_heads` for a width that no
+                published size has, `out_channels` to drop the second half of the channels, and entries of
+                `dynamic_config` such as `tau`.
+
+        Raises:
+            CheckpointError: a truncated, foreign or hostile file, weights that do not fit, a network without routers,
+                or the router layout of December 2024, in which no gate is always on; nothing is changed.
+        """
+        config, state = read_dydit(path_or_state_dict, which, overrides)
+        model = cls(**config)
+        load_converted(model, arrangement(model) | state)
+        return model.eval()
+
+    def to_official(self) -> dict[str, Tensor]:
+        """This network's weights under the official key names (a new dict; tensors are shared where they are
+        unchanged). Heads and channels are moved to where groups are contiguous, as that layout has them.
+
+        Raises:
+            ValueError: `normalise`, or another number of `groups` than heads, which the layout cannot express; or
+                adapters.
+        """
+        return write_dydit(self)
 
 
 class DynamicDiTTransformer2DModel(DynamicMixin, DiTTransformer2DModel):
@@ -157,6 +199,10 @@ def time_embedding(network: Any, times: Tensor) -> Tensor:
     """Embeddings (T, D) in float32 on the CPU of times (T,), as given to the network's `timestep`."""
     rule = network.dynamic.rule
     projected = network.get_submodule(rule.time_proj)(rule.time_scale * times.float().cpu())
-    embed = copy.deepcopy(twin(network.get_submodule(rule.time_embed), hooks=False)).cpu().float()
+    embed: nn.Module = network.get_submodule(rule.time_embed)
+    weight = next(embed.parameters())
     with torch.no_grad():
-        return embed(projected)
+        if weight.is_meta:  # offloaded piece by piece: only its own hooks bring the weights
+            with network.dynamic.deaf():
+                return embed(projected.to(weight.dtype)).float().cpu()
+        return copy.deepcopy(twin(embed, hooks=False)).cpu().float()(projected)
