@@ -46,10 +46,9 @@ from flowaccel.models import DynamicSiTTransformer2DModel, make_dynamic
 from flowaccel.pipelines import load_pipeline
 from flowaccel.recipe import Recipe, accelerated, preset
 from flowaccel.training.width import MacsCosts, WidthObjective, call_arguments, layer_ratios
-from flowaccel.training.zoo_width import LOOP, dynamic_digits, train_longer, train_width
+from flowaccel.training.zoo_width import LOOP, RATIO, build_width, train_longer
 
 RESULTS = Path(__file__).parent / "results"
-RATIO = 0.5
 STEPS, FEWER, OPERATING = 10, (1, 2, 3, 4, 5), 4
 XL = {"num_layers": 28, "num_attention_heads": 16, "attention_head_dim": 72}
 SHARES = (0.25, 0.5, 0.75)
@@ -87,15 +86,12 @@ def train_stage(arguments: argparse.Namespace) -> None:
     """Three networks in --out/train."""
     with progress() as notify:
         for name, tokens in (("tdw", False), ("tdw+sdt", True)):
-            base, folder = base_network(), arguments.out / "train" / name
-            network = dynamic_digits(base, tokens=tokens)
-            for state in train_width(network, base, folder, ratio=RATIO):
-                notify(name, state.step, LOOP.steps)
-            network.requires_grad_(False).save_pretrained(folder / "network")
+            for _, state, total in build_width(arguments.out / "train" / name, tokens=tokens):
+                notify(name, state.step, total)
         network = base_network()
         for state in train_longer(network, arguments.out / "train" / "longer"):
             notify("longer", state.step, LOOP.steps)
-        network.save_pretrained(arguments.out / "train" / "longer" / "network")
+        network.to(torch.bfloat16).save_pretrained(arguments.out / "train" / "longer" / "network")
 
 
 # -- quality
@@ -138,7 +134,7 @@ def quality_stage(arguments: argparse.Namespace) -> None:
 def trained(folder: Path) -> dict[str, Any]:
     """The networks of the stage train. The control has gates too, all of them on, so that it is a recipe like them."""
     found: dict[str, Any] = {
-        name: DynamicSiTTransformer2DModel.from_pretrained(folder / name / "network") for name in ("tdw", "tdw+sdt")
+        name: DynamicSiTTransformer2DModel.from_pretrained(folder / name / "width") for name in ("tdw", "tdw+sdt")
     }
     longer = SiTTransformer2DModel.from_pretrained(folder / "longer" / "network")
     found["longer"] = make_dynamic(longer.eval(), {"tokens": False})

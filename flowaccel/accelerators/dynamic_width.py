@@ -193,8 +193,7 @@ def variant_of(network: Any, base: Any) -> Any:
     ]
     if misfits:
         raise ValueError(f"the dynamic network does not fit the pipeline: {'; '.join(misfits)}")
-    network.move_like(base)
-    return network.eval()
+    return network.place(base.device, base.dtype).eval()
 
 
 def _note(call: Call, dynamics: Dynamics, shares: list[float], cut: int) -> None:

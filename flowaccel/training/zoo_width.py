@@ -9,9 +9,13 @@ from typing import Any
 
 import torch
 
+from flowaccel import zoo
+from flowaccel.accelerators import DynamicWidth
 from flowaccel.data import digits
 from flowaccel.models import SiTTransformer2DModel
 from flowaccel.models.dynamic import DynamicSettings, make_dynamic
+from flowaccel.pipelines import load_pipeline
+from flowaccel.recipe import Recipe
 from flowaccel.training.flow import FlowObjective, shift_augment
 from flowaccel.training.loop import LoopConfig, Progress, train
 from flowaccel.training.width import RECOMMENDED, MacsCosts, WidthObjective, call_arguments
@@ -27,6 +31,7 @@ LOOP = LoopConfig(
     seed=0,
 )
 BATCH = 64
+RATIO = 0.5
 OBJECTIVE: dict[str, Any] = {**RECOMMENDED["objective"], "ramp": 400, "freeze_step": 1080}
 
 
@@ -55,6 +60,23 @@ def train_width(
     )
     objective.prepare(network)
     yield from train(network, objective, loop, work)
+
+
+def save_width(network: Any, folder: Path, name: str) -> None:
+    """The recipe that is shipped: weights in bfloat16, routers in float32."""
+    network.requires_grad_(False).eval()
+    pipe = load_pipeline(zoo.folder("sit-digits"))
+    network.place("cpu", torch.bfloat16)
+    Recipe([DynamicWidth(network)], name=name).for_pipeline(pipe).save_pretrained(folder)
+
+
+def build_width(out: Path, *, tokens: bool = False) -> Iterator[tuple[str, Progress, int]]:
+    """The recipe with dynamic width, or width and tokens, for the digits pipeline of the zoo."""
+    base = load_pipeline(zoo.folder("sit-digits")).transformer.float().eval().requires_grad_(False)
+    network = dynamic_digits(base, tokens=tokens)
+    for progress in train_width(network, base, out / "training", ratio=RATIO):
+        yield "width", progress, LOOP.steps
+    save_width(network, out, "sit-digits-width-tokens" if tokens else "sit-digits-width")
 
 
 def train_longer(network: SiTTransformer2DModel, work: Path, *, loop: LoopConfig = LOOP) -> Iterator[Progress]:

@@ -45,13 +45,16 @@ class DynamicMixin:
         network.get_submodule(network.dynamic.rule.time_embed).register_forward_hook(network.dynamic.timed)
         network.register_forward_hook(network.dynamic.ended, always_call=True)
 
-    def move_like(self, other: Any) -> None:
-        """To the device and the type of another network; routers stay float32."""
+    def place(self, device: Any, dtype: torch.dtype) -> Self:
+        """To a device and a floating-point type, but for the routers, which keep theirs: a flipped gate changes the
+        network.
+        """
         network: Any = self
         routers = {id(tensor) for tensor in (*network.dynamic.parameters(), *network.dynamic.buffers())}
         for tensor in (*network.parameters(), *network.buffers()):
             floating = tensor.is_floating_point() and id(tensor) not in routers
-            tensor.data = tensor.data.to(other.device, other.dtype if floating else tensor.dtype)
+            tensor.data = tensor.data.to(device, dtype if floating else tensor.dtype)
+        return self
 
     @classmethod
     def from_base(cls, base: nn.Module, settings: DynamicSettings | dict[str, Any] | None = None) -> Any:
