@@ -270,6 +270,16 @@ def test_bad_input(tmp_path: Path) -> None:
         make_dynamic(pipe.transformer, {"groups": 3})
 
 
+def test_fused_projections() -> None:
+    pipe = tiny.sit_pipeline()
+    network = make_dynamic(pipe.transformer)
+    with pytest.raises(UnsupportedModelError, match="cannot be fused"):
+        network.fuse_qkv_projections()
+    pipe.transformer.fuse_qkv_projections()
+    with pytest.raises(UnsupportedModelError, match="unfuse_qkv_projections"):
+        make_dynamic(pipe.transformer)
+
+
 def plan(*widths: str) -> WidthPlan:
     gates = tuple(f"gate{i}" for i in range(len(widths[0].split(" "))))
     times = tuple(float(i) for i in range(len(widths)))

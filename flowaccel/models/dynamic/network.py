@@ -138,6 +138,11 @@ class Dynamics(nn.Module):
 
     def _wire_block(self, path: str, block: nn.Module, rule: BlockRule, width: int) -> None:
         own = nn.ModuleDict()
+        if any(getattr(module, "fused_projections", False) for module in block.modules()):
+            raise UnsupportedModelError(
+                f"the projections of {path} are fused; call unfuse_qkv_projections() first: heads are sliced out of "
+                "the separate ones"
+            )
         heads = next(int(getattr(block, gate.name).heads) for gate in rule.gates if gate.kind == "heads")
         for gate in rule.gates:
             if getattr(block, gate.name, None) is None:  # the last block of SD3 has no ff_context

@@ -13,6 +13,7 @@ from diffusers import DiTTransformer2DModel, FluxTransformer2DModel, LatteTransf
 from diffusers.configuration_utils import FrozenDict
 from torch import Tensor, nn
 
+from flowaccel.errors import UnsupportedModelError
 from flowaccel.models.dynamic.importance import channel_groups, head_groups
 from flowaccel.models.dynamic.network import Dynamics
 from flowaccel.models.dynamic.official import arrangement, read_dydit, write_dydit
@@ -44,6 +45,17 @@ class DynamicMixin:
         network.dynamic = Dynamics(network, settings)
         network.get_submodule(network.dynamic.rule.time_embed).register_forward_hook(network.dynamic.timed)
         network.register_forward_hook(network.dynamic.ended, always_call=True)
+
+    def fuse_qkv_projections(self) -> None:
+        """Refused: heads are sliced out of separate projections.
+
+        Raises:
+            UnsupportedModelError: always.
+        """
+        raise UnsupportedModelError(
+            f"the projections of a {type(self).__name__} cannot be fused, because its heads are sliced out of them; "
+            "fuse those of the stock network, or leave them apart"
+        )
 
     def place(self, device: Any, dtype: torch.dtype) -> Self:
         """To a device and a floating-point type, but for the routers, which keep theirs: a flipped gate changes the
