@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from flowaccel.data import ImageSet
 from flowaccel.hooks import macs_by_module, shapes_of
 from flowaccel.models.dynamic import Dynamics
+from flowaccel.models.dynamic.fused import TokenSingleBlock
 
 STRATA = 4
 _REACH = 0.2
@@ -26,6 +27,8 @@ class MacsCosts:
     """Multiply-adds per row of what every gate of a network switches, in the order of its wires."""
 
     gates: tuple[int, ...]
+    everywhere: tuple[int, ...] = ()
+    """Of `gates`, what is done even if all tokens are left out that can be; empty for nothing."""
 
     @classmethod
     def of(cls, network: Any, arguments: dict[str, Any], rows: int) -> MacsCosts:
@@ -44,7 +47,7 @@ class MacsCosts:
         if counts is None:
             raise ValueError(f"the multiply-adds of a {type(network).__name__} cannot be counted; is it compiled?")
         names = {id(module): name for name, module in network.named_modules()}
-        gates = []
+        gates, everywhere = [], []
         for wire in network.dynamic.wires:
             made = wire.rows[0].out_features
             cost = sum(counts.get(names[id(linear)], 0) for linear in wire.rows)
@@ -57,8 +60,14 @@ class MacsCosts:
                     if isinstance(child, nn.Linear)
                 )
                 cost += counts.get(root, 0) - inner
+            always = 0
+            if wire.tokens is not None and isinstance(wire.tokens.module, TokenSingleBlock):
+                block = wire.path.removesuffix(wire.rule.name)
+                always = sum(counts.get(f"{block}{name}", 0) for name in wire.rule.everywhere)
+                always += int((cost - always) * _text_share(arguments))
             gates.append(cost // rows)
-        return cls(tuple(gates))
+            everywhere.append(always // rows)
+        return cls(tuple(gates), tuple(everywhere))
 
     def ratio(self, dynamics: Dynamics, widths: Sequence[Tensor], tokens: dict[str, Tensor]) -> Tensor:
         """(B,) the share of these multiply-adds that is done.
@@ -69,21 +78,21 @@ class MacsCosts:
             tokens: (B,) share of the tokens that is kept, by the path of the site; those that are missing keep all.
         """
         done = torch.zeros(())
-        for wire, cost, gates in zip(dynamics.wires, self.gates, widths, strict=True):
+        everywhere = self.everywhere or (0,) * len(self.gates)
+        for wire, cost, always, gates in zip(dynamics.wires, self.gates, everywhere, widths, strict=True):
             share = gates.float().mean(1)
-            if wire.tokens is not None and wire.tokens.path in tokens:
-                share = share * tokens[wire.tokens.path]
-            done = done.to(share.device) + cost * share
+            if wire.tokens is None or wire.tokens.path not in tokens:
+                share = share * cost
+            else:
+                share = share * (always + (cost - always) * tokens[wire.tokens.path])
+            done = done.to(share.device) + share
         return done / sum(self.gates)
 
 
-def kept_tokens(dynamics: Dynamics, rows: int) -> dict[str, Tensor]:
-    """(B,) share of the tokens that the last call kept, by the path of the site."""
-    return {
-        site.path: site.module.keep.float().reshape(rows, -1).mean(1)
-        for site in dynamics.sites
-        if site.module.keep is not None
-    }
+def _text_share(arguments: dict[str, Any]) -> float:
+    """Of the tokens of a single-stream block, the share that is text."""
+    text, image = (arguments[name].shape[1] for name in ("encoder_hidden_states", "hidden_states"))
+    return text / (text + image)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,7 +199,7 @@ class WidthObjective:
 
     def _macs_loss(self, network: Any, t: Tensor, step: int) -> Tensor:
         dynamics: Dynamics = network.dynamic
-        kept = kept_tokens(dynamics, len(t))
+        kept = dynamics.kept_tokens(len(t))
         done = self.costs.ratio(dynamics, dynamics.masks, kept).mean()
         aim = torch.as_tensor(self.target(step))
         if not self.controller:
