@@ -106,6 +106,7 @@ class Dynamics(nn.Module):
         self.masks: list[Tensor] = []
         """(B, units) of the last training call, one per gate."""
         self._off = self._paused = self._again = False
+        self._running = self._timed = False
         self._noises: dict[str, Tensor] = {}
         self._bits: Bits = ()
         self._wires: list[Wire] = []
@@ -229,11 +230,18 @@ class Dynamics(nn.Module):
 
     # -- the forward pass
 
+    def started(self, module: nn.Module, args: Any) -> None:
+        """Forward pre-hook of the network: what embeds time first sets the gates of this call."""
+        self._running, self._timed = True, False
+
     def timed(self, module: nn.Module, args: Any, embedding: Tensor) -> None:
         """Forward hook of the module that embeds time: set all gates."""
         if self._paused:
             return
         if not self._again:
+            if self._running and self._timed:  # DiT embeds time once more for its last layer
+                return
+            self._timed = True
             self._noises = {}
             for site in self._sites:
                 site.gates = None
@@ -321,6 +329,7 @@ class Dynamics(nn.Module):
     def ended(self, module: nn.Module, args: Any, output: Any) -> None:
         """Forward hook of the network: leave nothing in its layers, whatever happened. What was decided (`masks`, and
         `gates` of the sites) can be read until the next call."""
+        self._running = False
         decided = self.masks
         self.clear()
         self.masks = decided

@@ -41,6 +41,7 @@ class DynamicMixin:
         network.register_to_config(dynamic_config=asdict(settings))
         network.dynamic = Dynamics(network, settings)
         network.get_submodule(network.dynamic.rule.time_embed).register_forward_hook(network.dynamic.timed)
+        network.register_forward_pre_hook(network.dynamic.started)
         network.register_forward_hook(network.dynamic.ended, always_call=True)
         if network.is_gradient_checkpointing:  # taken over from a stock network, with its function
             self.enable_gradient_checkpointing()
