@@ -44,7 +44,7 @@ class TokenChoice:
         keep = self.keep.squeeze(-1)
         if self.capacity is None:
             most = int(keep.sum(1).max())
-            places = keep.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :most]
+            places = keep.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :most].contiguous()
         else:
             scores = keep.float() if self.logits is None else self.logits.squeeze(-1)
             places = scores.topk(min(self.capacity, keep.shape[1]), dim=1).indices
@@ -125,6 +125,7 @@ def fitted_capacity(counts: Tensor, tokens: int, *, quantile: float = 1.0, margi
         raise ValueError("counts must hold at least one number, got none: run the network on something first")
     if tokens < 1 or int(counts.max()) > tokens:
         raise ValueError(f"tokens must be at least 1 and the largest count, {int(counts.max())}, got {tokens}")
-    needed = float(torch.quantile(counts.flatten().double(), quantile, interpolation="higher")) / tokens + margin
+    fits = math.ceil(quantile * counts.numel() - 1e-9)  # what is a whole number up to rounding is one
+    needed = int(counts.flatten().sort().values[fits - 1]) / tokens + margin
     bucket = next((share for share in BUCKETS if needed <= share), 1.0)
     return math.ceil(bucket * tokens)

@@ -304,7 +304,12 @@ class Dynamics(nn.Module):
         self._bits = bits
         for index, entry in enumerate(self._linears):
             key = entry.key(bits)
-            if "0" in "".join(key):
+            if "0" not in "".join(key):
+                if (
+                    not torch.is_grad_enabled()
+                ):  # a compiled block then meets tensors in any case, and rarely recompiles
+                    entry.linear.part = entry.linear.whole
+            else:
                 entry.linear.part = self.cache.get(
                     (index, *key), entry.linear.weight, functools.partial(entry.cut, bits)
                 )
