@@ -8,13 +8,14 @@ import pytest
 import torch
 from diffusers import FluxTransformer2DModel
 from diffusers.models.attention import FeedForward
+from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.transformers.transformer_flux import FluxSingleTransformerBlock
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import tiny
-from flowaccel.models.dynamic import gathering, make_dynamic
+from flowaccel.models.dynamic import fused, gathering, make_dynamic
 from flowaccel.models.dynamic.fused import TokenSingleBlock
 from flowaccel.models.dynamic.gathering import choose_gather, fit_capacities, watched_tokens
 from flowaccel.modules.tokens import TokenFeedForward, fitted_capacity
@@ -200,6 +201,21 @@ def test_queries_are_made_for_kept_tokens_alone() -> None:
     assert seen == {"attn.to_q": some, "attn.to_k": every, "attn.to_v": every, "proj_mlp": some, "proj_out": some}
 
 
+def test_the_attention_backend_is_that_of_the_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    network = flux()
+    network.set_attention_backend("_native_math")
+    asked = []
+
+    def dispatch(*tensors: Tensor, backend: Any) -> Tensor:
+        asked.append(backend)
+        return dispatch_attention_fn(*tensors, backend=backend)
+
+    monkeypatch.setattr(fused, "dispatch_attention_fn", dispatch)
+    sliced(network, **FAMILIES["flux"].arguments())
+    assert asked == [network.single_transformer_blocks[0].attn.processor._attention_backend] * 3
+    assert asked[0].value == "_native_math"
+
+
 class Doubled(nn.Module):
     """An attention processor of somebody else's."""
 
@@ -372,7 +388,7 @@ def test_what_is_faster_is_chosen(monkeypatch: pytest.MonkeyPatch, cost_of_gathe
     def seconds(module: Any, inputs: tuple[Any, ...]) -> float:
         """A clock that reads multiply-adds, and what gathering is said to cost on top."""
         with FlopCounterMode(display=False) as counter:
-            module(*inputs)
+            module.forward(*inputs)
         measured.append((module.gather, counter.get_total_flops()))
         return counter.get_total_flops() * (1 + cost_of_gathering * module.gather)
 
@@ -387,9 +403,10 @@ def test_what_is_faster_is_chosen(monkeypatch: pytest.MonkeyPatch, cost_of_gathe
     assert found["transformer_blocks.0.tokens"] == pytest.approx(0.5 * (1 + cost_of_gathering))
 
 
-def test_gathering_is_really_timed() -> None:
-    network = FAMILIES["sit"].dynamic()
-    found = choose_gather(network, rows=4, tokens=2048, kept=0.0)
+@pytest.mark.parametrize("name", ["sit", "flux"])
+def test_gathering_is_really_timed(name: str) -> None:
+    network = FAMILIES[name].dynamic()
+    found = choose_gather(network, rows=4, tokens=1024, text_tokens=8, kept=0.0)
     assert all(0 < ratio < 1 for ratio in found.values())  # nothing to compute
     assert choose_gather(network, rows=2, tokens=16, kept=dict.fromkeys(found, 0.5)).keys() == found.keys()
 

@@ -103,7 +103,8 @@ def choose_gather(
     network: Any, *, rows: int, tokens: int, kept: float | Mapping[str, float], text_tokens: int = 0
 ) -> dict[str, float]:
     """Measure on the network's device, for every site, whether gathering tokens is faster than computing all of them
-    and clearing some, and set `gather` of the site accordingly. Layers are whole, and capacities as they are.
+    and clearing some, and set `gather` of the site accordingly. Layers are whole and not compiled, capacities as they
+    are.
 
     Args:
         network: a dynamic network, whose sites are set.
@@ -173,7 +174,7 @@ def _noise(module: Any, rows: int, tokens: int, text_tokens: int) -> tuple[Any, 
 def _seconds(module: Any, inputs: tuple[Any, ...]) -> float:
     _wait(inputs[0].device)
     start = time.perf_counter()
-    module(*inputs)
+    module.forward(*inputs)  # not the hooks: the router of a fused block is one
     _wait(inputs[0].device)
     return time.perf_counter() - start
 
