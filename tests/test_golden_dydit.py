@@ -15,7 +15,7 @@ from flowaccel.models.dynamic.official import dydit_from_official, dydit_to_offi
 from flowaccel.models.sit import modulate
 from flowaccel.pipelines.sit import guide
 from flowaccel.training.ddpm import DIT, DiffusionTerms
-from flowaccel.training.width import MacsCosts, kept_tokens
+from flowaccel.training.width import MacsCosts
 from helpers import Golden, assert_close, golden
 
 BLOCK, MODEL = golden("dydit_block"), golden("dydit_model")
@@ -214,7 +214,7 @@ def test_training_loss() -> None:
     assert_same_gates([mask.detach() for mask in masks[0::2]], MODEL["train/head_mask"])
     assert_same_gates([mask.detach() for mask in masks[1::2]], MODEL["train/group_mask"])
     assert_same_gates([mask.detach() for mask in tokens], MODEL["train/token_mask"])
-    kept = kept_tokens(network.dynamic, len(MODEL["in/x0"]))
+    kept = network.dynamic.kept_tokens(len(MODEL["in/x0"]))
     ratio = costs(network).ratio(network.dynamic, masks, kept).mean().reshape(1)
     with network.dynamic.complete():
         complete = diffusion_terms(network, "label_drop_mask_complete")

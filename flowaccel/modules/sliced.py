@@ -40,6 +40,11 @@ class SlicedLinear(nn.Linear):
         output = nn.functional.linear(hidden_states, weight, bias)
         return output if self.row_mask is None else output * spread(self.row_mask, output)
 
+    @property
+    def whole(self) -> Part:
+        """All rows and columns, as a part."""
+        return self.weight.detach(), None if self.bias is None else self.bias.detach()
+
     def cut(self, rows: Tensor | None, columns: Tensor | None) -> Part:
         """Contiguous copies of some rows and columns of weight and bias; None takes all."""
         with torch.no_grad():

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from flowaccel.data import ImageSet
 from flowaccel.hooks import macs_by_module, shapes_of
 from flowaccel.models.dynamic import Dynamics
+from flowaccel.models.dynamic.fused import TokenSingleBlock
 
 STRATA = 4
 _REACH = 0.2
@@ -74,6 +75,8 @@ class MacsCosts:
     """Multiply-adds per row of what every gate of a network switches, in the order of its wires."""
 
     gates: tuple[int, ...]
+    everywhere: tuple[int, ...] = ()
+    """Of `gates`, what is done even if all tokens are left out that can be; empty for nothing."""
 
     @classmethod
     def of(cls, network: Any, arguments: dict[str, Any], rows: int) -> MacsCosts:
@@ -92,7 +95,7 @@ class MacsCosts:
         if counts is None:
             raise ValueError(f"the multiply-adds of a {type(network).__name__} cannot be counted; is it compiled?")
         names = {id(module): name for name, module in network.named_modules()}
-        gates = []
+        gates, everywhere = [], []
         for wire in network.dynamic.wires:
             made = wire.rows[0].out_features
             cost = sum(counts.get(names[id(linear)], 0) for linear in wire.rows)
@@ -105,8 +108,14 @@ class MacsCosts:
                     if isinstance(child, nn.Linear)
                 )
                 cost += counts.get(root, 0) - inner
+            always = 0
+            if wire.tokens is not None and isinstance(wire.tokens.module, TokenSingleBlock):
+                block = wire.path.removesuffix(wire.rule.name)
+                always = sum(counts.get(f"{block}{name}", 0) for name in wire.rule.everywhere)
+                always += int((cost - always) * _text_share(arguments))
             gates.append(cost // rows)
-        return cls(tuple(gates))
+            everywhere.append(always // rows)
+        return cls(tuple(gates), tuple(everywhere))
 
     def ratio(self, dynamics: Dynamics, widths: Sequence[Tensor], tokens: dict[str, Tensor]) -> Tensor:
         """(B,) the share of these multiply-adds that is done.
@@ -117,11 +126,14 @@ class MacsCosts:
             tokens: (B,) share of the tokens that is kept, by the path of the site; those that are missing keep all.
         """
         done = torch.zeros(())
-        for wire, cost, gates in zip(dynamics.wires, self.gates, widths, strict=True):
+        everywhere = self.everywhere or (0,) * len(self.gates)
+        for wire, cost, always, gates in zip(dynamics.wires, self.gates, everywhere, widths, strict=True):
             share = gates.float().mean(1)
-            if wire.tokens is not None and wire.tokens.path in tokens:
-                share = share * tokens[wire.tokens.path]
-            done = done.to(share.device) + cost * share
+            if wire.tokens is None or wire.tokens.path not in tokens:
+                share = share * cost
+            else:
+                share = share * (always + (cost - always) * tokens[wire.tokens.path])
+            done = done.to(share.device) + share
         return done / sum(self.gates)
 
 
@@ -130,13 +142,10 @@ def dynamics_of(network: Any) -> Dynamics:
     return getattr(network, "network", network).dynamic
 
 
-def kept_tokens(dynamics: Dynamics, rows: int) -> dict[str, Tensor]:
-    """(B,) share of the tokens that the last call kept, by the path of the site."""
-    return {
-        site.path: site.module.keep.float().reshape(rows, -1).mean(1)
-        for site in dynamics.sites
-        if site.module.keep is not None
-    }
+def _text_share(arguments: dict[str, Any]) -> float:
+    """Of the tokens of a single-stream block, the share that is text."""
+    text, image = (arguments[name].shape[1] for name in ("encoder_hidden_states", "hidden_states"))
+    return text / (text + image)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -257,7 +266,7 @@ class WidthObjective:
         return loss
 
     def _macs_loss(self, dynamics: Dynamics, step: int) -> Tensor:
-        kept = kept_tokens(dynamics, self.batch_size)
+        kept = dynamics.kept_tokens(self.batch_size)
         done = self.costs.ratio(dynamics, dynamics.masks, kept).mean()
         aim = torch.as_tensor(self.target(step))
         if not self.controller:
@@ -309,7 +318,7 @@ def layer_ratios(objective: WidthObjective, network: Any, generator: torch.Gener
     before, dynamics.hard = dynamics.hard, True
     try:
         network(state, t, labels, return_dict=False)  # with gradients enabled, which is when masks are kept
-        kept = kept_tokens(dynamics, len(t))
+        kept = dynamics.kept_tokens(len(t))
         ratio = objective.costs.ratio(dynamics, dynamics.masks, kept).mean().item()
         gates = {wire.path: mask.mean().item() for wire, mask in zip(dynamics.wires, dynamics.masks, strict=True)}
     finally:

@@ -14,7 +14,6 @@ from diffusers import DiTTransformer2DModel, LatteTransformer3DModel
 from peft import LoraConfig
 from torch import Tensor, nn
 
-from flowaccel.errors import UnsupportedModelError
 from flowaccel.models.dynamic import Bits, make_dynamic, reorder_
 from flowaccel.modules import logistic_noise
 from helpers import assert_close
@@ -206,15 +205,6 @@ def test_units_below_adapters_are_not_moved() -> None:
     network.add_adapter(LoraConfig(target_modules=["to_q"]))
     with pytest.raises(ValueError, match="merge or unload the adapters first"):
         reorder_(network)
-
-
-def test_gated_feed_forwards_are_refused() -> None:
-    """They make two rows for every hidden channel, so a row is no unit."""
-    with pytest.raises(UnsupportedModelError, match=r"transformer_blocks\.0\.ff: 256 rows.*gated activation"):
-        make_dynamic(latte("geglu")[0])
-
-
-# --- ranking
 
 
 def weight(block: nn.Module, name: str) -> Tensor:

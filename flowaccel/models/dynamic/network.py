@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from flowaccel.errors import UnsupportedModelError
+from flowaccel.models.dynamic.fused import TokenSingleBlock
 from flowaccel.models.dynamic.rules import BlockRule, DynamicRule, GateRule, rule_of
 from flowaccel.models.dynamic.settings import DynamicSettings
 from flowaccel.modules import (
@@ -32,7 +33,7 @@ from flowaccel.modules import (
     straight_through,
     widened,
 )
-from flowaccel.modules.tokens import TokenFeedForward
+from flowaccel.modules.tokens import TokenChoice, TokenFeedForward
 
 Bits = tuple[str, ...]
 """One text of zeros and ones per gate, in the order of `Dynamics.gates`: which units are on."""
@@ -86,7 +87,10 @@ class TokenSite:
 
     path: str
     router: TokenRouter
-    module: TokenFeedForward
+    module: TokenChoice
+    gates: Tensor | None = None
+    """(rows, tokens, 1) of the last call: bool, or 0 and 1 with a gradient while training; None if all were computed.
+    Rows are the block's, of which a video network has several per image."""
 
 
 class Dynamics(nn.Module):
@@ -120,7 +124,9 @@ class Dynamics(nn.Module):
         width = _embedding_width(network, self.rule)
         self.register_buffer("time_mean", torch.zeros(width))
         self.register_buffer("time_std", torch.ones(width))
-        self._off = self._deaf = False
+        self._off = self._deaf = self._again = False
+        self._running = self._timed = False
+        self._noises: dict[str, Tensor] = {}
         self._bits: Bits = ()
         self._wires: list[Wire] = []
         self._linears: list[_LinearWires] = []
@@ -138,15 +144,15 @@ class Dynamics(nn.Module):
 
     def _wire_block(self, path: str, block: nn.Module, rule: BlockRule, width: int) -> None:
         own = nn.ModuleDict()
-        if any(getattr(module, "fused_projections", False) for module in block.modules()):
-            raise UnsupportedModelError(
-                f"the projections of {path} are fused; call unfuse_qkv_projections() first: heads are sliced out of "
-                "the separate ones"
-            )
         heads = next(int(getattr(block, gate.name).heads) for gate in rule.gates if gate.kind == "heads")
         for gate in rule.gates:
             if getattr(block, gate.name, None) is None:  # the last block of SD3 has no ff_context
                 continue
+            if getattr(getattr(block, gate.name), "fused_projections", False):
+                raise UnsupportedModelError(
+                    f"{path}.{gate.name} has fused projections, which are not sliced; call unfuse_qkv_projections() "
+                    "first"
+                )
             rows = [_sliced(block, name) for name in gate.rows if _has(block, name)]
             columns = [(_sliced(block, name), start) for name, start in gate.columns if _has(block, name)]
             attention = getattr(block, gate.name) if gate.kind == "heads" else None
@@ -176,21 +182,24 @@ class Dynamics(nn.Module):
                     attention=attention,
                 )
             )
-        if self.settings.tokens and rule.tokens is not None:
-            own["tokens"] = TokenRouter(
-                self._wires[-1].rows[0].in_features, self.settings.token_bias, self.settings.gain
-            )
-            self._wire_tokens(path, block, rule, own["tokens"])  # type: ignore[arg-type]
+        if self.settings.tokens and (rule.tokens is not None or rule.fused):
+            router = TokenRouter(self._wires[-1].rows[0].in_features, self.settings.token_bias, self.settings.gain)
+            own["tokens"] = router
+            self._wire_tokens(path, block, rule, router)
         self.blocks.append(own)
 
     def _wire_tokens(self, path: str, block: nn.Module, rule: BlockRule, router: TokenRouter) -> None:
-        assert rule.tokens is not None
-        module = TokenFeedForward.take_over(block.get_submodule(rule.tokens.feed_forward))
+        module: TokenChoice
+        if rule.tokens is None:
+            module, norm, switched = TokenSingleBlock.take_over(block), block, tuple(gate.name for gate in rule.gates)
+        else:
+            module = TokenFeedForward.take_over(block.get_submodule(rule.tokens.feed_forward))
+            norm, switched = block.get_submodule(rule.tokens.norm), (rule.tokens.feed_forward,)
         site = TokenSite(f"{path}.tokens", router, module)
         self._sites.append(site)
-        block.get_submodule(rule.tokens.norm).register_forward_pre_hook(functools.partial(self._routed, site))
+        norm.register_forward_pre_hook(functools.partial(self._routed, site), with_kwargs=True)
         for wire in self._wires:
-            if wire.path == f"{path}.{rule.tokens.feed_forward}":
+            if wire.path in [f"{path}.{name}" for name in switched]:
                 wire.tokens = site
 
     # -- what others use
@@ -250,6 +259,17 @@ class Dynamics(nn.Module):
         with torch.no_grad():
             return [_with_first(logits > 0) for logits in self.logits(embedding)]
 
+    def kept_tokens(self, rows: int) -> dict[str, Tensor]:
+        """(B,) the share of the tokens that every image of the last call kept, by the path of the site; a site that
+        computed all tokens is missing. Nothing waits for the device until the values are read.
+
+        Args:
+            rows: B, the rows of that call.
+        """
+        return {
+            site.path: site.gates.float().reshape(rows, -1).mean(1) for site in self._sites if site.gates is not None
+        }
+
     @contextmanager
     def complete(self) -> Iterator[None]:
         """Within this everything is computed, as in the stock network."""
@@ -270,10 +290,21 @@ class Dynamics(nn.Module):
 
     # -- the forward pass
 
+    def started(self, module: nn.Module, args: Any) -> None:
+        """Forward pre-hook of the network: what embeds time first sets the gates of this call."""
+        self._running, self._timed = True, False
+
     def timed(self, module: nn.Module, args: Any, embedding: Tensor) -> None:
         """Forward hook of the module that embeds time: set all gates."""
         if self._deaf:
             return
+        if not self._again:
+            if self._running and self._timed:  # DiT embeds time once more for its last layer
+                return
+            self._timed = True
+            self._noises = {}
+            for site in self._sites:
+                site.gates = None
         if self._off:
             self.clear()
         elif self.training and torch.is_grad_enabled():
@@ -290,8 +321,9 @@ class Dynamics(nn.Module):
         return [_with_first(self._relaxed(w.path, z)) for w, z in zip(self._wires, self.logits(embedding), strict=True)]
 
     def _relaxed(self, path: str, logits: Tensor) -> Tensor:
-        noise = self.noise(path, tuple(logits.shape)).to(logits.device)
-        return straight_through(logits, noise, self.settings.tau)
+        if path not in self._noises:
+            self._noises[path] = self.noise(path, tuple(logits.shape)).to(logits.device)
+        return straight_through(logits, self._noises[path], self.settings.tau)
 
     def _noise(self, path: str, shape: tuple[int, ...]) -> Tensor:
         return logistic_noise(shape, self.generator)
@@ -308,26 +340,20 @@ class Dynamics(nn.Module):
                     linear.row_mask = elements
                 continue
             for linear, start in wire.columns:
-                rest = linear.in_features - elements.shape[-1]
-                linear.column_mask = (
-                    elements if not rest else nn.functional.pad(elements, (start, rest - start), value=1)
-                )
+                _mask_columns(linear, start, elements)
 
     def _slice_rows(self, masks: list[Tensor]) -> None:
         """Slice to what any row of the batch needs, and mask what the others do not."""
-        together = [mask.any(0).tolist() for mask in masks]
-        self.slice(tuple("".join(str(int(on)) for on in units) for units in together))
-        for wire, mask in zip(self._wires, masks, strict=True):
-            if bool((mask == mask[:1]).all()):
-                continue
-            for linear, start in wire.columns:
-                elements = wire.elements(mask)
-                before = linear.column_mask
-                if before is None:
-                    before = elements.new_ones(len(elements), linear.in_features)
-                before = before.clone()
-                before[:, start : start + elements.shape[-1]] = elements
-                linear.column_mask = before
+        counts = [mask.shape[1] for mask in masks]
+        known = torch.cat(masks, dim=1).cpu()  # the host waits once
+        self.slice(tuple(_text(units) for units in known.any(0).split(counts)))
+        alike = (known == known[:1]).all(0)
+        for site in self._sites:
+            site.module.rows_differ = not bool(alike.all())
+        for wire, mask, same in zip(self._wires, masks, alike.split(counts), strict=True):
+            if not bool(same.all()):
+                for linear, start in wire.columns:
+                    _mask_columns(linear, start, wire.elements(mask))
         for entry in self._linears:
             mask_, kept = entry.linear.column_mask, entry.kept(self._bits, columns=True)
             if mask_ is not None and kept is not None:
@@ -339,11 +365,12 @@ class Dynamics(nn.Module):
         self._bits = bits
         for index, entry in enumerate(self._linears):
             key = entry.key(bits)
+            away = entry.linear.weight.is_meta  # offloaded piece by piece: there only while its layer runs
             if "0" not in "".join(key):
+                # Without gradients tensors all the same: a compiled block then rarely recompiles.
+                entry.linear.part = None if torch.is_grad_enabled() or away else entry.linear.whole
                 continue
             cut = functools.partial(entry.cut, bits)
-            # Weights that are offloaded piece by piece are there only while their layer runs.
-            away = entry.linear.weight.is_meta
             entry.linear.part = cut if away else self.cache.get((index, *key), entry.linear.weight, cut)
         for wire, units in zip(self._wires, bits, strict=True):
             if wire.attention is not None:
@@ -365,23 +392,74 @@ class Dynamics(nn.Module):
             if wire.attention is not None:
                 wire.attention.heads = wire.gate.units
         for site in self._sites:
-            site.module.keep = None
+            site.module.keep = site.module.logits = None
+            site.module.rows_differ = False
 
     def ended(self, module: nn.Module, args: Any, output: Any) -> None:
-        """Forward hook of the network: leave nothing behind, but what a backward pass still needs."""
-        if not (self.training and torch.is_grad_enabled()):
-            self.clear()
+        """Forward hook of the network: leave nothing in its layers, whatever happened. What was decided (`masks`, and
+        `gates` of the sites) can be read until the next call."""
+        self._running = False
+        decided = self.masks
+        self.clear()
+        self.masks = decided
 
-    def _routed(self, site: TokenSite, module: nn.Module, args: Any) -> None:
-        """Forward pre-hook of the norm before a feed-forward: choose its tokens."""
+    def _routed(self, site: TokenSite, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        """Forward pre-hook of what is given the tokens: choose some."""
         if self._off:
-            site.module.keep = None
+            site.module.keep = site.module.logits = site.gates = None
             return
-        logits = site.router(args[0])
+        logits = site.router(args[0] if args else kwargs["hidden_states"])
         if self.training and torch.is_grad_enabled() and not self.hard:
-            site.module.keep = self._relaxed(site.path, logits)
+            site.gates = self._relaxed(site.path, logits)
         else:
-            site.module.keep = logits > 0
+            site.gates, site.module.logits = logits > 0, logits
+        site.module.keep = site.gates
+
+    # -- computing again for the backward pass
+
+    def checkpointed(self, checkpoint: Callable[..., Any], module: Callable[..., Any], *args: Any) -> Any:
+        """Gradient checkpointing of one block: `checkpoint(module, *args)`, where `module` decides the same when it is
+        computed again, whatever the network was used for in between.
+
+        Args:
+            checkpoint: such as `torch.utils.checkpoint.checkpoint` with `use_reentrant=False`. It must run the block
+                with gradients the first time too, or there is nothing to decide by.
+            module: the block.
+            args: of the block.
+        """
+        before: list[tuple[Any, str, Any]] = []
+
+        def run(*inputs: Any) -> Any:
+            if before:
+                with self._as_before(before):
+                    return module(*inputs)
+            output = module(*inputs)
+            before.extend(self._state())
+            return output
+
+        return checkpoint(run, *args)
+
+    def _state(self) -> list[tuple[Any, str, Any]]:
+        """All that a call sets: whose, its name, its value."""
+        names: list[tuple[Any, tuple[str, ...]]] = [
+            (self, ("masks", "chosen", "hard", "_off", "_again", "_bits", "_noises")),
+            *((entry.linear, ("part", "row_mask", "column_mask")) for entry in self._linears),
+            *((wire.attention, ("heads",)) for wire in self._wires if wire.attention is not None),
+            *((site, ("gates",)) for site in self._sites),
+            *((site.module, ("keep", "logits", "rows_differ")) for site in self._sites),
+        ]
+        return [(owner, name, getattr(owner, name)) for owner, own in names for name in own]
+
+    @contextmanager
+    def _as_before(self, state: list[tuple[Any, str, Any]]) -> Iterator[None]:
+        """Within this all is as it was when `state` was taken."""
+        present = self._state()
+        try:
+            _set(state)
+            self._again = True
+            yield
+        finally:
+            _set(present)
 
 
 @dataclass
@@ -410,6 +488,24 @@ class _LinearWires:
 
     def cut(self, bits: Bits) -> tuple[Tensor, Tensor | None]:
         return self.linear.cut(self.kept(bits, columns=False), self.kept(bits, columns=True))
+
+
+def _set(state: list[tuple[Any, str, Any]]) -> None:
+    for owner, name, value in state:
+        setattr(owner, name, value)
+
+
+def _text(units: Tensor) -> str:
+    return "".join(str(int(on)) for on in units.tolist())
+
+
+def _mask_columns(linear: SlicedLinear, start: int, elements: Tensor) -> None:
+    """Mask the columns from `start` by (B, columns), beside those that are masked already."""
+    before = linear.column_mask
+    if before is None:
+        before = elements.new_ones(len(elements), linear.in_features)
+    end = start + elements.shape[1]
+    linear.column_mask = torch.cat([before[:, :start], elements, before[:, end:]], dim=1)
 
 
 def _on(wire: Wire, units: str) -> Tensor:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -12,8 +14,10 @@ import torch
 from diffusers import DiTTransformer2DModel, FluxTransformer2DModel, LatteTransformer3DModel, SD3Transformer2DModel
 from diffusers.configuration_utils import FrozenDict
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from flowaccel.errors import UnsupportedModelError
+from flowaccel.models.dynamic.fused import TokenSingleBlock
 from flowaccel.models.dynamic.importance import channel_groups, head_groups
 from flowaccel.models.dynamic.network import Dynamics
 from flowaccel.models.dynamic.official import arrangement, read_dydit, write_dydit
@@ -44,7 +48,21 @@ class DynamicMixin:
         network.register_to_config(dynamic_config=asdict(settings))
         network.dynamic = Dynamics(network, settings)
         network.get_submodule(network.dynamic.rule.time_embed).register_forward_hook(network.dynamic.timed)
+        network.register_forward_pre_hook(network.dynamic.started)
         network.register_forward_hook(network.dynamic.ended, always_call=True)
+        if network.is_gradient_checkpointing:  # taken over from a stock network, with its function
+            self.enable_gradient_checkpointing()
+
+    def enable_gradient_checkpointing(self, gradient_checkpointing_func: Callable[..., Any] | None = None) -> None:
+        """Compute blocks again during backward instead of keeping what is in them; gates are then what they were.
+
+        Args:
+            gradient_checkpointing_func: `f(block, *args)`; None takes torch's, which is not reentrant. A reentrant one
+                gives no gradients to the routers.
+        """
+        given = gradient_checkpointing_func or functools.partial(checkpoint, use_reentrant=False)
+        network: Any = super()
+        network.enable_gradient_checkpointing(functools.partial(self.dynamic.checkpointed, given))
 
     def fuse_qkv_projections(self) -> None:
         """Refused: heads are sliced out of separate projections.
@@ -177,6 +195,9 @@ class DynamicSD3Transformer2DModel(DynamicMixin, SD3Transformer2DModel):
 
 class DynamicFluxTransformer2DModel(DynamicMixin, FluxTransformer2DModel):
     """`FluxTransformer2DModel` with dynamic width and tokens."""
+
+    _repeated_blocks: ClassVar[list[str]] = [*FluxTransformer2DModel._repeated_blocks, TokenSingleBlock.__name__]
+    _no_split_modules: ClassVar[list[str]] = [*FluxTransformer2DModel._no_split_modules, TokenSingleBlock.__name__]
 
 
 class DynamicLatteTransformer3DModel(DynamicMixin, LatteTransformer3DModel):

@@ -25,6 +25,8 @@ class GateRule:
     """Linear layers of the block whose output rows are the units."""
     columns: tuple[tuple[str, int], ...]
     """Linear layers whose input columns are the units, and at which multiple of the network's width these begin."""
+    everywhere: tuple[str, ...] = ()
+    """Those of `rows` that are computed for all tokens even where tokens are left out."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,6 +143,7 @@ RULES = (
                         kind="heads",
                         rows=("attn.to_q", "attn.to_k", "attn.to_v"),
                         columns=(("proj_out", 0),),
+                        everywhere=("attn.to_k", "attn.to_v"),
                     ),
                     GateRule(name="proj_mlp", kind="channels", rows=("proj_mlp",), columns=(("proj_out", 1),)),
                 ),
