@@ -26,8 +26,9 @@ class SlicedLinear(nn.Linear):
 
     @staticmethod
     def take_over(linear: nn.Linear) -> SlicedLinear:
-        """Make `linear` itself a `SlicedLinear`."""
-        linear.__class__ = SlicedLinear
+        """Make `linear` itself a `SlicedLinear`, if it is none."""
+        if not isinstance(linear, SlicedLinear):
+            linear.__class__ = SlicedLinear
         assert isinstance(linear, SlicedLinear)
         return linear
 
@@ -38,6 +39,11 @@ class SlicedLinear(nn.Linear):
         weight, bias = (self.weight, self.bias) if self.part is None else self.part
         output = nn.functional.linear(hidden_states, weight, bias)
         return output if self.row_mask is None else output * spread(self.row_mask, output)
+
+    @property
+    def rowwise(self) -> bool:
+        """Whether rows of the batch are computed differently."""
+        return self.row_mask is not None or self.column_mask is not None
 
     def cut(self, rows: Tensor | None, columns: Tensor | None) -> Part:
         """Contiguous copies of some rows and columns of weight and bias; None takes all."""
@@ -71,12 +77,15 @@ class SliceCache:
         """Bytes that are kept."""
         self.passing = 0
         """How many parts were cut and not kept, because the bound was reached."""
-        self._parts: dict[Hashable, tuple[Tensor, Part]] = {}
+        self._parts: dict[Hashable, tuple[Hashable, Part]] = {}
 
     def get(self, key: Hashable, weight: Tensor, cut: Callable[[], Part]) -> Part:
-        """The part under `key`, cut from `weight` if there is none, or if the weight moved or changed its type."""
-        known = self._parts.get(key)
-        if known is not None and known[0].device == weight.device and known[0].dtype == weight.dtype:
+        """The part under `key`, cut from `weight` if there is none, or if the weight moved or changed.
+
+        What was written through `weight.data` cannot be seen: `clear` then.
+        """
+        known, stamp = self._parts.get(key), _stamp(weight)
+        if known is not None and known[0] == stamp:
             return known[1]
         if known is not None:
             self._drop(key)
@@ -85,7 +94,7 @@ class SliceCache:
         if self.held + size > self.limit:
             self.passing += 1
             return part
-        self._parts[key] = (part[0], part)
+        self._parts[key] = (stamp, part)
         self.held += size
         return part
 
@@ -102,6 +111,11 @@ class SliceCache:
     def _drop(self, key: Hashable) -> None:
         _, part = self._parts.pop(key)
         self.held -= _bytes(part)
+
+
+def _stamp(weight: Tensor) -> Hashable:
+    version = 0 if weight.is_inference() else weight._version
+    return weight.device, weight.dtype, weight.data_ptr(), version
 
 
 def _bytes(part: Part) -> int:

@@ -36,7 +36,7 @@ class TokenFeedForward(FeedForward):
         if keep is None:
             return super().forward(hidden_states, *args, **kwargs)
         dense = not self.gather or keep.dtype != torch.bool or torch.is_grad_enabled()
-        if dense or getattr(self.net[2], "column_mask", None) is not None:  # a mask has a row per image, not per token
+        if dense or any(getattr(module, "rowwise", False) for module in self.net.modules()):  # by image, not by token
             return super().forward(hidden_states, *args, **kwargs) * keep.to(hidden_states.dtype)
         places = keep.flatten().nonzero().squeeze(1)
         rows = hidden_states.reshape(-1, hidden_states.shape[-1])

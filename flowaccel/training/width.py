@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from flowaccel.data import ImageSet
 from flowaccel.hooks import macs_by_module, shapes_of
 from flowaccel.models.dynamic import Dynamics
+from flowaccel.modules.td_lora import ADAPTER, timed_layers
 
 STRATA = 4
 _REACH = 0.2
@@ -206,6 +207,26 @@ class WidthObjective:
         with torch.no_grad():
             embedding = embedded_time(network, t)
             return self.costs.ratio(dynamics, dynamics.evaluated(embedding), kept).mean()
+
+
+def freeze_backbone(network: Any) -> None:
+    """Leave nothing to train but the routers of a dynamic network and, where there is one, its TD-LoRA.
+
+    With a TD-LoRA the loss of the whole network (`WidthObjective.complete_steps`) keeps a meaning, because adapters
+    stay on in it. Do this before the network is given to an optimiser; a controller is switched by
+    `WidthObjective.prepare` afterwards.
+
+    Args:
+        network: a dynamic network; weights that it shares with another are frozen there, too.
+    """
+    network.requires_grad_(False)
+    for wire in network.dynamic.wires:
+        wire.gate.router.requires_grad_(True)
+    for site in network.dynamic.sites:
+        site.router.requires_grad_(True)
+    for layer in timed_layers(network).values():
+        layer.lora_A[ADAPTER].requires_grad_(True)
+        layer.experts.requires_grad_(True)
 
 
 def embedded_time(network: Any, t: Tensor) -> Tensor:

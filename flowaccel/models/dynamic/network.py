@@ -11,9 +11,10 @@ Shapes: B rows, N image tokens, D width, H units of a gate.
 from __future__ import annotations
 
 import functools
+import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from flowaccel.errors import UnsupportedModelError
 from flowaccel.models.dynamic.rules import BlockRule, DynamicRule, GateRule, rule_of
 from flowaccel.models.dynamic.settings import DynamicSettings
 from flowaccel.modules import SliceCache, SlicedLinear, TokenRouter, WidthRouter, logistic_noise, straight_through
+from flowaccel.modules.td_lora import ExpertLinear, TimedLoraLinear, TimedLoraSettings, standing, taken_apart
 from flowaccel.modules.tokens import TokenFeedForward
 
 Bits = tuple[str, ...]
@@ -62,8 +64,19 @@ class Wire:
     """And where its columns begin."""
     attention: Any
     """The module whose `heads` follow the gate."""
+    module: nn.Module
+    """The block itself."""
+    added_rows: list[SlicedLinear] = field(default_factory=list)
+    """The second factors of LoRAs on `rows`."""
+    added_columns: list[tuple[SlicedLinear, int]] = field(default_factory=list)
+    """The first factors of LoRAs on `columns`."""
     tokens: TokenSite | None = None
     """Where the work of this gate is done on part of the tokens."""
+
+    def connect(self) -> None:
+        """Find the layers, also where adapters were put around them or taken away."""
+        found = _linears(self.module, self.rule)
+        self.rows, self.columns, self.added_rows, self.added_columns = found
 
     def elements(self, mask: Tensor) -> Tensor:
         """(..., units) -> (..., rows)."""
@@ -104,9 +117,16 @@ class Dynamics(nn.Module):
         self._bits: Bits = ()
         self._wires: list[Wire] = []
         self._linears: list[_LinearWires] = []
+        self._places: list[tuple[nn.Module, str]] = []
+        self._known: list[tuple[Any, ...]] = []
+        self._experts: list[ExpertLinear] = []
+        self.timed_lora: TimedLoraSettings | None = None
+        """Of the TD-LoRA that the network was given (`add_timed_lora`)."""
         self._sites: list[TokenSite] = []
         self._wire(network)
-        self.cache = SliceCache(sum(_bytes(entry.linear) for entry in self._linears))
+        self.cache = SliceCache(limit=0)
+        self.connect()
+        self.cache.limit = sum(_bytes(entry.linear) for entry in self._linears)
 
     # -- construction
 
@@ -115,7 +135,6 @@ class Dynamics(nn.Module):
         for rule in self.rule.blocks:
             for place, block in enumerate(network.get_submodule(rule.path).children()):
                 self._wire_block(f"{rule.path}.{place}", block, rule, width)
-        self._linears = _by_linear(self._wires)
 
     def _wire_block(self, path: str, block: nn.Module, rule: BlockRule, width: int) -> None:
         own = nn.ModuleDict()
@@ -123,8 +142,7 @@ class Dynamics(nn.Module):
         for gate in rule.gates:
             if getattr(block, gate.name, None) is None:  # the last block of SD3 has no ff_context
                 continue
-            rows = [_sliced(block, name) for name in gate.rows if _has(block, name)]
-            columns = [(_sliced(block, name), start) for name, start in gate.columns if _has(block, name)]
+            rows, columns, _, _ = _linears(block, gate)
             attention = getattr(block, gate.name) if gate.kind == "heads" else None
             made = rows[0].out_features
             units, members = (heads, heads) if attention is not None else (self.settings.groups or heads, made)
@@ -134,7 +152,6 @@ class Dynamics(nn.Module):
                     "set groups to a number that divides them, and give all projections the same number of heads"
                 )
             own[gate.name] = Gate(width, units, members, self.settings)
-            offsets = [(linear, start * rows[0].in_features) for linear, start in columns]
             self._wires.append(
                 Wire(
                     path=f"{path}.{gate.name}",
@@ -143,8 +160,9 @@ class Dynamics(nn.Module):
                     gate=own[gate.name],  # type: ignore[arg-type]
                     each=made // members,
                     rows=rows,
-                    columns=offsets,
+                    columns=columns,
                     attention=attention,
+                    module=block,
                 )
             )
         if self.settings.tokens and rule.tokens is not None:
@@ -164,6 +182,45 @@ class Dynamics(nn.Module):
             if wire.path == f"{path}.{rule.tokens.feed_forward}":
                 wire.tokens = site
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Dynamics:
+        """Move, but never to a narrower type, because a flipped gate changes the network: what `_keep_in_fp32_modules`
+        does where diffusers loads, for `network.to(dtype)`.
+        """
+
+        def moved(value: Tensor) -> Tensor:
+            result = fn(value)
+            narrower = value.is_floating_point() and result.element_size() < value.element_size()
+            return value.to(result.device) if narrower else result
+
+        return super()._apply(moved, recurse)
+
+    def connect(self) -> None:
+        """Follow adapters that were added, removed or merged, and drop what was cut before.
+
+        Every call looks whether this is needed.
+
+        Raises:
+            UnsupportedModelError: layers that cannot be sliced.
+            ValueError: the TD-LoRA that the network was trained with was removed.
+        """
+        self.clear()
+        self.cache.clear()
+        for wire in self._wires:
+            wire.connect()
+        self._linears = _by_linear(self._wires)
+        self._places = list(dict.fromkeys(place for wire in self._wires for place in _places(wire)))
+        self._experts = [layer.experts for layer in self.layers if isinstance(layer, TimedLoraLinear)]
+        if self.timed_lora is not None and not self._experts:
+            raise ValueError(
+                "the TD-LoRA that the gates were trained with is gone: unload_lora_weights() removes all adapters; "
+                "delete_adapters(NAME) removes one. Restore the pipeline and accelerate it again"
+            )
+        self._known = [standing(layer) for layer in self.layers]
+
+    def _follow(self) -> None:
+        if [standing(layer) for layer in self.layers] != self._known:
+            self.connect()
+
     # -- what others use
 
     @property
@@ -172,15 +229,34 @@ class Dynamics(nn.Module):
         return tuple(self._wires)
 
     @property
+    def layers(self) -> list[nn.Module]:
+        """What stands in the place of every gated linear layer at present: itself, or PEFT's layer around it."""
+        return [getattr(parent, name) for parent, name in self._places]
+
+    @property
     def sites(self) -> tuple[TokenSite, ...]:
         """Where tokens can be left out, in the order of the blocks."""
         return tuple(self._sites)
 
+    @property
+    def fingerprint(self) -> str:
+        """A short hash of what decides: all routers and which unit belongs to which gate."""
+        digest = hashlib.sha256()
+        routers = [*(wire.gate.router for wire in self._wires), *(site.router for site in self._sites)]
+        for parameter in (value for router in routers for value in router.parameters()):
+            digest.update(parameter.detach().float().cpu().numpy().tobytes())
+        for wire in self._wires:
+            digest.update(wire.gate.group_of.to(torch.int32).cpu().numpy().tobytes())
+        return digest.hexdigest()[:12]
+
+    def given(self, embedding: Tensor) -> Tensor:
+        """What routers read of timestep embeddings (B, D), in float32."""
+        given = embedding.float()
+        return nn.functional.layer_norm(given, given.shape[-1:]) if self.settings.normalise else given
+
     def logits(self, embedding: Tensor) -> list[Tensor]:
         """The routers' answers to timestep embeddings (B, D): (B, units - 1) for each gate."""
-        given = embedding.float()
-        if self.settings.normalise:
-            given = nn.functional.layer_norm(given, given.shape[-1:])
+        given = self.given(embedding)
         return [wire.gate.router(given) for wire in self._wires]
 
     def evaluated(self, embedding: Tensor) -> list[Tensor]:
@@ -212,6 +288,7 @@ class Dynamics(nn.Module):
         """Forward hook of the module that embeds time: set all gates."""
         if self._paused:
             return
+        self._follow()
         if self._off:
             self.clear()
         elif self.training and torch.is_grad_enabled():
@@ -220,6 +297,14 @@ class Dynamics(nn.Module):
             self.slice(self.chosen)
         else:
             self._slice_rows(self.evaluated(embedding))
+        if self._experts:
+            self._tell(self.given(embedding))
+
+    def _tell(self, given: Tensor) -> None:
+        """Let the experts of a TD-LoRA know the time."""
+        alike = self.chosen is not None or bool((given == given[:1]).all())
+        for experts in self._experts:
+            experts.time = given[:1] if alike and not torch.is_grad_enabled() else given
 
     def _trained(self, embedding: Tensor) -> list[Tensor]:
         if self.hard:
@@ -237,14 +322,15 @@ class Dynamics(nn.Module):
         """Multiply layers by masks (B, units): the head outputs before their projection, and hidden channels before
         their activation."""
         self.clear()
+        self.cache.clear()  # the weights are about to change, and averaging writes them where nobody sees it
         self.masks = masks
         for wire, mask in zip(self._wires, masks, strict=True):
             elements = wire.elements(mask)
             if wire.rule.kind == "channels":
-                for linear in wire.rows:
+                for linear in (*wire.rows, *wire.added_rows):
                     linear.row_mask = elements
                 continue
-            for linear, start in wire.columns:
+            for linear, start in (*wire.columns, *wire.added_columns):
                 rest = linear.in_features - elements.shape[-1]
                 linear.column_mask = (
                     elements if not rest else nn.functional.pad(elements, (start, rest - start), value=1)
@@ -257,7 +343,7 @@ class Dynamics(nn.Module):
         for wire, mask in zip(self._wires, masks, strict=True):
             if bool((mask == mask[:1]).all()):
                 continue
-            for linear, start in wire.columns:
+            for linear, start in (*wire.columns, *wire.added_columns):
                 elements = wire.elements(mask)
                 before = linear.column_mask
                 if before is None:
@@ -291,6 +377,8 @@ class Dynamics(nn.Module):
         for entry in self._linears:
             linear = entry.linear
             linear.part = linear.row_mask = linear.column_mask = None
+        for experts in self._experts:
+            experts.time = None
         for wire in self._wires:
             if wire.attention is not None:
                 wire.attention.heads = wire.gate.units
@@ -355,9 +443,9 @@ def _by_linear(wires: list[Wire]) -> list[_LinearWires]:
         return found.setdefault(id(linear), _LinearWires(linear, None, []))
 
     for place, wire in enumerate(wires):
-        for linear in wire.rows:
+        for linear in (*wire.rows, *wire.added_rows):
             entry(linear).rows = (place, wire)
-        for linear, start in wire.columns:
+        for linear, start in (*wire.columns, *wire.added_columns):
             entry(linear).columns.append((place, wire, start))
     return list(found.values())
 
@@ -374,16 +462,47 @@ def _has(block: nn.Module, name: str) -> bool:
         return False
 
 
-def _sliced(block: nn.Module, name: str) -> SlicedLinear:
-    linear = block.get_submodule(name)
-    if isinstance(linear, SlicedLinear):
-        return linear
-    if type(linear) is not nn.Linear:
+Columns = list[tuple[SlicedLinear, int]]
+
+
+def _linears(block: nn.Module, rule: GateRule) -> tuple[list[SlicedLinear], Columns, list[SlicedLinear], Columns]:
+    """The layers of a gate: those that make its units and those that read them, and the same of LoRAs on them."""
+    rows, columns, added_rows, added_columns = [], [], [], []
+    for name in rule.rows:
+        if _has(block, name):
+            base, _, seconds = _sliced(block, name)
+            rows.append(base)
+            added_rows += seconds
+    for name, multiple in rule.columns:
+        if _has(block, name):
+            base, firsts, _ = _sliced(block, name)
+            start = multiple * rows[0].in_features
+            columns.append((base, start))
+            added_columns += [(first, start) for first in firsts]
+    return rows, columns, added_rows, added_columns
+
+
+def _places(wire: Wire) -> Iterator[tuple[nn.Module, str]]:
+    """Where the layers of a gate lie: the module that holds one, and its name there."""
+    for name in (*wire.rule.rows, *(name for name, _ in wire.rule.columns)):
+        if _has(wire.module, name):
+            parent, _, child = name.rpartition(".")
+            yield wire.module.get_submodule(parent), child
+
+
+def _sliced(block: nn.Module, name: str) -> tuple[SlicedLinear, list[SlicedLinear], list[SlicedLinear]]:
+    """A layer, and the first and second factors of LoRAs on it, all ready to be sliced."""
+    linear, firsts, seconds = taken_apart(block.get_submodule(name))
+    if type(linear) is not nn.Linear and not isinstance(linear, SlicedLinear):
         raise UnsupportedModelError(
             f"{name} of a {type(block).__name__} is a {type(linear).__name__}; dynamic width slices plain nn.Linear "
-            "layers: quantise, fuse or add adapters afterwards"
+            "layers, and those with PEFT's LoRA: quantise and fuse afterwards"
         )
-    return SlicedLinear.take_over(linear)
+    return (
+        SlicedLinear.take_over(linear),
+        [SlicedLinear.take_over(first) for first in firsts],
+        [SlicedLinear.take_over(second) for second in seconds],
+    )
 
 
 def _bytes(linear: nn.Linear) -> int:

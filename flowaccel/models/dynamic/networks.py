@@ -57,6 +57,7 @@ class DynamicMixin:
         network.__class__ = cls
         network._internal_dict = FrozenDict(dict(network._internal_dict))
         cls.install(network, DynamicSettings.of(settings))
+        network.dynamic.to(base.device)
         rank(network)
         return network
 
