@@ -2,10 +2,11 @@
 
     y = W x + s / r * sum_e alpha_e(t) B_e A x,    alpha(t) = softmax(W_r E_t)
 
-W is frozen; A (r, columns) is shared; the experts B_1 ... B_E (rows, r) start at 0, and so does W_r (E, D), which reads
-the timestep embedding E_t. No code was published with the paper: which factor carries the experts, and s, r and E are a
-reading that gives the published number of parameters. It is the same as one LoRA of rank E r with A stacked E times
-and its rank channels multiplied by alpha.
+W is frozen; A (r, columns) is shared; the experts B_1 ... B_E (rows, r) start at 0; W_r (E, D) reads the timestep
+embedding E_t. W_r starts near 0 but not at it: with equal shares all experts get the same gradient, stay the same, and
+W_r gets none. No code was published with the paper: which factor carries the experts, and s, r and E are a reading that
+gives the published number of parameters. It is the same as one LoRA of rank E r with A stacked E times and its rank
+channels multiplied by alpha.
 
 All that flowaccel knows of the insides of PEFT's layers stands in this file.
 """
@@ -25,6 +26,8 @@ from flowaccel.modules.sliced import SlicedLinear, spread
 
 ADAPTER = "timed"
 """PEFT's name of the adapter."""
+_START = 0.02
+"""Standard deviation of W_r."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +76,7 @@ class ExpertLinear(SlicedLinear):
         self.rank, self.experts = rank, experts
         self.router = nn.Linear(width, experts, bias=False)
         nn.init.zeros_(self.weight)
-        nn.init.zeros_(self.router.weight)
+        nn.init.normal_(self.router.weight, std=_START)
 
     @property
     def rowwise(self) -> bool:
@@ -123,7 +126,6 @@ class TimedLoraLinear(lora.Linear):
         layer.lora_A[ADAPTER].requires_grad_(True)
         layer.__class__ = TimedLoraLinear
         assert isinstance(layer, TimedLoraLinear)
-        layer.set_adapter(layer.active_adapters)
         return layer
 
     @property
@@ -187,12 +189,15 @@ def inject_timed_lora(network: nn.Module, paths: list[str], width: int, settings
     if timed_layers(network):
         raise ValueError("the network has a TD-LoRA already; make one from its base again")
     before = [(parameter, parameter.requires_grad) for parameter in network.parameters()]
+    active = [(module, module.active_adapters) for module in network.modules() if isinstance(module, lora.LoraLayer)]
     config = LoraConfig(r=settings.rank, lora_alpha=settings.scale, target_modules=list(paths))
     inject_adapter_in_model(config, network, ADAPTER)
-    for parameter, wanted in before:  # PEFT freezes all else, which others may share
-        parameter.requires_grad_(wanted)
     for path in paths:
         TimedLoraLinear.take_over(network.get_submodule(path), settings, width)
+    for layer, names in active:  # PEFT chooses the new adapter alone, and freezes all else, which others may share
+        layer.set_adapter(names)
+    for parameter, wanted in before:
+        parameter.requires_grad_(wanted)
     if hasattr(network, "_hf_peft_config_loaded"):  # what diffusers' own loader of adapters leaves
         network._hf_peft_config_loaded = True  # type: ignore[assignment]
 
