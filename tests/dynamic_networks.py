@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from diffusers import DiTTransformer2DModel, LatteTransformer3DModel
 from torch import Tensor, nn
 
 import tiny
@@ -68,13 +69,53 @@ def flux_call(network: nn.Module, times: Tensor) -> Tensor:
     return output
 
 
+def dit(seed: int = 0) -> Any:
+    torch.manual_seed(seed)
+    sizes = {"sample_size": 8, "patch_size": 2, "in_channels": 4, "out_channels": 8, "num_embeds_ada_norm": 1000}
+    network = DiTTransformer2DModel(**SIZES, **sizes).eval()
+    tiny.random_weights(network, seed)
+    blocks = network.transformer_blocks
+    for block in blocks[1:]:  # as in the released checkpoints
+        block.norm1.emb.timestep_embedder.load_state_dict(blocks[0].norm1.emb.timestep_embedder.state_dict())
+    return network
+
+
+def dit_call(network: nn.Module, times: Tensor) -> Tensor:
+    rows = len(times)
+    labels = torch.arange(rows)
+    output: Tensor = network(_noise(rows, 4, 8, 8), 1000 * times, class_labels=labels, return_dict=False)[0]
+    return output
+
+
+def latte(seed: int = 0) -> Any:
+    torch.manual_seed(seed)
+    sizes = {"sample_size": 8, "patch_size": 2, "in_channels": 4, "out_channels": 4, "caption_channels": tiny.CONTEXT}
+    options = {"cross_attention_dim": 16, "norm_type": "ada_norm_single", "activation_fn": "gelu-approximate"}
+    network = LatteTransformer3DModel(**SIZES, **sizes, **options, video_length=3, attention_bias=True).eval()
+    tiny.random_weights(network, seed)
+    return network
+
+
+def latte_call(network: nn.Module, times: Tensor) -> Tensor:
+    rows = len(times)
+    text = _noise(rows, tiny.TOKENS, tiny.CONTEXT)
+    output: Tensor = network(
+        _noise(rows, 4, 3, 8, 8), timestep=1000 * times, encoder_hidden_states=text, return_dict=False
+    )[0]
+    return output
+
+
 Call = Callable[[nn.Module, Tensor], Tensor]
 FAMILIES: dict[str, tuple[Callable[..., Any], Call]] = {
     "sit": (sit, sit_call),
     "sd3": (sd3, sd3_call),
     "flux": (flux, flux_call),
+    "dit": (dit, dit_call),
+    "latte": (latte, latte_call),
 }
 """A stock network, and a call of it at `times` (B,) in (0, 1)."""
+WITH_LOADER = ("sit", "sd3", "flux")
+"""Those that have diffusers' loader of adapters."""
 
 
 def random_routers(network: Any, seed: int = 5) -> None:

@@ -220,12 +220,15 @@ def taken_apart(layer: nn.Module) -> tuple[nn.Module, list[nn.Linear], list[nn.L
         raise UnsupportedModelError(
             f"dynamic width slices plain LoRA, but there are adapters of other forms: {forms}; fuse and unload them"
         )
+    if layer.merged and layer.disable_adapters:
+        layer.unmerge()  # PEFT would do it during the call, when slices are cut already
     return layer.get_base_layer(), list(layer.lora_A.values()), list(layer.lora_B.values())
 
 
 def standing(layer: nn.Module) -> tuple[Any, ...]:
-    """What differs after adapters on `layer` were added, removed, merged or unmerged."""
+    """What differs after adapters on `layer` were added, removed, merged, unmerged or switched off."""
     if not isinstance(layer, lora.Linear):
         return (layer,)
     merged = tuple((name, layer.scaling.get(name)) for name in layer.merged_adapters)
-    return (layer, layer.get_base_layer(), *layer.lora_A.values(), *layer.lora_B.values(), merged)
+    factors = (*layer.lora_A.values(), *layer.lora_B.values())
+    return (layer, layer.get_base_layer(), *factors, merged, layer.disable_adapters)

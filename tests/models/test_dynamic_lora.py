@@ -11,7 +11,7 @@ import torch
 from peft import LoraConfig
 from torch import Tensor, nn
 
-from dynamic_networks import FAMILIES, dynamic, masked, relative, sd3, sd3_call, sit, sit_call, sliced
+from dynamic_networks import FAMILIES, WITH_LOADER, dynamic, masked, relative, sd3, sd3_call, sit, sit_call, sliced
 from flowaccel.errors import UnsupportedModelError
 from flowaccel.models.dynamic import make_dynamic
 
@@ -21,7 +21,7 @@ TARGETS += ["proj_mlp", "proj_out", "linear"]
 """Gated layers and others."""
 
 
-@pytest.fixture(params=list(FAMILIES))
+@pytest.fixture(params=WITH_LOADER)
 def family(request: pytest.FixtureRequest) -> tuple[Callable[..., Any], Callable[[nn.Module, Tensor], Tensor]]:
     return FAMILIES[request.param]
 
@@ -98,6 +98,12 @@ def test_a_fused_lora_counts_at_once() -> None:
     network.fuse_lora()
     assert relative(sliced(sd3_call, network, ONE), wanted) < 1e-5
     network.unfuse_lora()
+    assert relative(sliced(sd3_call, network, ONE), wanted) < 1e-5
+    network.fuse_lora()
+    sliced(sd3_call, network, ONE)
+    network.disable_lora()
+    assert relative(sliced(sd3_call, network, ONE), without) < 1e-5
+    network.enable_lora()
     assert relative(sliced(sd3_call, network, ONE), wanted) < 1e-5
     network.fuse_lora(lora_scale=0.5)
     half = sliced(sd3_call, network, ONE)
