@@ -230,5 +230,6 @@ def standing(layer: nn.Module) -> tuple[Any, ...]:
     if not isinstance(layer, lora.Linear):
         return (layer,)
     merged = tuple((name, layer.scaling.get(name)) for name in layer.merged_adapters)
-    factors = (*layer.lora_A.values(), *layer.lora_B.values())
-    return (layer, layer.get_base_layer(), *factors, merged, layer.disable_adapters)
+    parts = layer._modules  # attributes of modules are slow, and this is asked at every call
+    factors = (*parts["lora_A"]._modules.values(), *parts["lora_B"]._modules.values())
+    return (layer, parts["base_layer"], *factors, merged, layer.disable_adapters)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -70,6 +71,7 @@ def test_a_narrow_base_keeps_the_routers(tmp_path: Path) -> None:
     narrow = WidthAdapter.from_pretrained(tmp_path).apply(sd3().to(torch.bfloat16))
     assert narrow.dynamic.fingerprint == network.dynamic.fingerprint
     assert narrow.dtype == torch.bfloat16
+    assert {value.dtype for name, value in narrow.named_parameters() if ".lora_" in name} == {torch.bfloat16}
     found = sliced(lambda module, times: half(sd3_call, module, times), narrow, TIMES)
     assert relative(found.float(), sliced(sd3_call, network, TIMES)) < 0.1
 
@@ -165,6 +167,22 @@ def test_the_full_form_keeps_the_fingerprint(make: Callable[..., Any], tmp_path:
     assert narrow.dtype == torch.bfloat16
     assert {value.dtype for value in narrow.dynamic.parameters()} == {torch.float32}
     assert narrow.dynamic.fingerprint == wanted
+
+
+def test_the_full_form_has_no_place_for_a_td_lora(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="WidthAdapter"):
+        trained(sit()).save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_deep_copy_is_a_network_of_its_own() -> None:
+    network = trained(sit())
+    wanted = sliced(sit_call, network, TIMES)
+    copied = copy.deepcopy(network)
+    assert torch.equal(sliced(sit_call, copied, TIMES), wanted)
+    random_experts(copied, seed=9)
+    assert relative(sliced(sit_call, copied, TIMES), wanted) > 1e-2
+    assert torch.equal(sliced(sit_call, network, TIMES), wanted)
 
 
 def test_a_cast_keeps_the_fingerprint() -> None:

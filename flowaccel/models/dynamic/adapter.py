@@ -118,7 +118,7 @@ def _given(network: Any, times: Tensor) -> Tensor:
 
 class WidthAdapter(nn.Module):
     """What makes a network dynamic while its weights stay: routers, which unit belongs to which gate, and perhaps a
-    TD-LoRA. A few megabytes, and good for one set of weights only, which it knows by a probe.
+    TD-LoRA. A small part of the network, and good for one set of weights only, which it knows by a probe.
 
     Nothing in it is computed with; `apply` gives a network. Its weights stay on the CPU in their type.
 

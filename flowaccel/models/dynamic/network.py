@@ -231,7 +231,7 @@ class Dynamics(nn.Module):
     @property
     def layers(self) -> list[nn.Module]:
         """What stands in the place of every gated linear layer at present: itself, or PEFT's layer around it."""
-        return [getattr(parent, name) for parent, name in self._places]
+        return [parent._modules[name] for parent, name in self._places]  # type: ignore[misc]
 
     @property
     def sites(self) -> tuple[TokenSite, ...]:
@@ -302,9 +302,9 @@ class Dynamics(nn.Module):
 
     def _tell(self, given: Tensor) -> None:
         """Let the experts of a TD-LoRA know the time."""
-        alike = self.chosen is not None or bool((given == given[:1]).all())
+        alike = not torch.is_grad_enabled() and (self.chosen is not None or bool((given == given[:1]).all()))
         for experts in self._experts:
-            experts.time = given[:1] if alike and not torch.is_grad_enabled() else given
+            experts.time = given[:1] if alike else given
 
     def _trained(self, embedding: Tensor) -> list[Tensor]:
         if self.hard:
@@ -375,8 +375,7 @@ class Dynamics(nn.Module):
         self._bits = ()
         self.masks = []
         for entry in self._linears:
-            linear = entry.linear
-            linear.part = linear.row_mask = linear.column_mask = None
+            entry.linear.clear()
         for experts in self._experts:
             experts.time = None
         for wire in self._wires:

@@ -38,6 +38,19 @@ class DynamicMixin:
         network.get_submodule(network.dynamic.rule.time_embed).register_forward_hook(network.dynamic.timed)
         network.register_forward_hook(network.dynamic.ended, always_call=True)
 
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """As diffusers'.
+
+        Raises:
+            ValueError: there is a TD-LoRA, whose layers `from_pretrained` would not find.
+        """
+        if self.dynamic.timed_lora is not None:
+            raise ValueError(
+                "a network with a TD-LoRA is saved as what was trained, beside its base: "
+                "WidthAdapter.of(network).save_pretrained(folder)"
+            )
+        super().save_pretrained(*args, **kwargs)  # type: ignore[misc]
+
     @classmethod
     def from_base(cls, base: nn.Module, settings: DynamicSettings | dict[str, Any] | None = None) -> Any:
         """A dynamic network around the very weights of `base`, which stays as it is.
