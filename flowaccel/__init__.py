@@ -7,6 +7,7 @@ from diffusers import SchedulerMixin as SchedulerMixin
 
 from flowaccel.accelerators import Accelerator as Accelerator
 from flowaccel.accelerators import AdaptiveGuidance as AdaptiveGuidance
+from flowaccel.accelerators import DynamicWidth as DynamicWidth
 from flowaccel.accelerators import FeatureCache as FeatureCache
 from flowaccel.accelerators import GuidanceInterval as GuidanceInterval
 from flowaccel.accelerators import GuidanceSkip as GuidanceSkip
@@ -48,6 +49,7 @@ __all__ = [
     "AdaptiveGuidance",
     "CheckpointError",
     "DigitsClassifier",
+    "DynamicWidth",
     "FeatureCache",
     "FlowAdamsBashforthScheduler",
     "FlowRungeKuttaScheduler",

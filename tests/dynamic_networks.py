@@ -124,7 +124,7 @@ def random_routers(network: Any, seed: int = 5) -> None:
     for wire in network.dynamic.wires:
         router = wire.gate.router
         nn.init.normal_(router.weight, std=4.0)
-        nn.init.normal_(router.bias, std=0.3)
+        nn.init.normal_(router.bias, -4.0, 4.0)
     for site in network.dynamic.sites:
         nn.init.zeros_(site.router[2].bias)
 

@@ -5,6 +5,7 @@ from flowaccel.accelerators.cache_presets import CACHE_PRESETS as CACHE_PRESETS
 from flowaccel.accelerators.cache_presets import cache_preset as cache_preset
 from flowaccel.accelerators.calibration import Calibration as Calibration
 from flowaccel.accelerators.calibration import GridCalibration as GridCalibration
+from flowaccel.accelerators.dynamic_width import DynamicWidth as DynamicWidth
 from flowaccel.accelerators.feature_cache import FeatureCache as FeatureCache
 from flowaccel.accelerators.guidance import AdaptiveGuidance as AdaptiveGuidance
 from flowaccel.accelerators.guidance import GuidanceInterval as GuidanceInterval
@@ -17,7 +18,8 @@ from flowaccel.accelerators.step_skip import StepSkip as StepSkip
 from flowaccel.accelerators.velocity_refiner import VelocityRefiner as VelocityRefiner
 
 ACCELERATORS: dict[str, type[Accelerator]] = {
-    kind.name: kind for kind in (Sampler, VelocityRefiner, FeatureCache, LevelCache, StepSkip, GuidanceSkip)
+    kind.name: kind
+    for kind in (Sampler, DynamicWidth, VelocityRefiner, FeatureCache, LevelCache, StepSkip, GuidanceSkip)
 }
 
 __all__ = [
@@ -27,6 +29,7 @@ __all__ = [
     "Accelerator",
     "AdaptiveGuidance",
     "Calibration",
+    "DynamicWidth",
     "FeatureCache",
     "GridCalibration",
     "GuidanceInterval",

@@ -41,6 +41,7 @@ class Rule:
 RULES = (
     Rule("at_most_one", ANY, reason="one of a kind works at a time"),
     Rule("at_most_one", "scheduler", reason="a pipeline has one scheduler"),
+    Rule("at_most_one", "variant", reason="a pipeline has one network"),
     Rule("before", "variant", "hook", "a variant is another network; a hook put on before it stays on the old one"),
     Rule("before", "sampler", "velocity_refiner", "the refiner works on the R steps that the sampler makes"),
     Rule("at_most_one", "cache", reason="two caches would forecast from each other's forecasts; choose one"),

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-import diffusers
-from safetensors import SafetensorError
 from torch import nn
 
-from flowaccel import models
 from flowaccel.accelerators.base import Accelerator, Detach
+from flowaccel.accelerators.loading import load_network
 from flowaccel.accelerators.serial import learned
-from flowaccel.errors import CheckpointError, WeightsNotFoundError
+from flowaccel.errors import WeightsNotFoundError
 from flowaccel.hooks import Call, denoiser, session_of
-from flowaccel.models import convention_of, refined
+from flowaccel.models import convention_of, refined, stock_class
 
 FOLDER = "refiner"
 # what the refiner must share with its base, because both are called with the same arguments
@@ -139,7 +136,7 @@ def new_refiner(network: Any) -> Any:
         overrides["num_single_layers"] = 0
     if "dual_attention_layers" in config:
         overrides["dual_attention_layers"] = tuple(i for i in config["dual_attention_layers"] if i < 1)
-    refiner = type(network).from_config({**config, **overrides})
+    refiner = stock_class(network).from_config({**config, **overrides})
     nn.init.zeros_(refiner.proj_out.weight)
     nn.init.zeros_(refiner.proj_out.bias)
     return refiner
@@ -147,9 +144,10 @@ def new_refiner(network: Any) -> Any:
 
 def check_refiner(refiner: Any, network: Any) -> None:
     """Raise a ValueError that names every misfit between a refiner and its base network."""
-    if type(refiner) is not type(network):
+    stock = stock_class(network)
+    if type(refiner) is not stock:
         raise ValueError(
-            f"the refiner is a {type(refiner).__name__}, the network a {type(network).__name__}; they must be alike"
+            f"the refiner is a {type(refiner).__name__}, the network a {stock.__name__}; they must be alike"
         )
     base = network.config
     wanted = {name: base[name] for name in _SHARED if name in base}
@@ -165,36 +163,5 @@ def check_refiner(refiner: Any, network: Any) -> None:
 
 
 def load_refiner(folder: Path) -> nn.Module:
-    """Load a refiner saved by `save_pretrained`, whatever its class.
-
-    Raises:
-        WeightsNotFoundError: no configuration in `folder`.
-        CheckpointError: not a network of diffusers or flowaccel, or its weights are damaged or missing.
-    """
-    config_file = folder / "config.json"
-    if not config_file.is_file():
-        raise WeightsNotFoundError(f"no refiner in {folder}: it has no config.json")
-    try:
-        class_name = json.loads(config_file.read_text())["_class_name"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(
-            f"{config_file} is not the configuration of a network: {type(error).__name__}: {error}"
-        ) from error
-    network_class: Any = getattr(models, str(class_name), None) or getattr(diffusers, str(class_name), None)
-    is_network = isinstance(network_class, type) and issubclass(network_class, diffusers.ModelMixin)
-    if not is_network:
-        raise CheckpointError(
-            f"{config_file} names the class {class_name!r}, which is no network that flowaccel or diffusers has"
-        )
-    try:
-        network, info = network_class.from_pretrained(folder, use_safetensors=True, output_loading_info=True)
-    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
-        reason = str(error).split("\n")[0]
-        raise CheckpointError(f"cannot load the refiner in {folder} ({type(error).__name__}: {reason})") from error
-    misfits = [*info["missing_keys"], *info["unexpected_keys"]]
-    if misfits:
-        raise CheckpointError(
-            f"the weights in {folder} do not fit its config.json: {len(misfits)} entries missing or unexpected, "
-            f"{', '.join(sorted(misfits)[:3])} among them"
-        )
-    return network
+    """Load a refiner saved by `save_pretrained`, whatever its class; raises as `load_network` does."""
+    return load_network(folder, "refiner")

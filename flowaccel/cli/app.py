@@ -7,7 +7,7 @@ import sys
 
 import typer
 
-from flowaccel.cli import calibrate, compare, convert, demo, evaluate, generate, recipes, stats, train, zoo
+from flowaccel.cli import calibrate, compare, convert, demo, evaluate, generate, plan, recipes, stats, train, zoo
 
 app = typer.Typer(
     name="flowaccel",
@@ -22,6 +22,7 @@ app.command("generate")(generate.generate)
 app.command("evaluate")(evaluate.evaluate)
 app.command("compare")(compare.compare)
 app.command("calibrate")(calibrate.calibrate)
+app.command("plan")(plan.plan)
 app.command("stats")(stats.stats)
 app.command("export-npz")(stats.export)
 app.command("convert")(convert.convert)

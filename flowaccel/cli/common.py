@@ -92,8 +92,8 @@ def zoo_entry(name: str) -> zoo.Entry | None:
 
 
 def open_recipe(name: str) -> Recipe:
-    """Load a recipe by preset name, file or folder."""
-    return resolve(name)
+    """Load a recipe by preset name, file, folder, Hub id or zoo:NAME."""
+    return resolve(zoo.recipe_folder(name) if name.startswith(zoo.PREFIX) else name)
 
 
 def saved_with(name: str) -> Recipe | None:

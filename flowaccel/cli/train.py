@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
+import json
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,6 +15,7 @@ import typer
 from diffusers import StableDiffusion3Pipeline
 
 from flowaccel import zoo
+from flowaccel.accelerators import DynamicWidth
 from flowaccel.accelerators.velocity_refiner import new_refiner
 from flowaccel.cli.common import (
     DeviceOption,
@@ -21,16 +25,27 @@ from flowaccel.cli.common import (
     emit,
     friendly_errors,
     open_pipeline,
+    open_recipe,
     say,
 )
 from flowaccel.cli.common import progress as progress_bar
 from flowaccel.data import DATASETS, CaptionedSet, ImageSet
 from flowaccel.errors import UnsupportedModelError
+from flowaccel.models import DynamicSettings, make_dynamic
 from flowaccel.pipelines import SiTPipeline
-from flowaccel.training.loop import LoopConfig
+from flowaccel.recipe import Recipe, accelerated
+from flowaccel.training.loop import LoopConfig, Progress
 from flowaccel.training.loop import train as run_training
 from flowaccel.training.refiner import DELTA_MAX, RefinerObjective
 from flowaccel.training.text_to_image import prompted_data
+from flowaccel.training.width import (
+    STYLES,
+    MacsCosts,
+    WidthObjective,
+    call_arguments,
+    layer_ratios,
+    plan_training,
+)
 
 app = typer.Typer(help="Train a learned accelerator.", no_args_is_help=True)
 
@@ -76,10 +91,9 @@ def refiner(
     Example: flowaccel train refiner zoo:sit-digits --out my-refiner --steps 2000 --batch-size 64 --learning-rate 1e-3
     """
     with friendly_errors(" The last checkpoint is kept; the same command goes on from there."):
-        if data not in DATASETS:
-            raise ValueError(f"--data must be one of {sorted(DATASETS)}, got {data!r}")
+        known = _known_data(data)
         pipeline = open_pipeline(pipe, device)
-        images, wrap = training_data(pipe, pipeline, data)
+        images, wrap = training_data(pipe, pipeline, known)
         teacher = wrap(pipeline.transformer.eval().requires_grad_(False))
         objective = RefinerObjective(
             teacher=teacher,
@@ -114,8 +128,154 @@ def refiner(
         )
 
 
+@app.command("width")
+def width(
+    pipe: PipeArgument,
+    out: Annotated[Path, typer.Option(help="Folder for the recipe with the network; a started one is resumed.")],
+    ratio: Annotated[
+        float, typer.Option(help="Share of the switchable multiply-adds to aim at, above 0 and at most 1.")
+    ] = 0.5,
+    style: Annotated[
+        str,
+        typer.Option(help=f"Defaults of what follows: {' or '.join(STYLES)} (see the documentation)."),
+    ] = "recommended",
+    tokens: Annotated[bool, typer.Option(help="Also let feed-forwards leave out tokens.")] = False,
+    groups: Annotated[
+        int | None, typer.Option(min=1, help="Groups of hidden channels in a feed-forward; default one per head.")
+    ] = None,
+    normalise: Annotated[
+        bool | None, typer.Option(help="Give routers time less its mean, in units of its spread.")
+    ] = None,
+    bias: Annotated[float | None, typer.Option(help="What the logits of heads and channels start at.")] = None,
+    token_bias: Annotated[float | None, typer.Option(help="What the logits of tokens start at.")] = None,
+    tau: Annotated[float | None, typer.Option(help="Temperature of the relaxation.")] = None,
+    data: Annotated[str, typer.Option(help="Embedded data set.")] = "digits",
+    steps: Annotated[int, typer.Option(min=1)] = 20_000,
+    batch_size: Annotated[int, typer.Option(min=1)] = 256,
+    learning_rate: Annotated[float, typer.Option()] = 1e-4,
+    router_rate: Annotated[float, typer.Option(help="How much faster routers learn than the rest.")] = 1.0,
+    label_drop: Annotated[float, typer.Option(help="Share of rows trained on the null label.")] = 0.1,
+    macs_weight: Annotated[float, typer.Option(help="Weight of the loss on multiply-adds.")] = 2.0,
+    ramp: Annotated[int, typer.Option(min=0, help="Steps after which the target reaches the ratio.")] = 1000,
+    complete_steps: Annotated[
+        int, typer.Option(min=0, help="For so many steps the whole network is trained beside the dynamic one.")
+    ] = 0,
+    distill: Annotated[
+        float | None, typer.Option(help="Weight of the distance to what the untouched network returns; 0 for none.")
+    ] = None,
+    density: Annotated[
+        str | None, typer.Option(help="Times of training: stratified, uniform or deployment (needs --deploy).")
+    ] = None,
+    deploy: Annotated[
+        str | None, typer.Option(metavar="RECIPE@N", help="Train on the times of this sampler: `euler@20`, `none@28`.")
+    ] = None,
+    controller: Annotated[
+        bool | None, typer.Option(help="Move the target until the ratio without noise is the one asked for.")
+    ] = None,
+    rest: Annotated[
+        float | None, typer.Option(help="Last part of the training, in which routers rest, from 0 to below 1.")
+    ] = None,
+    ema_decay: Annotated[float, typer.Option(help="Decay of the averaged weights, which are what is saved.")] = 0.999,
+    precision: Annotated[str, typer.Option(help="no, bf16 or fp16.")] = "no",
+    save_every: Annotated[int, typer.Option(min=1, help="Also how often the ratios of all layers are logged.")] = 500,
+    seed: SeedOption = 0,
+    device: DeviceOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Train dynamic width and tokens (DyDiT, arXiv 2410.03456) for a SiTPipeline or a StableDiffusion3Pipeline.
+
+    Writes a recipe (--recipe OUT) and, while training, the ratios of all layers to OUT/training/ratios.jsonl.
+
+    Example: flowaccel train width zoo:sit-digits --out narrow --ratio 0.5 --steps 1200 --batch-size 64 --learning-rate
+    5e-4 --router-rate 2 --ramp 400 --ema-decay 0.99
+    """
+    with friendly_errors(" The last checkpoint is kept; the same command goes on from there."):
+        given = {"normalise": normalise, "bias": bias, "token_bias": token_bias, "tau": tau}
+        density = density or ("deployment" if deploy is not None else None)
+        options = {"density": density, "controller": controller, "distill_weight": distill}
+        plan = plan_training(style, routers=_given(given), objective=_given(options), rest=rest, steps=steps)
+        pipeline = open_pipeline(pipe, device)
+        images, wrap = training_data(pipe, pipeline, _known_data(data))
+        base = pipeline.transformer
+        torch.manual_seed(seed)
+        network = make_dynamic(copy.deepcopy(base), DynamicSettings(tokens=tokens, groups=groups, **plan.routers))
+        wrapped, teacher = wrap(network), wrap(base.eval().requires_grad_(False))
+        example = WidthObjective.example(images, teacher.null_label, base.device)
+        objective = WidthObjective(
+            data=images,
+            null_label=teacher.null_label,
+            costs=MacsCosts.of(network, call_arguments(wrapped, *example), 1),
+            ratio=ratio,
+            batch_size=batch_size,
+            label_drop=label_drop,
+            macs_weight=macs_weight,
+            ramp=ramp,
+            complete_steps=complete_steps,
+            teacher=teacher if plan.objective.get("distill_weight", 0.0) > 0 else None,
+            times=() if deploy is None else deployment_times(pipeline, deploy),
+            **plan.objective,
+        )
+        objective.prepare(wrapped)
+        loop = LoopConfig(
+            steps=steps,
+            learning_rate=learning_rate,
+            rate_scales={"dynamic": router_rate},
+            ema_decay=ema_decay,
+            precision=precision,
+            save_every=save_every,
+            seed=seed,
+        )
+        with progress_bar() as notify:
+            for state in run_training(wrapped, objective, loop, out / "training"):
+                if state.step % save_every == 0 or state.step == steps:
+                    log_ratios(out / "training" / "ratios.jsonl", state, objective, wrapped)
+                notify("steps", state.step, steps)
+        found = layer_ratios(objective, wrapped, torch.Generator().manual_seed(seed))
+        network.requires_grad_(False).eval()
+        Recipe([DynamicWidth(network)], name=out.name).for_pipeline(pipeline).save_pretrained(out)
+        emit(
+            {"out": str(out), "steps": steps, "ratio": found.ratio, "gates": found.gates, "tokens": found.tokens},
+            as_json,
+            lambda: say(f"wrote the recipe to {out}; ratio with the gates of evaluation {found.ratio:.3f}"),
+        )
+
+
+def _given(options: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _known_data(name: str) -> str:
+    if name not in DATASETS:
+        raise ValueError(f"--data must be one of {sorted(DATASETS)}, got {name!r}")
+    return name
+
+
+def deployment_times(pipeline: Any, recipe: str) -> tuple[float, ...]:
+    """Times in SiT's convention (1 data) at which a recipe's sampler calls the network.
+
+    Raises:
+        ValueError: the recipe does not say how many steps.
+    """
+    chosen = open_recipe(recipe)
+    if chosen.num_inference_steps is None:
+        raise ValueError(f"--deploy must say how many steps, such as {recipe}@20, got {recipe!r}")
+    with accelerated(pipeline, chosen):
+        scheduler = pipeline.scheduler
+        scheduler.set_timesteps(chosen.num_inference_steps)
+        scale = scheduler.config.get("num_train_timesteps", 1000)
+        return tuple(1 - float(value) / scale for value in scheduler.timesteps)
+
+
+def log_ratios(path: Path, state: Progress, objective: WidthObjective, network: Any) -> None:
+    """Append the ratios of all layers, with the gates of evaluation and the weights of this step, to a file."""
+    found = layer_ratios(objective, network, torch.Generator().manual_seed(state.step))
+    entry = {"step": state.step, "loss": state.loss, **asdict(found)}
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(entry) + "\n")
+
+
 def training_data(pipe: str, pipeline: Any, data_set: str) -> tuple[ImageSet, Callable[[Any], Any]]:
-    """What a refiner of the pipeline is trained on, and how its networks are called for that.
+    """What the parts of a pipeline are trained on, and how its networks are called for that.
 
     Raises:
         ValueError: images without what the pipeline is conditioned on.
@@ -134,5 +294,5 @@ def training_data(pipe: str, pipeline: Any, data_set: str) -> tuple[ImageSet, Ca
         prompted = prompted_data(pipeline, data, called.get("max_sequence_length", default))
         return prompted.latents, prompted.wrap
     raise UnsupportedModelError(
-        f"this trains refiners of a SiTPipeline or a StableDiffusion3Pipeline, got a {type(pipeline).__name__}"
+        f"this trains parts of a SiTPipeline or a StableDiffusion3Pipeline, got a {type(pipeline).__name__}"
     )

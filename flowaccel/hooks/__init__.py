@@ -12,6 +12,7 @@ from flowaccel.hooks.calls import UNCOND as UNCOND
 from flowaccel.hooks.calls import Call as Call
 from flowaccel.hooks.calls import CallRecord as CallRecord
 from flowaccel.hooks.calls import Run as Run
+from flowaccel.hooks.exchange import exchange as exchange
 from flowaccel.hooks.families import FAMILIES as FAMILIES
 from flowaccel.hooks.families import BlockList as BlockList
 from flowaccel.hooks.families import Family as Family
@@ -50,6 +51,7 @@ __all__ = [
     "attention_input",
     "close_session",
     "denoiser",
+    "exchange",
     "family_of",
     "macs_by_module",
     "networks",

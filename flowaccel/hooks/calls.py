@@ -34,8 +34,9 @@ class CallRecord:
     """Per image, where an accelerator decides whether to compute: what it decided."""
     guided: tuple[bool, ...] = ()
     """Per image, where an accelerator decides about guidance: whether it was guided."""
-    not_run: dict[str, int] = field(default_factory=dict)
-    """Rows for which a module of the network was not run, by its name in the network; "" is the network itself."""
+    not_run: dict[str, float] = field(default_factory=dict)
+    """Rows for which a module of the network was not run, by its name in the network; "" is the network itself. A part
+    of a module counts as a part of the rows."""
     near_ties: int = 0
     """Decisions that rounding may take otherwise."""
     host_reads: int = 0
@@ -44,6 +45,12 @@ class CallRecord:
     """Computed values that accelerators held after the call."""
     gate_bytes: int = 0
     """What they held besides to decide by."""
+    width: float | None = None
+    """Share of the network's switchable heads and channels that was computed, where these depend on the timestep."""
+    slice_bytes: int = 0
+    """Weights of parts of layers that were held beside the whole layers."""
+    slices_cut: int = 0
+    """Parts that were cut for this call and not held."""
 
 
 @dataclass

@@ -2,6 +2,15 @@
 
 from flowaccel.models.convention import FlowConvention as FlowConvention
 from flowaccel.models.convention import convention_of as convention_of
+from flowaccel.models.dynamic import DynamicDiTTransformer2DModel as DynamicDiTTransformer2DModel
+from flowaccel.models.dynamic import DynamicFluxTransformer2DModel as DynamicFluxTransformer2DModel
+from flowaccel.models.dynamic import DynamicLatteTransformer3DModel as DynamicLatteTransformer3DModel
+from flowaccel.models.dynamic import DynamicSD3Transformer2DModel as DynamicSD3Transformer2DModel
+from flowaccel.models.dynamic import DynamicSettings as DynamicSettings
+from flowaccel.models.dynamic import DynamicSiTTransformer2DModel as DynamicSiTTransformer2DModel
+from flowaccel.models.dynamic import WidthPlan as WidthPlan
+from flowaccel.models.dynamic import make_dynamic as make_dynamic
+from flowaccel.models.dynamic import stock_class as stock_class
 from flowaccel.models.features import DigitsClassifier as DigitsClassifier
 from flowaccel.models.features import FeatureClassifier as FeatureClassifier
 from flowaccel.models.features import ShapesClassifier as ShapesClassifier
@@ -10,10 +19,19 @@ from flowaccel.models.sit import SiTTransformer2DModel as SiTTransformer2DModel
 
 __all__ = [
     "DigitsClassifier",
+    "DynamicDiTTransformer2DModel",
+    "DynamicFluxTransformer2DModel",
+    "DynamicLatteTransformer3DModel",
+    "DynamicSD3Transformer2DModel",
+    "DynamicSettings",
+    "DynamicSiTTransformer2DModel",
     "FeatureClassifier",
     "FlowConvention",
     "ShapesClassifier",
     "SiTTransformer2DModel",
+    "WidthPlan",
     "convention_of",
+    "make_dynamic",
     "refined",
+    "stock_class",
 ]

@@ -4,6 +4,7 @@ from flowaccel.modules.routers import TokenRouter as TokenRouter
 from flowaccel.modules.routers import WidthRouter as WidthRouter
 from flowaccel.modules.routers import logistic_noise as logistic_noise
 from flowaccel.modules.routers import straight_through as straight_through
+from flowaccel.modules.routers import widened as widened
 from flowaccel.modules.sliced import SliceCache as SliceCache
 from flowaccel.modules.sliced import SlicedLinear as SlicedLinear
 from flowaccel.modules.td_lora import TimedLoraSettings as TimedLoraSettings
@@ -16,4 +17,5 @@ __all__ = [
     "WidthRouter",
     "logistic_noise",
     "straight_through",
+    "widened",
 ]

@@ -1,8 +1,8 @@
 """Routers of dynamic width and dynamic tokens (DyDiT, arXiv 2410.03456), and their relaxation.
 
 A router gives logits; a gate is on where its logit is positive. While training, logistic noise is added and the
-gradient is that of a sigmoid (straight through). Logits are float32 whatever the weights are, because a flipped gate
-changes the network.
+gradient is that of a sigmoid (straight through). Logits are float32 whatever the weights are, or float64 for an input
+of float64, because a flipped gate changes the network.
 """
 
 from __future__ import annotations
@@ -41,7 +41,20 @@ def straight_through(logits: Tensor, noise: Tensor, tau: float = TAU) -> Tensor:
     return hard - soft.detach() + soft
 
 
-class WidthRouter(nn.Linear):
+def widened(value: Tensor) -> Tensor:
+    """`value` in float32, or as it is if it is float64: what logits are computed in."""
+    return value if value.dtype == torch.float64 else value.float()
+
+
+class _WideLinear(nn.Linear):
+    """Computes in the type of its input, whatever its own is."""
+
+    def forward(self, value: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.to(value.dtype)
+        return nn.functional.linear(value, self.weight.to(value.dtype), bias)
+
+
+class WidthRouter(_WideLinear):
     """Timestep embedding (B, width) -> logits (B, units - 1) of all units but the first, which is always on.
 
     Args:
@@ -58,8 +71,8 @@ class WidthRouter(nn.Linear):
         nn.init.constant_(self.bias, bias)
 
     def forward(self, embedding: Tensor) -> Tensor:
-        """Logits in float32."""
-        return nn.functional.linear(embedding.float(), self.weight.float(), self.bias.float())
+        """Logits in float32 or wider."""
+        return super().forward(widened(embedding))
 
 
 class TokenRouter(nn.Sequential):
@@ -73,7 +86,7 @@ class TokenRouter(nn.Sequential):
 
     def __init__(self, width: int, bias: float = TOKEN_BIAS, gain: float = 1.0) -> None:
         inner = max(1, width // _BOTTLENECK)
-        first, last = nn.Linear(width, inner), nn.Linear(inner, 1)
+        first, last = _WideLinear(width, inner), _WideLinear(inner, 1)
         super().__init__(first, nn.ReLU(), last)
         nn.init.xavier_uniform_(first.weight)
         nn.init.xavier_uniform_(last.weight, gain)
@@ -81,10 +94,6 @@ class TokenRouter(nn.Sequential):
         nn.init.constant_(last.bias, bias)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """Logits in float32."""
-        inner = torch.relu(_linear(self[0], hidden_states.float()))
-        return _linear(self[2], inner)
-
-
-def _linear(layer: nn.Module, value: Tensor) -> Tensor:
-    return nn.functional.linear(value, layer.weight.float(), layer.bias.float())  # type: ignore[arg-type]
+        """Logits in float32 or wider."""
+        logits: Tensor = super().forward(widened(hidden_states))
+        return logits

@@ -17,8 +17,8 @@ class SlicedLinear(nn.Linear):
     Every plain `nn.Linear` can become one (`SlicedLinear.take_over`): parameters, hooks and names stay.
     """
 
-    part: Part | None = None
-    """What stands in for weight and bias; None computes the whole."""
+    part: Part | Callable[[], Part] | None = None
+    """What stands in for weight and bias, or cuts it when it is needed; None computes the whole."""
     row_mask: Tensor | None = None
     """(B, out_features), multiplies the output."""
     column_mask: Tensor | None = None
@@ -36,9 +36,14 @@ class SlicedLinear(nn.Linear):
         """(B, ..., columns) -> (B, ..., rows)."""
         if self.column_mask is not None:
             hidden_states = hidden_states * spread(self.column_mask, hidden_states)
-        weight, bias = (self.weight, self.bias) if self.part is None else self.part
-        output = nn.functional.linear(hidden_states, weight, bias)
+        output = nn.functional.linear(hidden_states, *self.present)
         return output if self.row_mask is None else output * spread(self.row_mask, output)
+
+    @property
+    def present(self) -> Part:
+        """Weight and bias to compute with."""
+        part = self.part() if callable(self.part) else self.part
+        return (self.weight, self.bias) if part is None else part
 
     def clear(self) -> None:
         """The whole again."""

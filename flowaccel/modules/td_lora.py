@@ -91,7 +91,7 @@ class ExpertLinear(SlicedLinear):
 
     def mixed(self, shares: Tensor) -> Tensor:
         """B(t), (rows, r), for `shares` (E,): of the rows that are present."""
-        weight = self.weight if self.part is None else self.part[0]
+        weight, _ = self.present
         return (weight.unflatten(1, (self.experts, self.rank)) * shares.to(weight.dtype)[:, None]).sum(1)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
@@ -101,8 +101,7 @@ class ExpertLinear(SlicedLinear):
             output = nn.functional.linear(hidden_states, self.mixed(shares[0]))
         else:
             each = spread(shares, hidden_states).unsqueeze(-1) * hidden_states.unsqueeze(-2)
-            weight = self.weight if self.part is None else self.part[0]
-            output = nn.functional.linear(each.flatten(-2), weight)
+            output = nn.functional.linear(each.flatten(-2), *self.present)
         return output if self.row_mask is None else output * spread(self.row_mask, output)
 
 

@@ -14,6 +14,7 @@ from flowaccel.accelerators import (
     CACHE_PRESETS,
     LEVELS,
     Accelerator,
+    DynamicWidth,
     GuidanceSkip,
     Level,
     LevelCache,
@@ -37,6 +38,7 @@ _WITH_OPTIONS: dict[str, Callable[..., Accelerator]] = {
     **{name: functools.partial(cache_preset, name) for name in CACHE_PRESETS},
     "guidance_skip": GuidanceSkip,
     "guidance_interval": functools.partial(GuidanceSkip, "interval"),
+    "dynamic_width": DynamicWidth,
 }
 """Presets of one accelerator that take options, and what makes it of them."""
 
@@ -46,6 +48,7 @@ PRESETS = {
     "flowturbo-BLOCKS": "FlowTurbo with BLOCKS such as H2P4R2; append -consistent or -single for other refiner steps",
     **{name: preset.summary for name, preset in CACHE_PRESETS.items()},
     "guidance_skip": "Stop guiding an image once its conditional and unconditional predictions agree.",
+    "dynamic_width": "The network with dynamic width that lies beside the pipeline's components, in `width`.",
     "guidance_interval": "Guide in one part of the run only, by default its first half.",
     **{
         name: f"the cache calibrated for the model and steps, {speedup}x fewer computed calls; else a generic one"

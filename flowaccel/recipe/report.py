@@ -115,6 +115,16 @@ class Report:
         """The most that caches held besides, to decide by."""
         return max((call.gate_bytes for call in self.calls), default=0)
 
+    @property
+    def slice_bytes(self) -> int:
+        """The most that parts of layers took beside the whole layers."""
+        return max((call.slice_bytes for call in self.calls), default=0)
+
+    @property
+    def slices_cut(self) -> int:
+        """Parts of layers that were cut for a single call, because the room for slices was taken."""
+        return sum(call.slices_cut for call in self.calls)
+
     def rows(self, what: str) -> int:
         """Rows of those calls."""
         return sum(call.rows for call in self.calls if call.what == what)
@@ -133,21 +143,37 @@ class Report:
                 f"{step.step:>4}  {step.timestep:>9.2f}  {step.sigma:>7.4f}  {1000 * step.seconds:>8.2f}  {calls}"
             )
         lines += self._savings()
+        if self.slice_bytes or self.slices_cut:
+            lines.append(
+                f"Slices of layers: {self.slice_bytes / 1e6:.1f} MB held, {self.slices_cut} cut anew for want of room."
+            )
         if self.failed:
             lines.append(f"The run ended early, after {len(self.steps)} of {self.num_steps} evaluations.")
         if self.unsaved is not None:
             lines.append(f"No network call was saved: {self.unsaved}.")
         return "\n".join(lines)
 
+    def _macs_share(self) -> str | None:
+        if self.macs is None or self.macs_saved is None:
+            return None
+        return f"{self.macs_saved / (self.macs + self.macs_saved):.0%} of the multiply-adds"
+
+    def _width(self) -> list[str]:
+        """What width left out, where nothing else was."""
+        widths = [call.width for call in self.calls if call.width is not None]
+        macs = self._macs_share()
+        if not widths:
+            return []
+        return [f"Width {sum(widths) / len(widths):.0%} on average{'' if macs is None else f', {macs} left out'}."]
+
     def _savings(self) -> list[str]:
         """What caches and guidance left out, in a line or two."""
         parts = [f"Reused: {self.hit_rate:.0%}"] if any(step.computed for step in self.steps) else []
         parts += [] if self.guided_rate is None else [f"{'not' if parts else 'Not'} guided: {1 - self.guided_rate:.0%}"]
         if not parts:
-            return []
-        macs = ""
-        if self.macs is not None and self.macs_saved is not None:
-            macs = f", {self.macs_saved / (self.macs + self.macs_saved):.0%} of the multiply-adds"
+            return self._width()
+        macs = self._macs_share()
+        macs = "" if macs is None else f", {macs}"
         seconds = "" if self.seconds_saved is None else f", about {self.seconds_saved:.3f} s"
         return [
             f"{'; '.join(parts)} of the images and steps{macs}{seconds}.",
@@ -170,7 +196,8 @@ def _letters(images: Sequence[bool], letters: str, what: str) -> str:
 
 def _describe(call: CallRecord) -> str:
     network = "" if call.network == "transformer" else f" on {call.network}"
-    return f"{'+'.join(call.branches)} {call.what}{network}"
+    width = "" if call.width is None else f", width {call.width:.0%}"
+    return f"{'+'.join(call.branches)} {call.what}{network}{width}"
 
 
 def report(pipe: Any) -> Report:
@@ -206,7 +233,7 @@ def _macs(run: Run) -> dict[str, int | None]:
             return {"macs": None, "macs_saved": None}
         for record in run.records:
             if record.network == name:
-                left_out = sum(counts.get(path, 0) * number for path, number in record.not_run.items())
+                left_out = int(sum(counts.get(path, 0) * number for path, number in record.not_run.items()))
                 saved += left_out // rows
                 done += (counts[""] * record.rows - left_out) // rows if record.what in _BY_NETWORK else 0
     return {"macs": done, "macs_saved": saved}

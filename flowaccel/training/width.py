@@ -1,10 +1,12 @@
 """Training dynamic width and tokens: DyDiT (arXiv 2410.03456) and DyDiT++ (arXiv 2504.06803).
 
-Convention: SiT's (t = 1 data, velocity data - noise).
+Convention: SiT's (t = 1 data, velocity data - noise). DyDiT's own objective, on a DDPM chain, is made of the terms of
+`flowaccel.training.ddpm` and of `MacsCosts.ratio`; there is no `WidthObjective` for it.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -20,6 +22,52 @@ from flowaccel.modules.td_lora import ADAPTER, timed_layers
 STRATA = 4
 _REACH = 0.2
 """How far a controller may move the target."""
+
+
+RECOMMENDED: dict[str, dict[str, Any]] = {
+    "routers": {"normalise": True, "bias": 4.0, "token_bias": 4.0, "tau": 2.0},
+    "objective": {"ramp_start": 0, "controller": True, "distill_weight": 1.0},
+}
+"""Arguments of `DynamicSettings` and of `WidthObjective` that are not the published ones, which are their defaults."""
+RECOMMENDED_REST = 0.1
+"""For this last part of the recommended training the routers rest."""
+STYLES = ("recommended", "published")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingPlan:
+    """A style with what was chosen otherwise."""
+
+    routers: dict[str, Any]
+    objective: dict[str, Any]
+
+
+def plan_training(
+    style: str, *, routers: dict[str, Any], objective: dict[str, Any], rest: float | None, steps: int
+) -> TrainingPlan:
+    """The arguments of `DynamicSettings` and of `WidthObjective` in a style of training.
+
+    Args:
+        style: one of `STYLES`.
+        routers: settings that are chosen otherwise.
+        objective: arguments that are chosen otherwise.
+        rest: the last part of the training in which routers rest, in [0, 1); None leaves it to the style.
+        steps: of the training.
+
+    Raises:
+        ValueError: an unknown style, or `rest` out of range.
+    """
+    if style not in STYLES:
+        raise ValueError(f"style must be one of {', '.join(STYLES)}, got {style!r}")
+    if rest is not None and not 0 <= rest < 1:
+        raise ValueError(f"rest must lie in [0, 1), got {rest}")
+    ours = style == "recommended"
+    share = rest if rest is not None else RECOMMENDED_REST if ours else 0.0
+    start = RECOMMENDED if ours else {"routers": {}, "objective": {"distill_weight": 0.0}}
+    return TrainingPlan(
+        routers={**start["routers"], **routers},
+        objective={**start["objective"], "freeze_step": round(steps * (1 - share)) if share else None, **objective},
+    )
 
 
 @dataclass(frozen=True)
@@ -78,6 +126,11 @@ class MacsCosts:
         return done / sum(self.gates)
 
 
+def dynamics_of(network: Any) -> Dynamics:
+    """The routers of a dynamic network, also of one that is called through another module (`network.network`)."""
+    return getattr(network, "network", network).dynamic
+
+
 def kept_tokens(dynamics: Dynamics, rows: int) -> dict[str, Tensor]:
     """(B,) share of the tokens that the last call kept, by the path of the site."""
     return {
@@ -129,11 +182,14 @@ class WidthObjective:
         if self.density not in ("stratified", "uniform", "deployment"):
             raise ValueError(f"density must be 'stratified', 'uniform' or 'deployment', got {self.density!r}")
         if (self.density == "deployment") != bool(self.times):
-            raise ValueError("times are for density='deployment', which needs them")
+            raise ValueError(
+                "density='deployment' needs the times at which the network will run, and no other density takes any; "
+                f"got density={self.density!r} and {len(self.times)} times"
+            )
 
     def prepare(self, network: Any) -> None:
         """Before training: let the controller's term be trained, where there is one."""
-        network.dynamic.correction.requires_grad_(self.controller)
+        dynamics_of(network).correction.requires_grad_(self.controller)
 
     def target(self, step: int) -> float:
         """The ratio that is aimed at in a step."""
@@ -157,56 +213,64 @@ class WidthObjective:
             return torch.tensor(self.times)[(uniform * len(self.times)).long()]
         return uniform
 
-    def _loss(self, network: Any, generator: torch.Generator, step: int) -> Tensor:
-        batch = self.batch_size
-        index = torch.randint(len(self.data), (batch,), generator=generator)
+    @staticmethod
+    def example(data: ImageSet, null_label: int, device: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """State, time and label of one row, to count multiply-adds on."""
+        return (
+            torch.zeros_like(data.images[:1]).to(device),
+            torch.zeros(1, device=device),
+            torch.full((1,), null_label, device=device),
+        )
+
+    def draw(self, generator: torch.Generator, device: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """A batch: states, times, labels (none dropped) and velocities."""
+        index = torch.randint(len(self.data), (self.batch_size,), generator=generator)
         images, labels = self.data.images[index], self.data.labels[index]
         if self.augment is not None:
             images = self.augment(images, generator)
         noise, t = torch.randn(images.shape, generator=generator), self._draw_times(generator)
-        dropped = torch.rand(batch, generator=generator) < self.label_drop
-        seen = torch.where(dropped, self.null_label, labels)
-        device = next(network.parameters()).device
-        images, noise, t, seen = (value.to(device) for value in (images, noise, t, seen))
+        images, noise, t = (value.to(device) for value in (images, noise, t))
         mix = t.reshape(-1, *[1] * (images.dim() - 1))
-        state, target = mix * images + (1 - mix) * noise, images - noise
+        return mix * images + (1 - mix) * noise, t, labels.to(device), images - noise
 
-        dynamics: Dynamics = network.dynamic
+    def _dropped(self, labels: Tensor, generator: torch.Generator) -> Tensor:
+        dropped = torch.rand(len(labels), generator=generator) < self.label_drop
+        return torch.where(dropped.to(labels.device), self.null_label, labels)
+
+    def _loss(self, network: Any, generator: torch.Generator, step: int) -> Tensor:
+        state, t, labels, target = self.draw(generator, next(network.parameters()).device)
+        dynamics = dynamics_of(network)
         dynamics.generator = generator
         dynamics.hard = self.freeze_step is not None and step >= self.freeze_step
+        seen = self._dropped(labels, generator)
         output = network(state, t, seen, return_dict=False)[0]
         loss = _mse(output, target)
         if not dynamics.hard:
-            loss = loss + self._macs_loss(network, t, step)
+            loss = loss + self._macs_loss(dynamics, step)
         if self.teacher is not None:
             with torch.no_grad():
                 taught = self.teacher(state, t, seen, return_dict=False)[0]
             loss = loss + self.distill_weight * _mse(output, taught)
         if step < self.complete_steps:
-            redrawn = torch.rand(batch, generator=generator) < self.label_drop  # as published: on its own
-            labels = torch.where(redrawn, self.null_label, labels).to(device)
+            seen = self._dropped(labels, generator)  # as published, on its own
             with dynamics.complete():
-                loss = loss + _mse(network(state, t, labels, return_dict=False)[0], target)
+                loss = loss + _mse(network(state, t, seen, return_dict=False)[0], target)
         return loss
 
-    def _macs_loss(self, network: Any, t: Tensor, step: int) -> Tensor:
-        dynamics: Dynamics = network.dynamic
-        kept = kept_tokens(dynamics, len(t))
+    def _macs_loss(self, dynamics: Dynamics, step: int) -> Tensor:
+        kept = kept_tokens(dynamics, self.batch_size)
         done = self.costs.ratio(dynamics, dynamics.masks, kept).mean()
         aim = torch.as_tensor(self.target(step))
         if not self.controller:
             return self.macs_weight * (done - aim).square()
         aim = aim + dynamics.correction.detach().clamp(-_REACH, _REACH)
-        off = self._evaluated(network, t, kept) - self.ratio if step >= self.ramp else torch.zeros(())
+        off = self._evaluated(dynamics, kept) - self.ratio if step >= self.ramp else torch.zeros(())
         # the gradient of the second term is the distance, so that the optimiser integrates it
         return self.macs_weight * (done - aim).square() + dynamics.correction * off.detach()
 
-    def _evaluated(self, network: Any, t: Tensor, kept: dict[str, Tensor]) -> Tensor:
+    def _evaluated(self, dynamics: Dynamics, kept: dict[str, Tensor]) -> Tensor:
         """The ratio with the gates of evaluation; tokens as they were drawn."""
-        dynamics: Dynamics = network.dynamic
-        with torch.no_grad():
-            embedding = embedded_time(network, t)
-            return self.costs.ratio(dynamics, dynamics.evaluated(embedding), kept).mean()
+        return self.costs.ratio(dynamics, dynamics.evaluated(dynamics.embedding), kept).mean()
 
 
 def freeze_backbone(network: Any) -> None:
@@ -229,11 +293,51 @@ def freeze_backbone(network: Any) -> None:
         layer.experts.requires_grad_(True)
 
 
-def embedded_time(network: Any, t: Tensor) -> Tensor:
-    """What routers read, (B, D), without setting any gate."""
-    rule = network.dynamic.rule
-    with network.dynamic.paused():
-        return network.get_submodule(rule.time_embed)(network.get_submodule(rule.time_proj)(rule.time_scale * t))
+def call_arguments(network: Any, *args: Tensor) -> dict[str, Any]:
+    """What the dynamic network is called with when `network`, which may surround it, is called with `args`."""
+    inner = getattr(network, "network", network)
+    seen: dict[str, Any] = {}
+
+    def note(module: nn.Module, positional: tuple[Any, ...], named: dict[str, Any]) -> None:
+        seen.update(inspect.signature(module.forward).bind(*positional, **named).arguments)
+
+    handle = inner.register_forward_pre_hook(note, with_kwargs=True)
+    try:
+        with torch.no_grad(), inner.dynamic.complete():
+            network(*args, return_dict=False)
+    finally:
+        handle.remove()
+    return seen
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerRatios:
+    """What a dynamic network does of its work, with the gates of evaluation."""
+
+    ratio: float
+    """Of all switchable multiply-adds."""
+    gates: dict[str, float]
+    """Share of the units that is on, by gate, on average over the times of training."""
+    tokens: dict[str, float]
+    """Share of the tokens that is kept, by layer."""
+
+
+def layer_ratios(objective: WidthObjective, network: Any, generator: torch.Generator) -> LayerRatios:
+    """Measured on one batch of the objective's data and times."""
+    dynamics, training = dynamics_of(network), network.training
+    network.train()
+    state, t, labels, _ = objective.draw(generator, next(network.parameters()).device)
+    before, dynamics.hard = dynamics.hard, True
+    try:
+        network(state, t, labels, return_dict=False)  # with gradients enabled, which is when masks are kept
+        kept = kept_tokens(dynamics, len(t))
+        ratio = objective.costs.ratio(dynamics, dynamics.masks, kept).mean().item()
+        gates = {wire.path: mask.mean().item() for wire, mask in zip(dynamics.wires, dynamics.masks, strict=True)}
+    finally:
+        dynamics.hard = before
+        dynamics.clear()
+        network.train(training)
+    return LayerRatios(ratio=ratio, gates=gates, tokens={path: share.mean().item() for path, share in kept.items()})
 
 
 def _mse(output: Tensor, target: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ A builder yields (stage, progress, steps of the stage) as it goes; every stage r
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from flowaccel.training.flow import FlowObjective, shift_augment
 from flowaccel.training.loop import LoopConfig, Progress, train
 from flowaccel.training.refiner import RefinerObjective
 from flowaccel.training.zoo_shapes import build_shapes_clip, build_shapes_features, build_t2i_shapes
+from flowaccel.training.zoo_width import build_width
 
 Step = tuple[str, Progress, int]
 
@@ -100,6 +102,8 @@ def _save(model: nn.Module, folder: Path) -> None:
 BUILDERS: dict[str, Callable[[Path], Iterator[Step]]] = {
     "sit-digits": build_sit_digits,
     "digits-features": build_digits_features,
+    "sit-digits-width": build_width,
+    "sit-digits-width-tokens": functools.partial(build_width, tokens=True),
     "t2i-shapes": build_t2i_shapes,
     "shapes-features": build_shapes_features,
     "shapes-clip": build_shapes_clip,

@@ -9,15 +9,19 @@ from typing import Any
 
 import torch
 
+from flowaccel import zoo
+from flowaccel.accelerators import DynamicWidth
 from flowaccel.data import digits
 from flowaccel.models import SiTTransformer2DModel
 from flowaccel.models.dynamic import DynamicSettings, make_dynamic
+from flowaccel.pipelines import load_pipeline
+from flowaccel.recipe import Recipe
 from flowaccel.training.flow import FlowObjective, shift_augment
 from flowaccel.training.loop import LoopConfig, Progress, train
-from flowaccel.training.width import MacsCosts, WidthObjective
+from flowaccel.training.width import RECOMMENDED, MacsCosts, WidthObjective, call_arguments
 
 LOOP = LoopConfig(
-    steps=1500,
+    steps=1200,
     learning_rate=5e-4,
     warmup=50,
     cosine=True,
@@ -27,15 +31,14 @@ LOOP = LoopConfig(
     seed=0,
 )
 BATCH = 64
-ROUTERS = {"normalise": True, "bias": 4.0, "token_bias": 4.0, "tau": 2.0}
-OBJECTIVE: dict[str, Any] = {"ramp_start": 0, "ramp": 500, "controller": True, "freeze_step": 1350}
-"""The recommended recipe; that of the paper is the default of `WidthObjective`."""
+RATIO = 0.5
+OBJECTIVE: dict[str, Any] = {**RECOMMENDED["objective"], "ramp": 400, "freeze_step": 1080}
 
 
 def dynamic_digits(base: SiTTransformer2DModel, *, tokens: bool, **routers: Any) -> Any:
     """A dynamic copy of the digits generator whose weights are all to be trained."""
     torch.manual_seed(LOOP.seed)
-    network = make_dynamic(copy.deepcopy(base), DynamicSettings(tokens=tokens, **{**ROUTERS, **routers}))
+    network = make_dynamic(copy.deepcopy(base), DynamicSettings(tokens=tokens, **{**RECOMMENDED["routers"], **routers}))
     network.requires_grad_(True)
     network.pos_embed.requires_grad_(False)
     return network
@@ -45,22 +48,35 @@ def train_width(
     network: Any, base: SiTTransformer2DModel, work: Path, *, ratio: float, loop: LoopConfig = LOOP, **options: Any
 ) -> Iterator[Progress]:
     """Train a dynamic digits generator in place, with `base` as its teacher."""
-    side, channels = base.config.sample_size, base.config.in_channels
-    example = {
-        "hidden_states": torch.zeros(1, channels, side, side),
-        "timestep": torch.zeros(1),
-        "class_labels": torch.zeros(1, dtype=torch.long),
-    }
+    data = digits("generator")
+    example = WidthObjective.example(data, base.null_label, base.device)
     settings = {**OBJECTIVE, "batch_size": BATCH, "teacher": base, "augment": shift_augment, **options}
     objective = WidthObjective(
-        data=digits("generator"),
+        data=data,
         null_label=base.null_label,
-        costs=MacsCosts.of(network, example, 1),
+        costs=MacsCosts.of(network, call_arguments(network, *example), 1),
         ratio=ratio,
         **settings,
     )
     objective.prepare(network)
     yield from train(network, objective, loop, work)
+
+
+def save_width(network: Any, folder: Path, name: str) -> None:
+    """The recipe that is shipped: weights in bfloat16, routers in float32."""
+    network.requires_grad_(False).eval()
+    pipe = load_pipeline(zoo.folder("sit-digits"))
+    network.place("cpu", torch.bfloat16)
+    Recipe([DynamicWidth(network)], name=name).for_pipeline(pipe).save_pretrained(folder)
+
+
+def build_width(out: Path, *, tokens: bool = False) -> Iterator[tuple[str, Progress, int]]:
+    """The recipe with dynamic width, or width and tokens, for the digits pipeline of the zoo."""
+    base = load_pipeline(zoo.folder("sit-digits")).transformer.float().eval().requires_grad_(False)
+    network = dynamic_digits(base, tokens=tokens)
+    for progress in train_width(network, base, out / "training", ratio=RATIO):
+        yield "width", progress, LOOP.steps
+    save_width(network, out, "sit-digits-width-tokens" if tokens else "sit-digits-width")
 
 
 def train_longer(network: SiTTransformer2DModel, work: Path, *, loop: LoopConfig = LOOP) -> Iterator[Progress]:

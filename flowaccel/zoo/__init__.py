@@ -28,7 +28,7 @@ class Entry:
 
     name: str
     kind: str
-    """`pipeline`, `features` or `clip`."""
+    """`pipeline`, `recipe`, `features` or `clip`."""
     description: str
     features: str | None = None
     """The feature network that fits this pipeline's images. This and what follows are the evaluator's defaults."""
@@ -66,6 +66,16 @@ ENTRIES = {
             description="SiT with 64 tokens and 12 blocks on 8x8 handwritten digits, with its velocity refiner",
             features="zoo:digits-features",
             reference="zoo:digits",
+        ),
+        Entry(
+            name="sit-digits-width",
+            kind="recipe",
+            description="for zoo:sit-digits: half of the heads and channels, fewer at noise than near the image",
+        ),
+        Entry(
+            name="sit-digits-width-tokens",
+            kind="recipe",
+            description="the same with feed-forwards that leave out tokens too",
         ),
         Entry(
             name="digits-features",
@@ -142,6 +152,24 @@ def folder(name: str) -> Path:
     return found.folder
 
 
+def recipe_folder(name: str) -> Path:
+    """The folder of a recipe of the zoo.
+
+    Raises:
+        ValueError: no such entry, or one of another kind.
+        WeightsNotFoundError: the weights are not installed.
+    """
+    return _of_kind(name, "recipe")
+
+
+def _of_kind(name: str, kind: str) -> Path:
+    if entry(name).kind != kind:
+        known = ", ".join(PREFIX + found.name for found in ENTRIES.values() if found.kind == kind)
+        wanted = "feature network" if kind == "features" else kind
+        raise ValueError(f"{name} is a {entry(name).kind}, not a {wanted}; there are {known}")
+    return folder(name)
+
+
 def load_classifier(name: str) -> FeatureClassifier:
     """A feature network of the zoo in float32, ready for evaluation, of the class that its configuration names.
 
@@ -150,11 +178,9 @@ def load_classifier(name: str) -> FeatureClassifier:
         WeightsNotFoundError: the weights are not installed.
         CheckpointError: the folder holds a network of another class.
     """
-    if entry(name).kind != "features":
-        known = ", ".join(PREFIX + found.name for found in ENTRIES.values() if found.kind == "features")
-        raise ValueError(f"{name} is a {entry(name).kind}, not a feature network; there are {known}")
-    config = folder(name) / "config.json"
+    found = _of_kind(name, "features")
+    config = found / "config.json"
     kind = json.loads(config.read_text(encoding="utf-8"))["_class_name"]
     if kind not in _CLASSIFIERS:
         raise CheckpointError(f"{config} names a {kind}; allowed are {', '.join(_CLASSIFIERS)}")
-    return _CLASSIFIERS[kind].from_pretrained(folder(name)).float().eval()
+    return _CLASSIFIERS[kind].from_pretrained(found).float().eval()

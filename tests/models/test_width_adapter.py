@@ -194,9 +194,9 @@ def test_a_cast_keeps_the_fingerprint() -> None:
         assert network.dynamic.fingerprint == wanted
 
 
-def test_the_fingerprint_is_of_all_that_decides() -> None:
+def test_the_fingerprint_is_of_all_that_decides_on_widths() -> None:
     found = {dynamic(sit()).dynamic.fingerprint}
-    for change in ("router", "bias", "group", "token"):
+    for change in ("router", "bias", "group", "time"):
         network = dynamic(sit())
         gate = network.dynamic.wires[-1].gate
         with torch.no_grad():
@@ -207,7 +207,7 @@ def test_the_fingerprint_is_of_all_that_decides() -> None:
             elif change == "group":
                 gate.group_of.copy_(gate.group_of.flip(0))
             else:
-                network.dynamic.sites[0].router[2].bias += 1e-6
+                network.dynamic.time_mean += 1e-6
         found.add(network.dynamic.fingerprint)
     assert len(found) == 5
     assert dynamic(sit()).dynamic.fingerprint in found

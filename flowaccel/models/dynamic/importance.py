@@ -1,10 +1,12 @@
 """Which heads and channels matter most, by the size of their weights (DyDiT, arXiv 2410.03456, as specified there:
-rank the pretrained network, keep the strongest always on).
+rank the pretrained network, keep the strongest always on), and moving them to where groups are contiguous.
 
 The measure is the sum of absolute weights that make and read a unit.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -50,3 +52,58 @@ def _places(scores: Tensor) -> Tensor:
     places = torch.empty_like(order)
     places[order] = torch.arange(len(order), device=order.device)
     return places
+
+
+def reordered(network: Any) -> dict[str, Tensor]:
+    """The entries of a dynamic network's state dict that change when heads and hidden channels are moved to where the
+    units of every gate are contiguous and in the order of the gates.
+
+    The network computes the same with them: what makes a unit and what reads it move together. Norms of queries and
+    keys are shared by all heads and rotary embeddings act within a head, so both stay as they are.
+
+    Raises:
+        ValueError: adapters on layers that would be moved; their weights would stay behind.
+    """
+    names = {id(module): name for name, module in network.named_modules()}
+    if any(name.endswith(".base_layer") for name in names.values()):
+        raise ValueError("heads and channels cannot be moved below adapters; merge or unload the adapters first")
+    state = network.state_dict()
+    changed: dict[str, Tensor] = {}
+
+    def put(key: str, order: Tensor, axis: int = 0, start: int = 0) -> None:
+        value = changed.get(key, state[key])
+        parts = [value.narrow(axis, 0, start), value.narrow(axis, start, len(order)).index_select(axis, order)]
+        rest = start + len(order)
+        changed[key] = torch.cat([*parts, value.narrow(axis, rest, value.shape[axis] - rest)], axis)
+
+    for wire in network.dynamic.wires:
+        group_of = wire.gate.group_of
+        contiguous, order = group_of.sort(stable=True)
+        if torch.equal(contiguous, group_of):
+            continue
+        changed[f"{names[id(wire.gate)]}.group_of"] = contiguous
+        elements = (order[:, None] * wire.each + torch.arange(wire.each, device=order.device)).flatten()
+        for linear in wire.rows:
+            for leaf in ("weight", "bias") if linear.bias is not None else ("weight",):
+                put(f"{names[id(linear)]}.{leaf}", elements)
+        for linear, start in wire.columns:
+            put(f"{names[id(linear)]}.weight", elements, 1, start)
+    return changed
+
+
+def reorder_(network: Any) -> None:
+    """Move the heads and hidden channels of a dynamic network to where the units of every gate are contiguous: gate g
+    switches the g-th equal part. What the network computes, and its plans, stay the same.
+
+    Moved weights become new parameters, so that a network that shares the old ones stays as it is; make optimisers
+    afterwards.
+
+    Args:
+        network: a dynamic network of any family.
+
+    Raises:
+        ValueError: it has adapters.
+    """
+    network.dynamic.clear()
+    network.dynamic.cache.clear()
+    network.load_state_dict(reordered(network), strict=False, assign=True)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,7 +23,15 @@ from torch import Tensor, nn
 from flowaccel.errors import UnsupportedModelError
 from flowaccel.models.dynamic.rules import BlockRule, DynamicRule, GateRule, rule_of
 from flowaccel.models.dynamic.settings import DynamicSettings
-from flowaccel.modules import SliceCache, SlicedLinear, TokenRouter, WidthRouter, logistic_noise, straight_through
+from flowaccel.modules import (
+    SliceCache,
+    SlicedLinear,
+    TokenRouter,
+    WidthRouter,
+    logistic_noise,
+    straight_through,
+    widened,
+)
 from flowaccel.modules.td_lora import ExpertLinear, TimedLoraLinear, TimedLoraSettings, standing, taken_apart
 from flowaccel.modules.tokens import TokenFeedForward
 
@@ -96,6 +104,10 @@ class TokenSite:
 class Dynamics(nn.Module):
     """The routers of a network, and the wires to the layers that they switch. Lies at `network.dynamic`."""
 
+    time_mean: Tensor
+    """(D,) mean of the timestep embeddings over all times, for `normalise`; and their spread."""
+    time_std: Tensor
+
     def __init__(self, network: nn.Module, settings: DynamicSettings) -> None:
         super().__init__()
         self.settings = settings
@@ -109,11 +121,18 @@ class Dynamics(nn.Module):
         """`noise(path, shape)`: the noise of one router's logits."""
         self.chosen: Bits | None = None
         """The plan's gates for the present call; None asks the routers."""
+        self.plan: Any = None
+        """The `WidthPlan` of the last run of a pipeline, for those who want to see or save it."""
         self.hard = False
         """Whether gates are those of evaluation also while training, and routers learn nothing."""
         self.masks: list[Tensor] = []
         """(B, units) of the last training call, one per gate."""
-        self._off = self._paused = False
+        self.embedding = torch.zeros(0)
+        """(B, D) what its routers read."""
+        width = _embedding_width(network, self.rule)
+        self.register_buffer("time_mean", torch.zeros(width))
+        self.register_buffer("time_std", torch.ones(width))
+        self._off = self._deaf = False
         self._bits: Bits = ()
         self._wires: list[Wire] = []
         self._linears: list[_LinearWires] = []
@@ -123,21 +142,25 @@ class Dynamics(nn.Module):
         self.timed_lora: TimedLoraSettings | None = None
         """Of the TD-LoRA that the network was given (`add_timed_lora`)."""
         self._sites: list[TokenSite] = []
-        self._wire(network)
+        self._wire(network, width)
         self.cache = SliceCache(limit=0)
         self.connect()
-        self.cache.limit = sum(_bytes(entry.linear) for entry in self._linears)
+        self.cache.limit = self.weight_bytes
 
     # -- construction
 
-    def _wire(self, network: nn.Module) -> None:
-        width = _embedding_width(network, self.rule)
+    def _wire(self, network: nn.Module, width: int) -> None:
         for rule in self.rule.blocks:
             for place, block in enumerate(network.get_submodule(rule.path).children()):
                 self._wire_block(f"{rule.path}.{place}", block, rule, width)
 
     def _wire_block(self, path: str, block: nn.Module, rule: BlockRule, width: int) -> None:
         own = nn.ModuleDict()
+        if any(getattr(module, "fused_projections", False) for module in block.modules()):
+            raise UnsupportedModelError(
+                f"the projections of {path} are fused; call unfuse_qkv_projections() first: heads are sliced out of "
+                "the separate ones"
+            )
         heads = next(int(getattr(block, gate.name).heads) for gate in rule.gates if gate.kind == "heads")
         for gate in rule.gates:
             if getattr(block, gate.name, None) is None:  # the last block of SD3 has no ff_context
@@ -150,6 +173,11 @@ class Dynamics(nn.Module):
                 raise UnsupportedModelError(
                     f"{path}.{gate.name}: {made} rows cannot be divided into {units} equal groups; "
                     "set groups to a number that divides them, and give all projections the same number of heads"
+                )
+            if any(start + made > linear.in_features for linear, start in columns):
+                raise UnsupportedModelError(
+                    f"{path}.{gate.name}: {made} rows are made and fewer are read, as by a gated activation (GEGLU, "
+                    "SwiGLU); dynamic width is for plain activations"
                 )
             own[gate.name] = Gate(width, units, members, self.settings)
             self._wires.append(
@@ -234,25 +262,47 @@ class Dynamics(nn.Module):
         return [parent._modules[name] for parent, name in self._places]  # type: ignore[misc]
 
     @property
+    def weight_bytes(self) -> int:
+        """What the layers that can be sliced take as a whole."""
+        return sum(_bytes(entry.linear) for entry in self._linears)
+
+    @property
+    def gate_weights(self) -> list[int]:
+        """How many weights every gate switches: what its work is in proportion to, but for attention itself."""
+        return [
+            sum(linear.weight.numel() for linear in wire.rows)
+            + sum(linear.out_features * wire.rows[0].out_features for linear, _ in wire.columns)
+            for wire in self._wires
+        ]
+
+    def left_out(self, shares: Sequence[float]) -> dict[str, float]:
+        """By module, the part of its work that is not done when so much of every gate is on.
+
+        Args:
+            shares: of the gates, in [0, 1].
+        """
+        return {wire.path: 1 - share for wire, share in zip(self._wires, shares, strict=True) if share < 1}
+
+    @property
     def sites(self) -> tuple[TokenSite, ...]:
         """Where tokens can be left out, in the order of the blocks."""
         return tuple(self._sites)
 
     @property
     def fingerprint(self) -> str:
-        """A short hash of what decides: all routers and which unit belongs to which gate."""
+        """A short hash of all that decides which heads and channels are on."""
         digest = hashlib.sha256()
-        routers = [*(wire.gate.router for wire in self._wires), *(site.router for site in self._sites)]
-        for parameter in (value for router in routers for value in router.parameters()):
-            digest.update(parameter.detach().float().cpu().numpy().tobytes())
+        for tensor in (self.time_mean, self.time_std):
+            digest.update(tensor.detach().float().cpu().numpy().tobytes())
         for wire in self._wires:
-            digest.update(wire.gate.group_of.to(torch.int32).cpu().numpy().tobytes())
+            for tensor in (wire.gate.router.weight, wire.gate.router.bias, wire.gate.group_of):
+                digest.update(tensor.detach().float().cpu().numpy().tobytes())
         return digest.hexdigest()[:12]
 
     def given(self, embedding: Tensor) -> Tensor:
-        """What routers read of timestep embeddings (B, D), in float32."""
-        given = embedding.float()
-        return nn.functional.layer_norm(given, given.shape[-1:]) if self.settings.normalise else given
+        """What routers read of timestep embeddings (B, D), in float32 or float64."""
+        given = widened(embedding)
+        return (given - self.time_mean) / self.time_std if self.settings.normalise else given
 
     def logits(self, embedding: Tensor) -> list[Tensor]:
         """The routers' answers to timestep embeddings (B, D): (B, units - 1) for each gate."""
@@ -274,24 +324,25 @@ class Dynamics(nn.Module):
             self._off = before
 
     @contextmanager
-    def paused(self) -> Iterator[None]:
+    def deaf(self) -> Iterator[None]:
         """Within this nothing is set when time is embedded."""
-        before, self._paused = self._paused, True
+        self._deaf = True
         try:
             yield
         finally:
-            self._paused = before
+            self._deaf = False
 
     # -- the forward pass
 
     def timed(self, module: nn.Module, args: Any, embedding: Tensor) -> None:
         """Forward hook of the module that embeds time: set all gates."""
-        if self._paused:
+        if self._deaf:
             return
         self._follow()
         if self._off:
             self.clear()
         elif self.training and torch.is_grad_enabled():
+            self.embedding = embedding.detach()
             self._mask(self._trained(embedding))
         elif self.chosen is not None:
             self.slice(self.chosen)
@@ -362,13 +413,20 @@ class Dynamics(nn.Module):
         self._bits = bits
         for index, entry in enumerate(self._linears):
             key = entry.key(bits)
-            if "0" in "".join(key):
-                entry.linear.part = self.cache.get(
-                    (index, *key), entry.linear.weight, functools.partial(entry.cut, bits)
-                )
+            if "0" not in "".join(key):
+                continue
+            cut = functools.partial(entry.cut, bits)
+            # Weights that are offloaded piece by piece are there only while their layer runs.
+            away = entry.linear.weight.is_meta
+            entry.linear.part = cut if away else self.cache.get((index, *key), entry.linear.weight, cut)
         for wire, units in zip(self._wires, bits, strict=True):
             if wire.attention is not None:
                 wire.attention.heads = units.count("1")
+
+    def keep_slices(self, plan: Iterable[Bits]) -> None:
+        """Forget the slices that none of these needs."""
+        rows = list(plan)
+        self.cache.keep_only({(i, *entry.key(bits)) for i, entry in enumerate(self._linears) for bits in rows})
 
     def clear(self) -> None:
         """Whole layers again."""

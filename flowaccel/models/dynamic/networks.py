@@ -5,25 +5,33 @@ from __future__ import annotations
 import copy
 import inspect
 from dataclasses import asdict
-from typing import Any, ClassVar
+from pathlib import Path
+from typing import Any, ClassVar, Self
 
 import torch
 from diffusers import DiTTransformer2DModel, FluxTransformer2DModel, LatteTransformer3DModel, SD3Transformer2DModel
 from diffusers.configuration_utils import FrozenDict
 from torch import Tensor, nn
 
+from flowaccel.errors import UnsupportedModelError
 from flowaccel.models.dynamic.importance import channel_groups, head_groups
 from flowaccel.models.dynamic.network import Dynamics
+from flowaccel.models.dynamic.official import arrangement, read_dydit, write_dydit
 from flowaccel.models.dynamic.rules import rule_of
 from flowaccel.models.dynamic.settings import DynamicSettings
 from flowaccel.models.dynamic.twins import twin
+from flowaccel.models.official import load_converted
 from flowaccel.models.sit import SiTTransformer2DModel
+
+_TIMES = 256
 
 
 class DynamicMixin:
     """What the dynamic networks add to the stock ones: the routers, called `dynamic`, and their configuration."""
 
     dynamic: Dynamics
+    stock: ClassVar[type[nn.Module]]
+    """The class that it is a dynamic form of."""
     _keep_in_fp32_modules: ClassVar[list[str]] = ["dynamic"]
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -51,6 +59,28 @@ class DynamicMixin:
             )
         super().save_pretrained(*args, **kwargs)  # type: ignore[misc]
 
+    def fuse_qkv_projections(self) -> None:
+        """Refused: heads are sliced out of separate projections.
+
+        Raises:
+            UnsupportedModelError: always.
+        """
+        raise UnsupportedModelError(
+            f"the projections of a {type(self).__name__} cannot be fused, because its heads are sliced out of them; "
+            "fuse those of the stock network, or leave them apart"
+        )
+
+    def place(self, device: Any, dtype: torch.dtype) -> Self:
+        """To a device and a floating-point type, but for the routers, which keep theirs: a flipped gate changes the
+        network.
+        """
+        network: Any = self
+        routers = {id(tensor) for tensor in (*network.dynamic.parameters(), *network.dynamic.buffers())}
+        for tensor in (*network.parameters(), *network.buffers()):
+            floating = tensor.is_floating_point() and id(tensor) not in routers
+            tensor.data = tensor.data.to(device, dtype if floating else tensor.dtype)
+        return self
+
     @classmethod
     def from_base(cls, base: nn.Module, settings: DynamicSettings | dict[str, Any] | None = None) -> Any:
         """A dynamic network around the very weights of `base`, which stays as it is.
@@ -72,6 +102,7 @@ class DynamicMixin:
         cls.install(network, DynamicSettings.of(settings))
         network.dynamic.to(base.device)
         rank(network)
+        measure_time(network)
         return network
 
 
@@ -83,10 +114,18 @@ def rank(network: Any) -> None:
         wire.gate.group_of.copy_(found)
 
 
-def _add_argument(cls: type) -> None:
+def measure_time(network: Any) -> None:
+    """Note the mean and the spread of the timestep embedding over all times."""
+    dynamics = network.dynamic
+    embedded = time_embedding(network, torch.linspace(0, dynamics.rule.time_span, _TIMES))
+    dynamics.time_mean.copy_(embedded.mean(0))
+    dynamics.time_std.copy_(embedded.std(0).clamp_min(1e-3 * float(embedded.abs().mean())))
+
+
+def _add_argument(cls: type[DynamicMixin]) -> None:
     """Give `cls` the constructor of its stock class with one more argument."""
-    stock: Any = next(base for base in cls.__mro__[1:] if base is not DynamicMixin)
-    original = stock.__init__
+    cls.stock = next(base for base in cls.__mro__[1:] if base is not DynamicMixin)
+    original: Any = cls.stock.__init__
 
     def __init__(self: Any, dynamic_config: dict[str, Any] | None = None, **config: Any) -> None:
         settings = DynamicSettings.of(dynamic_config)
@@ -96,11 +135,50 @@ def _add_argument(cls: type) -> None:
     signature = inspect.signature(original)
     extra = inspect.Parameter("dynamic_config", inspect.Parameter.KEYWORD_ONLY, default=None)
     __init__.__signature__ = signature.replace(parameters=[*signature.parameters.values(), extra])  # type: ignore[attr-defined]
-    cls.__init__ = __init__  # type: ignore[misc]
+    cls.__init__ = __init__  # type: ignore[method-assign]
 
 
 class DynamicSiTTransformer2DModel(DynamicMixin, SiTTransformer2DModel):
-    """`SiTTransformer2DModel` with dynamic width and tokens."""
+    """`SiTTransformer2DModel` with dynamic width and tokens.
+
+    Loaded `from_official`, a checkpoint of DyDiT (arXiv 2410.03456) is one with integer times 0 .. 999, of which 999 is
+    noise, that returns noise and variance channels.
+    """
+
+    @classmethod
+    def from_official(
+        cls, path_or_state_dict: str | Path | dict[str, Tensor], which: str | None = None, **overrides: Any
+    ) -> Self:
+        """Load a checkpoint in the layout of the official DyDiT repository (of March 2025).
+
+        All computed channels are returned: for DyDiT noise, then variance. Without token routers in the checkpoint,
+        tokens are not dynamic.
+
+        Args:
+            path_or_state_dict: as `SiTTransformer2DModel.from_official`.
+            which: take this entry of a training checkpoint.
+            overrides: constructor arguments that the weights do not tell: `num_attention_heads` for a width that no
+                published size has, `out_channels` to drop the second half of the channels, and entries of
+                `dynamic_config` such as `tau`.
+
+        Raises:
+            CheckpointError: a truncated, foreign or hostile file, weights that do not fit, a network without routers,
+                or the router layout of December 2024, in which no gate is always on; nothing is changed.
+        """
+        config, state = read_dydit(path_or_state_dict, which, overrides)
+        model = cls(**config)
+        load_converted(model, arrangement(model) | state)
+        return model.eval()
+
+    def to_official(self) -> dict[str, Tensor]:
+        """This network's weights under the official key names (a new dict; tensors are shared where they are
+        unchanged). Heads and channels are moved to where groups are contiguous, as that layout has them.
+
+        Raises:
+            ValueError: `normalise`, or another number of `groups` than heads, which the layout cannot express; or
+                adapters.
+        """
+        return write_dydit(self)
 
 
 class DynamicDiTTransformer2DModel(DynamicMixin, DiTTransformer2DModel):
@@ -132,6 +210,11 @@ DYNAMIC: dict[str, type[DynamicMixin]] = {
 """By the class name of the stock network."""
 
 
+def stock_class(network: nn.Module) -> Any:
+    """The class that a network would have if nothing about it were dynamic."""
+    return getattr(network, "stock", type(network))
+
+
 def make_dynamic(base: nn.Module, settings: DynamicSettings | dict[str, Any] | None = None) -> Any:
     """`DynamicMixin.from_base` of the class that fits `base`.
 
@@ -145,6 +228,10 @@ def time_embedding(network: Any, times: Tensor) -> Tensor:
     """Embeddings (T, D) in float32 on the CPU of times (T,), as given to the network's `timestep`."""
     rule = network.dynamic.rule
     projected = network.get_submodule(rule.time_proj)(rule.time_scale * times.float().cpu())
-    embed = copy.deepcopy(twin(network.get_submodule(rule.time_embed), hooks=False)).cpu().float()
+    embed: nn.Module = network.get_submodule(rule.time_embed)
+    weight = next(embed.parameters())
     with torch.no_grad():
-        return embed(projected)
+        if weight.is_meta:  # offloaded piece by piece: only its own hooks bring the weights
+            with network.dynamic.deaf():
+                return embed(projected.to(weight.dtype)).float().cpu()
+        return copy.deepcopy(twin(embed, hooks=False)).cpu().float()(projected)

@@ -60,8 +60,10 @@ class DynamicRule:
     """The module that makes sinusoids of the timestep."""
     time_embed: str
     """The module that embeds them: what it returns depends on time alone, and routers read it."""
-    time_scale: float
-    """What the network multiplies its `timestep` argument by before `time_proj`."""
+    time_span: float
+    """The largest `timestep` argument."""
+    time_scale: float = 1.0
+    """What the network multiplies that argument by before `time_proj`."""
     blocks: tuple[BlockRule, ...]
 
 
@@ -88,7 +90,7 @@ RULES = (
         base="SiTTransformer2DModel",
         time_proj="time_proj",
         time_embed="time_embed",
-        time_scale=1.0,
+        time_span=1.0,
         blocks=(
             BlockRule(path="transformer_blocks", gates=(_heads("attn"), _channels("ff")), tokens=_tokens("norm2")),
         ),
@@ -99,7 +101,7 @@ RULES = (
         # every block has its own embedder; all hold the same weights in the released checkpoints
         time_proj="transformer_blocks.0.norm1.emb.time_proj",
         time_embed="transformer_blocks.0.norm1.emb.timestep_embedder",
-        time_scale=1.0,
+        time_span=1000.0,
         blocks=(
             BlockRule(path="transformer_blocks", gates=(_heads("attn1"), _channels("ff")), tokens=_tokens("norm3")),
         ),
@@ -109,7 +111,7 @@ RULES = (
         base="SD3Transformer2DModel",
         time_proj="time_text_embed.time_proj",
         time_embed="time_text_embed.timestep_embedder",
-        time_scale=1.0,
+        time_span=1000.0,
         blocks=(
             BlockRule(
                 path="transformer_blocks",
@@ -123,6 +125,7 @@ RULES = (
         base="FluxTransformer2DModel",
         time_proj="time_text_embed.time_proj",
         time_embed="time_text_embed.timestep_embedder",
+        time_span=1.0,
         time_scale=1000.0,
         blocks=(
             BlockRule(
@@ -150,7 +153,7 @@ RULES = (
         base="LatteTransformer3DModel",
         time_proj="adaln_single.emb.time_proj",
         time_embed="adaln_single.emb.timestep_embedder",
-        time_scale=1.0,
+        time_span=1000.0,
         # attention to the text (attn2) stays whole: nothing is published about it
         blocks=tuple(
             BlockRule(path=path, gates=(_heads("attn1"), _channels("ff")), tokens=_tokens("norm2"))

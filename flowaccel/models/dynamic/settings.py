@@ -17,9 +17,9 @@ class DynamicSettings:
     groups: int | None = None
     """Groups that the hidden channels of a feed-forward form; None takes as many as there are heads, as published."""
     normalise: bool = False
-    """Give routers the timestep embedding normalised to unit variance, and let their weights start at 0. How fast a
-    router learns depends on the size of its input, which differs between networks; normalised, one learning rate serves
-    all."""
+    """Give routers the timestep embedding less its mean over all times, in units of its spread, and let their weights
+    start at 0. Embeddings of different times are often nearly parallel, and then routers that read them as they are
+    hardly tell times apart; how fast they learn depends on the embedding's size."""
     bias: float = WIDTH_BIAS
     """What the logits of heads and channels start at."""
     token_bias: float = TOKEN_BIAS

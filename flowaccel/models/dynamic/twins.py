@@ -19,7 +19,7 @@ _HOOKS = (
     "_backward_hooks",
     "_backward_pre_hooks",
 )
-_OWN = ("forward", "_hf_hook", "_old_forward")
+_OWN = ("forward", "_hf_hook", "_old_forward", "_diffusers_hook")
 """What others put on an instance around its forward; it leads back to that instance."""
 
 
@@ -36,7 +36,8 @@ def twin(module: Module, *, hooks: bool = True) -> Module:
     kept = {name: _copied(value) for name, value in module.__dict__.items() if name not in _OWN}
     if kept.get("_compiled_call_impl") is not None:
         raise RecipeConflictError(f"the {type(module).__name__} is compiled; accelerate first, then compile")
-    if "_diffusers_hook" in kept or any(value.is_meta for value in module.parameters(recurse=False)):
+    hooked = bool(getattr(module.__dict__.get("_diffusers_hook"), "hooks", None))  # pipelines leave empty ones
+    if hooked or any(value.is_meta for value in module.parameters(recurse=False)):
         raise RecipeConflictError(
             f"the weights of a {type(module).__name__} are offloaded piece by piece, or it is cached by diffusers; "
             "accelerate first, then switch offloading on"

@@ -1,0 +1,210 @@
+"""Dynamic width and tokens: DyDiT (arXiv 2410.03456) and DyDiT++ (arXiv 2504.06803), sliced for real."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from flowaccel.accelerators.base import Accelerator, Detach
+from flowaccel.accelerators.loading import load_network
+from flowaccel.accelerators.serial import component, learned
+from flowaccel.errors import WeightsNotFoundError
+from flowaccel.hooks import Call, Identity, Session, denoiser, exchange, session_of
+from flowaccel.models import WidthPlan, stock_class
+from flowaccel.models.dynamic import Dynamics
+
+FOLDER = "width"
+PLANS: dict[str, type[WidthPlan]] = {WidthPlan.name: WidthPlan}
+
+
+@dataclass(frozen=True)
+class DynamicWidth(Accelerator):
+    """Exchange the network for one that computes, at every timestep, only the heads and channels that its routers keep
+    there, and, where it has token routers, sends only the tokens that these keep through its feed-forwards.
+
+    What is kept of heads and channels depends on time alone, so a run's plan is made before its first step, layers are
+    sliced to it and the slices are held for the next run.
+
+    Args:
+        network: the dynamic network, or the folder that it was saved to; None takes the folder `width` beside the
+            pipeline's components.
+        plan: which heads and channels are on at which step, as `flowaccel plan` writes it; None lets every run make its
+            own. A run that the plan was not made for raises a ValueError.
+        buckets: let a run have at most so many different widths, by the union of neighbouring ones; for compiled
+            networks. None: as many as the routers give.
+        slice_memory: how much the slices may take, in units of the weights that they are cut from; what does not fit is
+            cut anew at every step.
+
+    Raises:
+        TypeError: a network or plan that is none.
+        ValueError: numbers out of range.
+    """
+
+    name: ClassVar[str] = "dynamic_width"
+    kind = "variant"
+
+    network: nn.Module | str | Path | None = learned(FOLDER, lambda folder: load_width(folder), default=None)
+    plan: WidthPlan | None = component(PLANS, default=None)
+    buckets: int | None = None
+    slice_memory: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.network, (nn.Module, str, Path, type(None))):
+            raise TypeError(f"network must be a module, a folder or None, got {type(self.network).__name__}")
+        if isinstance(self.network, nn.Module) and not is_width(self.network):
+            raise TypeError(
+                f"network must have dynamic width, got a {type(self.network).__name__}; "
+                "make one with flowaccel.models.make_dynamic, and train it with `flowaccel train width`"
+            )
+        if self.plan is not None and not isinstance(self.plan, WidthPlan):
+            raise TypeError(f"plan must be a WidthPlan or None, got {self.plan!r}")
+        whole = isinstance(self.buckets, int) and not isinstance(self.buckets, bool)
+        if self.buckets is not None and not (whole and self.buckets >= 1):
+            raise ValueError(f"buckets must be a whole number of at least 1, or None, got {self.buckets!r}")
+        if isinstance(self.slice_memory, bool) or not self.slice_memory >= 0:
+            raise ValueError(f"slice_memory must not be negative, got {self.slice_memory!r}")
+
+    @property
+    def networks(self) -> dict[str, nn.Module]:
+        """None: it is the pipeline's own network while it is attached."""
+        return {}
+
+    def loaded(self, pipe: Any) -> DynamicWidth:
+        """With the network as a module."""
+        return DynamicWidth(self.resolve(pipe), self.plan, self.buckets, self.slice_memory)
+
+    def resolve(self, pipe: Any = None) -> nn.Module:
+        """The network as a module, loaded if a folder was given."""
+        if isinstance(self.network, nn.Module):
+            return self.network
+        if self.network is not None:
+            return load_width(Path(self.network))
+        beside = Path(str(pipe.config.get("_name_or_path", ""))) / FOLDER
+        if not beside.is_dir():
+            raise WeightsNotFoundError(
+                f"no dynamic network at {beside}; train one with `flowaccel train width`, "
+                "or pass DynamicWidth(network=FOLDER)"
+            )
+        return load_width(beside)
+
+    def attach(self, pipe: Any) -> Detach:
+        """Exchange the network; undone by putting the old object back."""
+        base, session = denoiser(pipe), session_of(pipe)
+        network = variant_of(self.resolve(pipe), base)
+        dynamics: Dynamics = network.dynamic
+        if self.plan is not None and self.plan.routers != dynamics.fingerprint:
+            raise ValueError(
+                f"the width plan was made for routers {self.plan.routers}, and these are {dynamics.fingerprint}; make "
+                "a new one with `flowaccel plan`"
+            )
+        dynamics.cache.limit = int(self.slice_memory * dynamics.weight_bytes)
+        put_back = exchange(pipe, base, network)
+        session.follow()
+        remove = session.on_call(_Runs(self, session, network))
+
+        def detach() -> None:
+            remove()
+            put_back()
+            dynamics.cache.clear()
+
+        return detach
+
+
+class _Runs:
+    """What stands around the network's calls: sets the plan's gates."""
+
+    def __init__(self, config: DynamicWidth, session: Session, network: Any) -> None:
+        self.config, self.session, self.network = config, session, network
+        self.dynamics: Dynamics = network.dynamic
+        self.routers = self.dynamics.fingerprint  # once: on a GPU it waits for the device
+        self.made: WidthPlan | None = None
+
+    def __call__(self, proceed: Callable[..., Any], call: Call) -> Any:
+        if call.module is not self.network:
+            return proceed()
+        plan = call.run.state.get(self)
+        if plan is None:
+            plan = call.run.state[self] = self._plan(call)
+        place = min((call.run.begin or 0) + call.step, len(plan.bits) - 1)
+        dynamics = self.dynamics
+        dynamics.chosen, cut = plan.bits[place], dynamics.cache.passing
+        try:
+            return proceed()
+        finally:
+            dynamics.chosen = None
+            if call.record.what == "computed":
+                _note(call, dynamics, plan.shares[place].tolist(), dynamics.cache.passing - cut)
+
+    def _plan(self, call: Call) -> WidthPlan:
+        """The given plan, the one of the run before if it was alike, or a new one."""
+        timesteps, scheduler = call.run.timesteps, self.session.pipe.scheduler
+        found = Identity.of(scheduler)
+        asked = (found.kind, found.config)
+        plan = self.config.plan
+        if plan is not None:
+            plan.check(routers=self.routers, scheduler=asked, timesteps=timesteps)
+        elif self.made is not None and self.made.fits(routers=self.routers, scheduler=asked, timesteps=timesteps):
+            return self.made
+        else:
+            times = network_times(call.family.time, timesteps, scheduler)
+            plan = WidthPlan.of(self.network, times, timesteps=timesteps, scheduler=asked)
+        if self.config.buckets is not None:
+            plan = plan.bucketed(self.config.buckets, self.dynamics.gate_weights)
+        self.made = self.dynamics.plan = plan
+        self.dynamics.keep_slices(plan.bits)
+        return plan
+
+
+def network_times(convention: str, timesteps: tuple[float, ...], scheduler: Any) -> torch.Tensor:
+    """What a network's `timestep` argument is at the scheduler's timesteps; `convention` as in
+    `flowaccel.hooks.Family.time`."""
+    times = torch.tensor(timesteps)
+    scale = scheduler.config.get("num_train_timesteps", 1000)
+    return {"timestep": times, "sigma": times / scale, "one_minus_sigma": 1 - times / scale}[convention]
+
+
+def is_width(network: Any) -> bool:
+    """Whether a network has dynamic width, or makes one that has."""
+    return isinstance(getattr(network, "dynamic", None), Dynamics)
+
+
+def variant_of(network: Any, base: Any) -> Any:
+    """The dynamic network to put in the place of `base`, on its device and of its type.
+
+    Raises:
+        ValueError: it is a dynamic form of another network.
+    """
+    stock = stock_class(network)
+    if stock is not type(base):
+        raise ValueError(
+            f"the dynamic network is a form of {stock.__name__}, and the pipeline has a {type(base).__name__}; train "
+            "one for this pipeline with `flowaccel train width`"
+        )
+    own = {name: value for name, value in network.config.items() if name != "dynamic_config"}
+    misfits = [
+        f"{name} is {own[name]}, must be {value}"
+        for name, value in base.config.items()
+        if not name.startswith("_") and name in own and own[name] != value
+    ]
+    if misfits:
+        raise ValueError(f"the dynamic network does not fit the pipeline: {'; '.join(misfits)}")
+    return network.place(base.device, base.dtype).eval()
+
+
+def _note(call: Call, dynamics: Dynamics, shares: list[float], cut: int) -> None:
+    """Write to the record what was left out."""
+    record = call.record
+    record.width = sum(shares) / len(shares)
+    record.slice_bytes, record.slices_cut = dynamics.cache.held, cut
+    for path, share in dynamics.left_out(shares).items():
+        record.not_run[path] = record.not_run.get(path, 0) + call.rows * share
+
+
+def load_width(folder: Path) -> nn.Module:
+    """Load a dynamic network saved by `save_pretrained`; raises as `load_network` does."""
+    return load_network(folder, "dynamic network")

@@ -1,0 +1,166 @@
+"""`flowaccel plan`: which heads and channels a pipeline's dynamic network computes at which step."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.table import Table
+from torch import Tensor
+
+from flowaccel.accelerators import DynamicWidth
+from flowaccel.cli.common import (
+    ArgumentOption,
+    DeviceOption,
+    DtypeOption,
+    JsonOption,
+    PipeArgument,
+    PromptsOption,
+    SeedOption,
+    console,
+    emit,
+    friendly_errors,
+    open_pipeline,
+    open_recipe,
+    progress,
+    saved_with,
+    say,
+)
+from flowaccel.cli.generate import call_arguments, parse_conditions
+from flowaccel.evaluation import sample_generator
+from flowaccel.models import WidthPlan
+from flowaccel.recipe import Recipe, accelerated
+
+SHADES = " ▁▂▃▄▅▆▇█"
+
+
+def plan(
+    pipe: PipeArgument,
+    recipe: Annotated[
+        str | None,
+        typer.Option(help="A recipe with dynamic width: a file or a folder; default the one saved with PIPE."),
+    ] = None,
+    classes: Annotated[str | None, typer.Option(help="A class id for the run that shows the steps.")] = None,
+    prompt: Annotated[list[str] | None, typer.Option(help="A prompt for that run.")] = None,
+    prompts: PromptsOption = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Steps; default the recipe's or the pipeline's.")] = None,
+    guidance_scale: Annotated[float | None, typer.Option(help="Default: the pipeline's.")] = None,
+    height: Annotated[int | None, typer.Option(min=1, help="Pixels; default the pipeline's.")] = None,
+    width: Annotated[int | None, typer.Option(min=1, help="Pixels; default the pipeline's.")] = None,
+    argument: ArgumentOption = None,
+    buckets: Annotated[
+        int | None,
+        typer.Option(min=1, help="At most so many different widths, by unions of neighbours; for compiled networks."),
+    ] = None,
+    seed: SeedOption = 0,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "float32",
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for the recipe with the plan in it, and plan.png; default: only print.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show which share of its heads and channels every layer computes at every step, and write it into the recipe.
+
+    One image is made, because only a run tells at which times a pipeline calls its network. A recipe that holds a plan
+    refuses other samplers and numbers of steps; one without makes its plans itself.
+
+    Example: flowaccel plan zoo:sit-digits --recipe narrow --steps 4 --out narrow-4
+    """
+    with friendly_errors():
+        pipeline = open_pipeline(pipe, device, dtype)
+        chosen = saved_with(pipe) if recipe is None else open_recipe(recipe)
+        chosen = _without_plan(chosen or Recipe(), buckets).loaded(pipeline)
+        conditions = parse_conditions(pipeline, classes, prompt, prompts)
+        arguments = call_arguments(pipeline, pipe, argument, guidance_scale=guidance_scale, height=height, width=width)
+        count = steps or chosen.num_inference_steps
+        if count is not None:
+            arguments["num_inference_steps"] = count
+        pipeline.set_progress_bar_config(disable=True)
+        with progress() as notify, accelerated(pipeline, chosen):
+            pipeline(**conditions.arguments([0]), **arguments, generator=[sample_generator(seed, 0)])
+            dynamics = pipeline.transformer.dynamic
+            found, weights = dynamics.plan, dynamics.gate_weights
+            notify("run", 1, 1)
+        if out is not None:
+            _with_plan(chosen, found, count).save_pretrained(out)
+            draw(found, out / "plan.png")
+        emit(_data(found, weights, out), as_json, lambda: _show(found, weights, out))
+
+
+def _without_plan(recipe: Recipe, buckets: int | None) -> Recipe:
+    """Ready to make a new plan.
+
+    Raises:
+        ValueError: nothing in it has a width.
+    """
+    parts = [
+        replace(part, plan=None, buckets=buckets or part.buckets) if isinstance(part, DynamicWidth) else part
+        for part in recipe.accelerators
+    ]
+    if not any(isinstance(part, DynamicWidth) for part in parts):
+        raise ValueError(
+            f"recipe {recipe.name!r} has no dynamic width; train one with `flowaccel train width` and give it with "
+            "--recipe"
+        )
+    return replace(recipe, accelerators=parts)
+
+
+def _with_plan(recipe: Recipe, found: WidthPlan, steps: int | None) -> Recipe:
+    parts = [
+        replace(part, plan=found, buckets=None) if isinstance(part, DynamicWidth) else part
+        for part in recipe.accelerators
+    ]
+    return replace(recipe, accelerators=parts, num_inference_steps=steps)
+
+
+def _data(found: WidthPlan, weights: list[int], out: Path | None) -> dict[str, Any]:
+    return {
+        "out": None if out is None else str(out),
+        "scheduler": found.scheduler,
+        "timesteps": list(found.timesteps),
+        "gates": list(found.gates),
+        "shares": found.shares.tolist(),
+        "ratios": found.ratios(weights).tolist(),
+        "different_widths": found.buckets,
+    }
+
+
+def _show(found: WidthPlan, weights: list[int], out: Path | None) -> None:
+    ratios = found.ratios(weights)
+    table = Table(box=None, pad_edge=False, title=f"share that is on, {found.scheduler}, first step left")
+    table.add_column("gate")
+    table.add_column("steps")
+    table.add_column("mean", justify="right")
+    for name, shares in zip(found.gates, found.shares.T, strict=True):
+        table.add_row(name, "".join(_shade(share) for share in shares.tolist()), f"{shares.mean():.0%}")
+    table.add_row("all weights", "".join(_shade(share) for share in ratios.tolist()), f"{ratios.mean():.0%}")
+    console.print(table)
+    say(f"{found.buckets} different widths at {len(found.timesteps)} evaluations")
+    if out is not None:
+        say(f"wrote the recipe and plan.png to {out}; use it with --recipe {out}")
+
+
+def _shade(share: float) -> str:
+    return SHADES[round(share * (len(SHADES) - 1))]
+
+
+def draw(found: WidthPlan, path: Path) -> None:
+    """The plan as a heat map, heads and channels side by side."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # a second of import that the table does not need
+    from matplotlib.figure import Figure
+
+    kinds = sorted({name.rsplit(".", 1)[1] for name in found.gates})
+    figure = Figure(figsize=(4.2 * len(kinds), 3.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    for place, kind in enumerate(kinds):
+        rows = [index for index, name in enumerate(found.gates) if name.endswith(f".{kind}")]
+        axes = figure.add_subplot(1, len(kinds), place + 1)
+        shares: Tensor = found.shares[:, torch.tensor(rows)].T
+        image = axes.imshow(shares.numpy(), vmin=0, vmax=1, cmap="viridis", aspect="auto", interpolation="nearest")
+        axes.set(title=kind, xlabel="evaluation (noise to image)", ylabel="block")
+        figure.colorbar(image, ax=axes, label="share on" if place == len(kinds) - 1 else None)
+    figure.savefig(path, dpi=120)
