@@ -7,5 +7,15 @@ from flowaccel.modules.routers import straight_through as straight_through
 from flowaccel.modules.routers import widened as widened
 from flowaccel.modules.sliced import SliceCache as SliceCache
 from flowaccel.modules.sliced import SlicedLinear as SlicedLinear
+from flowaccel.modules.td_lora import TimedLoraSettings as TimedLoraSettings
 
-__all__ = ["SliceCache", "SlicedLinear", "TokenRouter", "WidthRouter", "logistic_noise", "straight_through", "widened"]
+__all__ = [
+    "SliceCache",
+    "SlicedLinear",
+    "TimedLoraSettings",
+    "TokenRouter",
+    "WidthRouter",
+    "logistic_noise",
+    "straight_through",
+    "widened",
+]

@@ -26,8 +26,9 @@ class SlicedLinear(nn.Linear):
 
     @staticmethod
     def take_over(linear: nn.Linear) -> SlicedLinear:
-        """Make `linear` itself a `SlicedLinear`."""
-        linear.__class__ = SlicedLinear
+        """Make `linear` itself a `SlicedLinear`, if it is none."""
+        if not isinstance(linear, SlicedLinear):
+            linear.__class__ = SlicedLinear
         assert isinstance(linear, SlicedLinear)
         return linear
 
@@ -35,15 +36,25 @@ class SlicedLinear(nn.Linear):
         """(B, ..., columns) -> (B, ..., rows)."""
         if self.column_mask is not None:
             hidden_states = hidden_states * spread(self.column_mask, hidden_states)
-        part = self.part() if callable(self.part) else self.part
-        weight, bias = (self.weight, self.bias) if part is None else part
-        output = nn.functional.linear(hidden_states, weight, bias)
+        output = nn.functional.linear(hidden_states, *self.present)
         return output if self.row_mask is None else output * spread(self.row_mask, output)
 
     @property
     def whole(self) -> Part:
         """All rows and columns, as a part."""
         return self.weight.detach(), None if self.bias is None else self.bias.detach()
+
+    @property
+    def present(self) -> Part:
+        """Weight and bias to compute with."""
+        if self.part is None:
+            return self.weight, self.bias
+        return self.part if isinstance(self.part, tuple) else self.part()
+
+    def clear(self) -> None:
+        """The whole again."""
+        for name in ("part", "row_mask", "column_mask"):  # three assignments to a module are ten times as slow
+            self.__dict__.pop(name, None)
 
     def cut(self, rows: Tensor | None, columns: Tensor | None) -> Part:
         """Contiguous copies of some rows and columns of weight and bias; None takes all."""
@@ -77,12 +88,15 @@ class SliceCache:
         """Bytes that are kept."""
         self.passing = 0
         """How many parts were cut and not kept, because the bound was reached."""
-        self._parts: dict[Hashable, tuple[Tensor, Part]] = {}
+        self._parts: dict[Hashable, tuple[Hashable, Part]] = {}
 
     def get(self, key: Hashable, weight: Tensor, cut: Callable[[], Part]) -> Part:
-        """The part under `key`, cut from `weight` if there is none, or if the weight moved or changed its type."""
-        known = self._parts.get(key)
-        if known is not None and known[0].device == weight.device and known[0].dtype == weight.dtype:
+        """The part under `key`, cut from `weight` if there is none, or if the weight moved or changed.
+
+        What was written through `weight.data` cannot be seen: `clear` then.
+        """
+        known, stamp = self._parts.get(key), _stamp(weight)
+        if known is not None and known[0] == stamp:
             return known[1]
         if known is not None:
             self._drop(key)
@@ -91,7 +105,7 @@ class SliceCache:
         if self.held + size > self.limit:
             self.passing += 1
             return part
-        self._parts[key] = (part[0], part)
+        self._parts[key] = (stamp, part)
         self.held += size
         return part
 
@@ -108,6 +122,11 @@ class SliceCache:
     def _drop(self, key: Hashable) -> None:
         _, part = self._parts.pop(key)
         self.held -= _bytes(part)
+
+
+def _stamp(weight: Tensor) -> Hashable:
+    version = 0 if weight.is_inference() else weight._version
+    return weight.device, weight.dtype, weight.data_ptr(), version
 
 
 def _bytes(part: Part) -> int:

@@ -18,6 +18,7 @@ from flowaccel.data import ImageSet
 from flowaccel.hooks import macs_by_module, shapes_of
 from flowaccel.models.dynamic import Dynamics
 from flowaccel.models.dynamic.fused import TokenSingleBlock
+from flowaccel.modules.td_lora import ADAPTER, timed_layers
 
 STRATA = 4
 _REACH = 0.2
@@ -279,6 +280,26 @@ class WidthObjective:
     def _evaluated(self, dynamics: Dynamics, kept: dict[str, Tensor]) -> Tensor:
         """The ratio with the gates of evaluation; tokens as they were drawn."""
         return self.costs.ratio(dynamics, dynamics.evaluated(dynamics.embedding), kept).mean()
+
+
+def freeze_backbone(network: Any) -> None:
+    """Leave nothing to train but the routers of a dynamic network and, where there is one, its TD-LoRA.
+
+    With a TD-LoRA the loss of the whole network (`WidthObjective.complete_steps`) keeps a meaning, because adapters
+    stay on in it. Do this before the network is given to an optimiser; a controller is switched by
+    `WidthObjective.prepare` afterwards.
+
+    Args:
+        network: a dynamic network; weights that it shares with another are frozen there, too.
+    """
+    network.requires_grad_(False)
+    for wire in network.dynamic.wires:
+        wire.gate.router.requires_grad_(True)
+    for site in network.dynamic.sites:
+        site.router.requires_grad_(True)
+    for layer in timed_layers(network).values():
+        layer.lora_A[ADAPTER].requires_grad_(True)
+        layer.experts.requires_grad_(True)
 
 
 def call_arguments(network: Any, *args: Tensor) -> dict[str, Any]:

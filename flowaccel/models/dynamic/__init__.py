@@ -1,5 +1,10 @@
 """Networks with dynamic width and tokens."""
 
+from flowaccel.models.dynamic.adapter import WidthAdapter as WidthAdapter
+from flowaccel.models.dynamic.adapter import add_timed_lora as add_timed_lora
+from flowaccel.models.dynamic.adapter import bucket_loras as bucket_loras
+from flowaccel.models.dynamic.adapter import fix_time as fix_time
+from flowaccel.models.dynamic.adapter import plain_lora as plain_lora
 from flowaccel.models.dynamic.importance import reorder_ as reorder_
 from flowaccel.models.dynamic.network import Bits as Bits
 from flowaccel.models.dynamic.network import Dynamics as Dynamics
@@ -25,8 +30,13 @@ __all__ = [
     "DynamicSettings",
     "DynamicSiTTransformer2DModel",
     "Dynamics",
+    "WidthAdapter",
     "WidthPlan",
+    "add_timed_lora",
+    "bucket_loras",
+    "fix_time",
     "make_dynamic",
+    "plain_lora",
     "reorder_",
     "stock_class",
     "time_embedding",

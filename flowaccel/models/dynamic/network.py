@@ -14,7 +14,7 @@ import functools
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -33,6 +33,7 @@ from flowaccel.modules import (
     straight_through,
     widened,
 )
+from flowaccel.modules.td_lora import ExpertLinear, TimedLoraLinear, TimedLoraSettings, standing, taken_apart
 from flowaccel.modules.tokens import TokenChoice, TokenFeedForward
 
 Bits = tuple[str, ...]
@@ -72,8 +73,19 @@ class Wire:
     """And where its columns begin."""
     attention: Any
     """The module whose `heads` follow the gate."""
+    module: nn.Module
+    """The block itself."""
+    added_rows: list[SlicedLinear] = field(default_factory=list)
+    """The second factors of LoRAs on `rows`."""
+    added_columns: list[tuple[SlicedLinear, int]] = field(default_factory=list)
+    """The first factors of LoRAs on `columns`."""
     tokens: TokenSite | None = None
     """Where the work of this gate is done on part of the tokens."""
+
+    def connect(self) -> None:
+        """Find the layers, also where adapters were put around them or taken away."""
+        found = _linears(self.module, self.rule)
+        self.rows, self.columns, self.added_rows, self.added_columns = found
 
     def elements(self, mask: Tensor) -> Tensor:
         """(..., units) -> (..., rows)."""
@@ -130,9 +142,16 @@ class Dynamics(nn.Module):
         self._bits: Bits = ()
         self._wires: list[Wire] = []
         self._linears: list[_LinearWires] = []
+        self._places: list[tuple[nn.Module, str]] = []
+        self._known: list[tuple[Any, ...]] = []
+        self._experts: list[ExpertLinear] = []
+        self.timed_lora: TimedLoraSettings | None = None
+        """Of the TD-LoRA that the network was given (`add_timed_lora`)."""
         self._sites: list[TokenSite] = []
         self._wire(network, width)
-        self.cache = SliceCache(self.weight_bytes)
+        self.cache = SliceCache(limit=0)
+        self.connect()
+        self.cache.limit = self.weight_bytes
 
     # -- construction
 
@@ -140,7 +159,6 @@ class Dynamics(nn.Module):
         for rule in self.rule.blocks:
             for place, block in enumerate(network.get_submodule(rule.path).children()):
                 self._wire_block(f"{rule.path}.{place}", block, rule, width)
-        self._linears = _by_linear(self._wires)
 
     def _wire_block(self, path: str, block: nn.Module, rule: BlockRule, width: int) -> None:
         own = nn.ModuleDict()
@@ -153,8 +171,7 @@ class Dynamics(nn.Module):
                     f"{path}.{gate.name} has fused projections, which are not sliced; call unfuse_qkv_projections() "
                     "first"
                 )
-            rows = [_sliced(block, name) for name in gate.rows if _has(block, name)]
-            columns = [(_sliced(block, name), start) for name, start in gate.columns if _has(block, name)]
+            rows, columns, _, _ = _linears(block, gate)
             attention = getattr(block, gate.name) if gate.kind == "heads" else None
             made = rows[0].out_features
             units, members = (heads, heads) if attention is not None else (self.settings.groups or heads, made)
@@ -163,8 +180,7 @@ class Dynamics(nn.Module):
                     f"{path}.{gate.name}: {made} rows cannot be divided into {units} equal groups; "
                     "set groups to a number that divides them, and give all projections the same number of heads"
                 )
-            offsets = [(linear, start * rows[0].in_features) for linear, start in columns]
-            if any(start + made > linear.in_features for linear, start in offsets):
+            if any(start + made > linear.in_features for linear, start in columns):
                 raise UnsupportedModelError(
                     f"{path}.{gate.name}: {made} rows are made and fewer are read, as by a gated activation (GEGLU, "
                     "SwiGLU); dynamic width is for plain activations"
@@ -178,8 +194,9 @@ class Dynamics(nn.Module):
                     gate=own[gate.name],  # type: ignore[arg-type]
                     each=made // members,
                     rows=rows,
-                    columns=offsets,
+                    columns=columns,
                     attention=attention,
+                    module=block,
                 )
             )
         if self.settings.tokens and (rule.tokens is not None or rule.fused):
@@ -202,12 +219,56 @@ class Dynamics(nn.Module):
             if wire.path in [f"{path}.{name}" for name in switched]:
                 wire.tokens = site
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Dynamics:
+        """Move, but never to a narrower type, because a flipped gate changes the network: what `_keep_in_fp32_modules`
+        does where diffusers loads, for `network.to(dtype)`.
+        """
+
+        def moved(value: Tensor) -> Tensor:
+            result = fn(value)
+            narrower = value.is_floating_point() and result.element_size() < value.element_size()
+            return value.to(result.device) if narrower else result
+
+        return super()._apply(moved, recurse)
+
+    def connect(self) -> None:
+        """Follow adapters that were added, removed or merged, and drop what was cut before.
+
+        Every call looks whether this is needed.
+
+        Raises:
+            UnsupportedModelError: layers that cannot be sliced.
+            ValueError: the TD-LoRA that the network was trained with was removed.
+        """
+        self.clear()
+        self.cache.clear()
+        for wire in self._wires:
+            wire.connect()
+        self._linears = _by_linear(self._wires)
+        self._places = list(dict.fromkeys(place for wire in self._wires for place in _places(wire)))
+        self._experts = [layer.experts for layer in self.layers if isinstance(layer, TimedLoraLinear)]
+        if self.timed_lora is not None and not self._experts:
+            raise ValueError(
+                "the TD-LoRA that the gates were trained with is gone: unload_lora_weights() removes all adapters; "
+                "delete_adapters(NAME) removes one. Restore the pipeline and accelerate it again"
+            )
+        self._known = [standing(layer) for layer in self.layers]
+
+    def _follow(self) -> None:
+        if [standing(layer) for layer in self.layers] != self._known:
+            self.connect()
+
     # -- what others use
 
     @property
     def wires(self) -> tuple[Wire, ...]:
         """All gates, in the order of the network's blocks."""
         return tuple(self._wires)
+
+    @property
+    def layers(self) -> list[nn.Module]:
+        """What stands in the place of every gated linear layer at present: itself, or PEFT's layer around it."""
+        return [parent._modules[name] for parent, name in self._places]  # type: ignore[misc]
 
     @property
     def weight_bytes(self) -> int:
@@ -247,11 +308,14 @@ class Dynamics(nn.Module):
                 digest.update(tensor.detach().float().cpu().numpy().tobytes())
         return digest.hexdigest()[:12]
 
+    def given(self, embedding: Tensor) -> Tensor:
+        """What routers read of timestep embeddings (B, D), in float32 or float64."""
+        given = widened(embedding)
+        return (given - self.time_mean) / self.time_std if self.settings.normalise else given
+
     def logits(self, embedding: Tensor) -> list[Tensor]:
         """The routers' answers to timestep embeddings (B, D): (B, units - 1) for each gate."""
-        given = widened(embedding)
-        if self.settings.normalise:
-            given = (given - self.time_mean) / self.time_std
+        given = self.given(embedding)
         return [wire.gate.router(given) for wire in self._wires]
 
     def evaluated(self, embedding: Tensor) -> list[Tensor]:
@@ -305,6 +369,7 @@ class Dynamics(nn.Module):
             self._noises = {}
             for site in self._sites:
                 site.gates = None
+        self._follow()
         if self._off:
             self.clear()
         elif self.training and torch.is_grad_enabled():
@@ -314,6 +379,14 @@ class Dynamics(nn.Module):
             self.slice(self.chosen)
         else:
             self._slice_rows(self.evaluated(embedding))
+        if self._experts:
+            self._tell(self.given(embedding))
+
+    def _tell(self, given: Tensor) -> None:
+        """Let the experts of a TD-LoRA know the time."""
+        alike = not torch.is_grad_enabled() and (self.chosen is not None or bool((given == given[:1]).all()))
+        for experts in self._experts:
+            experts.time = given[:1] if alike else given
 
     def _trained(self, embedding: Tensor) -> list[Tensor]:
         if self.hard:
@@ -332,14 +405,15 @@ class Dynamics(nn.Module):
         """Multiply layers by masks (B, units): the head outputs before their projection, and hidden channels before
         their activation."""
         self.clear()
+        self.cache.clear()  # the weights are about to change, and averaging writes them where nobody sees it
         self.masks = masks
         for wire, mask in zip(self._wires, masks, strict=True):
             elements = wire.elements(mask)
             if wire.rule.kind == "channels":
-                for linear in wire.rows:
+                for linear in (*wire.rows, *wire.added_rows):
                     linear.row_mask = elements
                 continue
-            for linear, start in wire.columns:
+            for linear, start in (*wire.columns, *wire.added_columns):
                 _mask_columns(linear, start, elements)
 
     def _slice_rows(self, masks: list[Tensor]) -> None:
@@ -352,7 +426,7 @@ class Dynamics(nn.Module):
             site.module.rows_differ = not bool(alike.all())
         for wire, mask, same in zip(self._wires, masks, alike.split(counts), strict=True):
             if not bool(same.all()):
-                for linear, start in wire.columns:
+                for linear, start in (*wire.columns, *wire.added_columns):
                     _mask_columns(linear, start, wire.elements(mask))
         for entry in self._linears:
             mask_, kept = entry.linear.column_mask, entry.kept(self._bits, columns=True)
@@ -386,8 +460,9 @@ class Dynamics(nn.Module):
         self._bits = ()
         self.masks = []
         for entry in self._linears:
-            linear = entry.linear
-            linear.part = linear.row_mask = linear.column_mask = None
+            entry.linear.clear()
+        for experts in self._experts:
+            experts.time = None
         for wire in self._wires:
             if wire.attention is not None:
                 wire.attention.heads = wire.gate.units
@@ -444,6 +519,7 @@ class Dynamics(nn.Module):
         names: list[tuple[Any, tuple[str, ...]]] = [
             (self, ("masks", "chosen", "hard", "_off", "_again", "_bits", "_noises")),
             *((entry.linear, ("part", "row_mask", "column_mask")) for entry in self._linears),
+            *((experts, ("time",)) for experts in self._experts),
             *((wire.attention, ("heads",)) for wire in self._wires if wire.attention is not None),
             *((site, ("gates",)) for site in self._sites),
             *((site.module, ("keep", "logits", "rows_differ")) for site in self._sites),
@@ -521,9 +597,9 @@ def _by_linear(wires: list[Wire]) -> list[_LinearWires]:
         return found.setdefault(id(linear), _LinearWires(linear, None, []))
 
     for place, wire in enumerate(wires):
-        for linear in wire.rows:
+        for linear in (*wire.rows, *wire.added_rows):
             entry(linear).rows = (place, wire)
-        for linear, start in wire.columns:
+        for linear, start in (*wire.columns, *wire.added_columns):
             entry(linear).columns.append((place, wire, start))
     return list(found.values())
 
@@ -540,16 +616,47 @@ def _has(block: nn.Module, name: str) -> bool:
         return False
 
 
-def _sliced(block: nn.Module, name: str) -> SlicedLinear:
-    linear = block.get_submodule(name)
-    if isinstance(linear, SlicedLinear):
-        return linear
-    if type(linear) is not nn.Linear:
+Columns = list[tuple[SlicedLinear, int]]
+
+
+def _linears(block: nn.Module, rule: GateRule) -> tuple[list[SlicedLinear], Columns, list[SlicedLinear], Columns]:
+    """The layers of a gate: those that make its units and those that read them, and the same of LoRAs on them."""
+    rows, columns, added_rows, added_columns = [], [], [], []
+    for name in rule.rows:
+        if _has(block, name):
+            base, _, seconds = _sliced(block, name)
+            rows.append(base)
+            added_rows += seconds
+    for name, multiple in rule.columns:
+        if _has(block, name):
+            base, firsts, _ = _sliced(block, name)
+            start = multiple * rows[0].in_features
+            columns.append((base, start))
+            added_columns += [(first, start) for first in firsts]
+    return rows, columns, added_rows, added_columns
+
+
+def _places(wire: Wire) -> Iterator[tuple[nn.Module, str]]:
+    """Where the layers of a gate lie: the module that holds one, and its name there."""
+    for name in (*wire.rule.rows, *(name for name, _ in wire.rule.columns)):
+        if _has(wire.module, name):
+            parent, _, child = name.rpartition(".")
+            yield wire.module.get_submodule(parent), child
+
+
+def _sliced(block: nn.Module, name: str) -> tuple[SlicedLinear, list[SlicedLinear], list[SlicedLinear]]:
+    """A layer, and the first and second factors of LoRAs on it, all ready to be sliced."""
+    linear, firsts, seconds = taken_apart(block.get_submodule(name))
+    if type(linear) is not nn.Linear and not isinstance(linear, SlicedLinear):
         raise UnsupportedModelError(
             f"{name} of a {type(block).__name__} is a {type(linear).__name__}; dynamic width slices plain nn.Linear "
-            "layers: quantise, fuse or add adapters afterwards"
+            "layers, and those with PEFT's LoRA: quantise and fuse afterwards"
         )
-    return SlicedLinear.take_over(linear)
+    return (
+        SlicedLinear.take_over(linear),
+        [SlicedLinear.take_over(first) for first in firsts],
+        [SlicedLinear.take_over(second) for second in seconds],
+    )
 
 
 def _bytes(linear: nn.Linear) -> int:

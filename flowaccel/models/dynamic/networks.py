@@ -64,6 +64,19 @@ class DynamicMixin:
         network: Any = super()
         network.enable_gradient_checkpointing(functools.partial(self.dynamic.checkpointed, given))
 
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """As diffusers'.
+
+        Raises:
+            ValueError: there is a TD-LoRA, whose layers `from_pretrained` would not find.
+        """
+        if self.dynamic.timed_lora is not None:
+            raise ValueError(
+                "a network with a TD-LoRA is saved as what was trained, beside its base: "
+                "WidthAdapter.of(network).save_pretrained(folder)"
+            )
+        super().save_pretrained(*args, **kwargs)  # type: ignore[misc]
+
     def fuse_qkv_projections(self) -> None:
         """Refused: heads are sliced out of separate projections.
 
@@ -105,6 +118,7 @@ class DynamicMixin:
         network.__class__ = cls
         network._internal_dict = FrozenDict(dict(network._internal_dict))
         cls.install(network, DynamicSettings.of(settings))
+        network.dynamic.to(base.device)
         rank(network)
         measure_time(network)
         return network
