@@ -13,6 +13,7 @@ All that flowaccel knows of the insides of PEFT's layers stands in this file.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -128,6 +129,11 @@ class TimedLoraLinear(lora.Linear):
         return layer
 
     @property
+    def timed(self) -> bool:
+        """Whether the adapter is still there."""
+        return ADAPTER in self.lora_B
+
+    @property
     def experts(self) -> ExpertLinear:
         """The second factor."""
         found = self.lora_B[ADAPTER]
@@ -137,7 +143,8 @@ class TimedLoraLinear(lora.Linear):
     def set_adapter(self, adapter_names: str | list[str], *args: Any, **kwargs: Any) -> None:
         """Choose other adapters, beside this one."""
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-        super().set_adapter([*([] if ADAPTER in names else [ADAPTER]), *names], *args, **kwargs)
+        always = [ADAPTER] if self.timed and ADAPTER not in names else []
+        super().set_adapter([*always, *names], *args, **kwargs)
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """What `adapter` adds to W.
@@ -203,7 +210,13 @@ def inject_timed_lora(network: nn.Module, paths: list[str], width: int, settings
 
 def timed_layers(network: nn.Module) -> dict[str, TimedLoraLinear]:
     """The layers that have a TD-LoRA, by name."""
-    return {name: module for name, module in network.named_modules() if isinstance(module, TimedLoraLinear)}
+    found = {name: module for name, module in network.named_modules() if isinstance(module, TimedLoraLinear)}
+    return {name: layer for name, layer in found.items() if layer.timed}
+
+
+def experts_of(layers: Iterable[nn.Module]) -> list[ExpertLinear]:
+    """The second factors of the TD-LoRA on those of `layers` that have one."""
+    return [layer.experts for layer in layers if isinstance(layer, TimedLoraLinear) and layer.timed]
 
 
 def taken_apart(layer: nn.Module) -> tuple[nn.Module, list[nn.Linear], list[nn.Linear]]:

@@ -221,7 +221,12 @@ def test_a_plain_lora_beside_it_works_and_leaves_it_active() -> None:
     assert relative(found, masked(sd3_call, network, ONE)) < 1e-5
     network.delete_adapters("style")
     assert relative(sliced(sd3_call, network, ONE), without) < 1e-6
-    network.unload_lora()
+
+
+@pytest.mark.parametrize("remove", [lambda net: net.unload_lora(), lambda net: net.delete_adapters(ADAPTER)])
+def test_without_it_the_network_does_not_run(remove: Callable[[Any], None]) -> None:
+    network = adapted(sd3())
+    remove(network)
     with pytest.raises(ValueError, match="the TD-LoRA that the gates were trained with is gone"):
         sliced(sd3_call, network, ONE)
 
