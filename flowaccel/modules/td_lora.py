@@ -154,7 +154,7 @@ class TimedLoraLinear(lora.Linear):
         """
         if adapter != ADAPTER:
             return super().get_delta_weight(adapter)
-        self._check_fixed()
+        self.check_mergeable()
         experts, first = self.experts, self.lora_A[ADAPTER].weight
         with torch.no_grad():
             second = experts.mixed(experts.shares(experts.fixed)[0])
@@ -166,12 +166,23 @@ class TimedLoraLinear(lora.Linear):
         Raises:
             ValueError: one of them depends on time, and none is fixed; nothing was merged.
         """
-        if ADAPTER in (self.active_adapters if adapter_names is None else adapter_names):
-            self._check_fixed()
+        self.check_mergeable(adapter_names)
         super().merge(safe_merge=safe_merge, adapter_names=adapter_names)
 
-    def _check_fixed(self) -> None:
-        if self.experts.fixed is None:
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """(B, ..., columns) -> (B, ..., rows)."""
+        output: Tensor = super().forward(hidden_states, *args, **kwargs)
+        # PEFT computes no adapter where any is merged
+        if self.timed and self.merged and ADAPTER not in self.merged_adapters and not self.disable_adapters:
+            first = self.lora_A[ADAPTER]
+            added = self.experts(first(hidden_states.to(first.weight.dtype))) * self.scaling[ADAPTER]
+            output = output + added.to(output.dtype)
+        return output
+
+    def check_mergeable(self, adapter_names: list[str] | None = None) -> None:
+        """Raise a ValueError if this adapter is among those to be merged (None: all) and no time is fixed."""
+        wanted = adapter_names is None or ADAPTER in adapter_names
+        if self.timed and wanted and self.experts.fixed is None:
             raise ValueError(
                 f"the adapter {ADAPTER!r} is a TD-LoRA, which depends on the timestep and cannot be merged into weights"
                 " that do not. Leave it out (adapter_names=[...] of the others), fix one time first (fix_time), or "
