@@ -13,6 +13,7 @@ All that flowaccel knows of the insides of PEFT's layers stands in this file.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -123,6 +124,11 @@ class TimedLoraLinear(lora.Linear):
         return layer
 
     @property
+    def timed(self) -> bool:
+        """Whether the adapter is still there."""
+        return ADAPTER in self.lora_B
+
+    @property
     def experts(self) -> ExpertLinear:
         """The second factor."""
         found = self.lora_B[ADAPTER]
@@ -132,7 +138,8 @@ class TimedLoraLinear(lora.Linear):
     def set_adapter(self, adapter_names: str | list[str], *args: Any, **kwargs: Any) -> None:
         """Choose other adapters, beside this one."""
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-        super().set_adapter([*([] if ADAPTER in names else [ADAPTER]), *names], *args, **kwargs)
+        always = [ADAPTER] if self.timed and ADAPTER not in names else []
+        super().set_adapter([*always, *names], *args, **kwargs)
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """What `adapter` adds to W.
@@ -142,7 +149,7 @@ class TimedLoraLinear(lora.Linear):
         """
         if adapter != ADAPTER:
             return super().get_delta_weight(adapter)
-        self._check_fixed()
+        self.check_mergeable()
         experts, first = self.experts, self.lora_A[ADAPTER].weight
         with torch.no_grad():
             second = experts.mixed(experts.shares(experts.fixed)[0])
@@ -154,12 +161,23 @@ class TimedLoraLinear(lora.Linear):
         Raises:
             ValueError: one of them depends on time, and none is fixed; nothing was merged.
         """
-        if ADAPTER in (self.active_adapters if adapter_names is None else adapter_names):
-            self._check_fixed()
+        self.check_mergeable(adapter_names)
         super().merge(safe_merge=safe_merge, adapter_names=adapter_names)
 
-    def _check_fixed(self) -> None:
-        if self.experts.fixed is None:
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """(B, ..., columns) -> (B, ..., rows)."""
+        output: Tensor = super().forward(hidden_states, *args, **kwargs)
+        # PEFT computes no adapter where any is merged
+        if self.timed and self.merged and ADAPTER not in self.merged_adapters and not self.disable_adapters:
+            first = self.lora_A[ADAPTER]
+            added = self.experts(first(hidden_states.to(first.weight.dtype))) * self.scaling[ADAPTER]
+            output = output + added.to(output.dtype)
+        return output
+
+    def check_mergeable(self, adapter_names: list[str] | None = None) -> None:
+        """Raise a ValueError if this adapter is among those to be merged (None: all) and no time is fixed."""
+        wanted = adapter_names is None or ADAPTER in adapter_names
+        if self.timed and wanted and self.experts.fixed is None:
             raise ValueError(
                 f"the adapter {ADAPTER!r} is a TD-LoRA, which depends on the timestep and cannot be merged into weights"
                 " that do not. Leave it out (adapter_names=[...] of the others), fix one time first (fix_time), or "
@@ -198,7 +216,13 @@ def inject_timed_lora(network: nn.Module, paths: list[str], width: int, settings
 
 def timed_layers(network: nn.Module) -> dict[str, TimedLoraLinear]:
     """The layers that have a TD-LoRA, by name."""
-    return {name: module for name, module in network.named_modules() if isinstance(module, TimedLoraLinear)}
+    found = {name: module for name, module in network.named_modules() if isinstance(module, TimedLoraLinear)}
+    return {name: layer for name, layer in found.items() if layer.timed}
+
+
+def experts_of(layers: Iterable[nn.Module]) -> list[ExpertLinear]:
+    """The second factors of the TD-LoRA on those of `layers` that have one."""
+    return [layer.experts for layer in layers if isinstance(layer, TimedLoraLinear) and layer.timed]
 
 
 def taken_apart(layer: nn.Module) -> tuple[nn.Module, list[nn.Linear], list[nn.Linear]]:

@@ -207,7 +207,7 @@ def test_the_published_share_of_parameters_is_trained() -> None:
 
 def test_a_plain_lora_beside_it_works_and_leaves_it_active() -> None:
     network = adapted(sd3())
-    network.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_out.0", "proj"]), "style")
+    network.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_out.0", "proj", "linear"]), "style")
     layers = timed_layers(network)
     without = sliced(sd3_call, network, ONE)  # its second factor is 0
     for layer in layers.values():
@@ -218,9 +218,26 @@ def test_a_plain_lora_beside_it_works_and_leaves_it_active() -> None:
     found = sliced(sd3_call, network, ONE)
     assert relative(found, without) > 1e-2
     assert relative(found, masked(sd3_call, network, ONE)) < 1e-5
+    adapted_layers = [name for name, layer in network.named_modules() if hasattr(layer, "merged_adapters")]
+    with pytest.raises(ValueError, match="depends on the timestep"):
+        network.fuse_lora()
+    assert not any(network.get_submodule(name).merged for name in adapted_layers)
+    network.fuse_lora(adapter_names=["style"])
+    assert (
+        relative(sliced(sd3_call, network, OTHERS[:1].expand(2)), masked(sd3_call, network, OTHERS[:1].expand(2)))
+        < 1e-5
+    )
+    assert relative(sliced(sd3_call, network, ONE), found) < 1e-5
+    network.unfuse_lora()
+    assert relative(sliced(sd3_call, network, ONE), found) < 1e-5
     network.delete_adapters("style")
     assert relative(sliced(sd3_call, network, ONE), without) < 1e-6
-    network.unload_lora()
+
+
+@pytest.mark.parametrize("remove", [lambda net: net.unload_lora(), lambda net: net.delete_adapters(ADAPTER)])
+def test_without_it_the_network_does_not_run(remove: Callable[[Any], None]) -> None:
+    network = adapted(sd3())
+    remove(network)
     with pytest.raises(ValueError, match="the TD-LoRA that the gates were trained with is gone"):
         sliced(sd3_call, network, ONE)
 

@@ -112,7 +112,8 @@ def bucket_loras(network: Any, times: Tensor, buckets: int) -> list[dict[str, Te
 
 
 def _given(network: Any, times: Tensor) -> Tensor:
-    given: Tensor = network.dynamic.given(time_embedding(network, times))
+    dynamics = network.dynamic
+    given: Tensor = dynamics.given(time_embedding(network, times).to(dynamics.time_mean.device))
     return given
 
 

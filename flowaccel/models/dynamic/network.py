@@ -33,7 +33,7 @@ from flowaccel.modules import (
     straight_through,
     widened,
 )
-from flowaccel.modules.td_lora import ExpertLinear, TimedLoraLinear, TimedLoraSettings, standing, taken_apart
+from flowaccel.modules.td_lora import ExpertLinear, TimedLoraSettings, experts_of, standing, taken_apart
 from flowaccel.modules.tokens import TokenChoice, TokenFeedForward
 
 Bits = tuple[str, ...]
@@ -246,7 +246,7 @@ class Dynamics(nn.Module):
             wire.connect()
         self._linears = _by_linear(self._wires)
         self._places = list(dict.fromkeys(place for wire in self._wires for place in _places(wire)))
-        self._experts = [layer.experts for layer in self.layers if isinstance(layer, TimedLoraLinear)]
+        self._experts = experts_of(self.layers)
         if self.timed_lora is not None and not self._experts:
             raise ValueError(
                 "the TD-LoRA that the gates were trained with is gone: unload_lora_weights() removes all adapters; "

@@ -26,6 +26,7 @@ from flowaccel.models.dynamic.settings import DynamicSettings
 from flowaccel.models.dynamic.twins import twin
 from flowaccel.models.official import load_converted
 from flowaccel.models.sit import SiTTransformer2DModel
+from flowaccel.modules.td_lora import timed_layers
 
 _TIMES = 256
 
@@ -76,6 +77,19 @@ class DynamicMixin:
                 "WidthAdapter.of(network).save_pretrained(folder)"
             )
         super().save_pretrained(*args, **kwargs)  # type: ignore[misc]
+
+    def fuse_lora(
+        self, lora_scale: float = 1.0, safe_fusing: bool = False, adapter_names: list[str] | None = None
+    ) -> None:
+        """As diffusers'. Weights that are shared with the base network change there, too: unfuse before `restore`.
+
+        Raises:
+            ValueError: a TD-LoRA is among the adapters, and no time is fixed for it; nothing was fused.
+        """
+        network: Any = self
+        for layer in timed_layers(network).values():
+            layer.check_mergeable(adapter_names)
+        super().fuse_lora(lora_scale, safe_fusing, adapter_names)  # type: ignore[misc]
 
     def fuse_qkv_projections(self) -> None:
         """Refused: heads are sliced out of separate projections.
