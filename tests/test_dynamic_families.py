@@ -559,6 +559,19 @@ def test_a_copy_checkpoints_by_its_own_gates() -> None:
             torch.testing.assert_close(gradients[name], gradient, atol=1e-7, rtol=1e-5)
 
 
+def test_a_network_can_be_copied_after_training() -> None:
+    family = FAMILIES["flux"]
+    network = family.dynamic(1).train()
+    network.dynamic.generator = torch.Generator().manual_seed(0)
+    network(**family.arguments())[0].sum().backward()
+    copied = copy.deepcopy(network)
+    assert not copied.dynamic.masks and not copied.dynamic.kept_tokens(2)
+    assert network.dynamic.masks and network.dynamic.kept_tokens(2)
+    with torch.no_grad():
+        network.dynamic.blocks[0]["attn"].router.bias.fill_(-1e6)  # of the original alone
+    assert distance(sliced(copied, **family.arguments()), sliced(family.dynamic(1), **family.arguments())) < CLOSE
+
+
 # --- compiled blocks
 
 

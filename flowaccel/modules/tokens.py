@@ -94,12 +94,20 @@ class TokenFeedForward(TokenChoice, FeedForward):
 
 def take_tokens(tokens: Tensor, places: Tensor) -> Tensor:
     """(B, N, D) and places (B, M) -> (B, M, D)."""
-    return tokens.gather(1, places.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
+    taken = tokens.flatten(0, 1).index_select(0, _flat(places, tokens.shape[1]))
+    return taken.view(*places.shape, tokens.shape[-1])
 
 
 def put_tokens(tokens: Tensor, places: Tensor, values: Tensor) -> Tensor:
     """Add values (B, M, D) to tokens (B, N, D) at places (B, M), which differ within a row."""
-    return tokens.scatter_add(1, places.unsqueeze(-1).expand(-1, -1, values.shape[-1]), values)
+    added = tokens.flatten(0, 1).index_add(0, _flat(places, tokens.shape[1]), values.flatten(0, 1))
+    return added.view_as(tokens)
+
+
+def _flat(places: Tensor, tokens: int) -> Tensor:
+    """Places of tokens of B rows one after the other."""
+    first = torch.arange(len(places), device=places.device).unsqueeze(1) * tokens
+    return (places + first).flatten()
 
 
 def fitted_capacity(counts: Tensor, tokens: int, *, quantile: float = 1.0, margin: float = 0.05) -> int:

@@ -104,6 +104,9 @@ class TokenSite:
     """(rows, tokens, 1) of the last call: bool, or 0 and 1 with a gradient while training; None if all were computed.
     Rows are the block's, of which a video network has several per image."""
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "gates": None}
+
 
 class Dynamics(nn.Module):
     """The routers of a network, and the wires to the layers that they switch. Lies at `network.dynamic`."""
@@ -351,6 +354,10 @@ class Dynamics(nn.Module):
             yield
         finally:
             self._deaf = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies have decided nothing: what the last training call did cannot be copied, because it has a history."""
+        return {**self.__dict__, "masks": [], "_noises": {}}
 
     # -- the forward pass
 
