@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,7 @@ def train_width(
         **settings,
     )
     objective.prepare(network)
-    yield from train(network, objective, loop, work)
+    yield from train(network, objective, loop, work, asdict(network.dynamic.settings))
 
 
 def train_longer(network: SiTTransformer2DModel, work: Path, *, loop: LoopConfig = LOOP) -> Iterator[Progress]:
