@@ -226,7 +226,8 @@ def width(
             seed=seed,
         )
         with progress_bar() as notify:
-            for state in run_training(wrapped, objective, loop, out / "training"):
+            routers = asdict(network.dynamic.settings)
+            for state in run_training(wrapped, objective, loop, out / "training", routers):
                 if state.step % save_every == 0 or state.step == steps:
                     log_ratios(out / "training" / "ratios.jsonl", state, objective, wrapped)
                 notify("steps", state.step, steps)

@@ -24,6 +24,7 @@ from flowaccel.errors import CheckpointError
 logger = logging.getLogger(__name__)
 
 _PARTS = ("parameter", "ema", "exp_avg", "exp_avg_sq")
+_PLAIN = (bool, int, float, str, type(None))
 
 Loss = Callable[[nn.Module, torch.Generator], Tensor]
 
@@ -69,6 +70,9 @@ class LoopConfig:
             raise ValueError(f"ema_decay must be in [0, 1), got {self.ema_decay}")
         if self.precision not in ("no", "bf16", "fp16"):
             raise ValueError(f"precision must be 'no', 'bf16' or 'fp16', got {self.precision!r}")
+        for part, factor in self.rate_scales.items():
+            if not 0 <= factor < math.inf:
+                raise ValueError(f"rate_scales[{part!r}] must be a finite number of at least 0, got {factor}")
 
     def rate_at(self, step: int) -> float:
         """Learning rate of optimiser step `step` (0-based)."""
@@ -86,7 +90,13 @@ class Progress:
     learning_rate: float
 
 
-def train(model: nn.Module, loss: Loss | Scheduled, config: LoopConfig, folder: Path) -> Iterator[Progress]:
+def train(
+    model: nn.Module,
+    loss: Loss | Scheduled,
+    config: LoopConfig,
+    folder: Path,
+    also: Mapping[str, Any] | None = None,
+) -> Iterator[Progress]:
     """Train `model` in place, yielding after every step; at the end the model holds the averaged (EMA) weights.
 
     Every random number of a step comes from a generator seeded by (seed, step, process), so a run that was killed and
@@ -99,6 +109,7 @@ def train(model: nn.Module, loss: Loss | Scheduled, config: LoopConfig, folder: 
             such a loss for every step.
         config: see `LoopConfig`.
         folder: where the checkpoints go; an existing one is resumed.
+        also: further plain values that must be the same for a resume, such as those that the model was built with.
 
     Raises:
         CheckpointError: the folder holds the state of another model, configuration or objective, or a damaged one.
@@ -111,7 +122,7 @@ def train(model: nn.Module, loss: Loss | Scheduled, config: LoopConfig, folder: 
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(_groups(model, config), lr=config.learning_rate, weight_decay=config.weight_decay)
     ema = EMAModel(trainable, decay=config.ema_decay)
-    settings = {**_settings(config), **_objective_settings(loss)}
+    settings = {**_settings(config), **_objective_settings(loss), **(also or {})}
     start = _resume(folder, trainable, optimizer, ema, settings)
     prepared, optimizer = accelerator.prepare(model, optimizer)
     ema.to(accelerator.device)
@@ -160,11 +171,15 @@ def _settings(config: LoopConfig) -> dict[str, Any]:
 
 
 def _objective_settings(loss: Loss | Scheduled) -> dict[str, Any]:
-    """The same of an objective: the plain values among its fields, where it is a dataclass."""
+    """The same of an objective: the plain values among its fields and sequences of them, where it is a dataclass."""
     own: dict[str, Any] = (
         {entry.name: getattr(loss, entry.name) for entry in fields(loss)} if is_dataclass(loss) else {}
     )
-    return {f"objective.{name}": value for name, value in own.items() if isinstance(value, (bool, int, float, str))}
+    return {
+        f"objective.{name}": list(value) if isinstance(value, tuple) else value
+        for name, value in own.items()
+        if all(isinstance(v, _PLAIN) for v in (value if isinstance(value, tuple) else (value,)))
+    }
 
 
 def _save(
@@ -180,8 +195,8 @@ def _save(
     for index, (parameter, shadow) in enumerate(zip(parameters, ema.shadow_params, strict=True)):
         tensors[f"{index}.parameter"] = parameter.detach()
         tensors[f"{index}.ema"] = shadow
-        tensors[f"{index}.exp_avg"] = state[index]["exp_avg"]
-        tensors[f"{index}.exp_avg_sq"] = state[index]["exp_avg_sq"]
+        for part in ("exp_avg", "exp_avg_sq"):  # absent where a parameter never had a gradient
+            tensors[f"{index}.{part}"] = state.get(index, {}).get(part, torch.zeros_like(parameter))
     meta = {"step": step, "ema_steps": ema.optimization_step, "config": settings}
     folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / f".state.{os.getpid()}.tmp"

@@ -7,6 +7,7 @@ Convention: SiT's (t = 1 data, velocity data - noise). DyDiT's own objective, on
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -188,6 +189,11 @@ class WidthObjective:
     def __post_init__(self) -> None:
         if not 0 < self.ratio <= 1:
             raise ValueError(f"ratio must lie in (0, 1], got {self.ratio}")
+        if not 0 <= self.label_drop <= 1:
+            raise ValueError(f"label_drop must lie in [0, 1], got {self.label_drop}")
+        for name in ("macs_weight", "distill_weight", "ramp_start", "ramp", "complete_steps"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be a finite number of at least 0, got {getattr(self, name)}")
         if self.density not in ("stratified", "uniform", "deployment"):
             raise ValueError(f"density must be 'stratified', 'uniform' or 'deployment', got {self.density!r}")
         if (self.density == "deployment") != bool(self.times):
@@ -204,7 +210,7 @@ class WidthObjective:
         """The ratio that is aimed at in a step."""
         if step < self.ramp_start:
             return 1.0
-        return 1 - (1 - self.ratio) * min(step, self.ramp) / max(self.ramp, 1)
+        return self.ratio if step >= self.ramp else 1 - (1 - self.ratio) * step / self.ramp
 
     def at(self, step: int) -> Callable[[nn.Module, torch.Generator], Tensor]:
         """The loss of one step."""
@@ -272,8 +278,11 @@ class WidthObjective:
         aim = torch.as_tensor(self.target(step))
         if not self.controller:
             return self.macs_weight * (done - aim).square()
-        aim = aim + dynamics.correction.detach().clamp(-_REACH, _REACH)
-        off = self._evaluated(dynamics, kept) - self.ratio if step >= self.ramp else torch.zeros(())
+        with torch.no_grad():
+            dynamics.correction.clamp_(-_REACH, _REACH)  # here, so that it does not wind up where it has no effect
+        aim = aim + dynamics.correction.detach()
+        settled = step >= max(self.ramp, self.ramp_start)
+        off = self._evaluated(dynamics, kept) - self.ratio if settled else torch.zeros(())
         # the gradient of the second term is the distance, so that the optimiser integrates it
         return self.macs_weight * (done - aim).square() + dynamics.correction * off.detach()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,7 @@ def train_width(
         **settings,
     )
     objective.prepare(network)
-    yield from train(network, objective, loop, work)
+    yield from train(network, objective, loop, work, asdict(network.dynamic.settings))
 
 
 def save_width(network: Any, folder: Path, name: str) -> None:

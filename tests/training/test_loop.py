@@ -202,6 +202,85 @@ def fresh_accelerate() -> Iterator[None]:
     AcceleratorState._reset_state(True)
 
 
+def test_rate_scales(tmp_path: Path) -> None:
+    """With Adam a step is in proportion to its rate, whatever the gradients are: so are the first ones."""
+    config = LoopConfig(steps=1, learning_rate=1e-3, ema_decay=0.0)
+    before = network()
+    plain, _ = run(config, tmp_path / "plain")
+    scaled, _ = run(replace(config, rate_scales={"2.bias": 3.0, "2.": 0.0, "0.weight": 0.5}), tmp_path / "scaled")
+    for name, factor in {"0.weight": 0.5, "0.bias": 1.0, "2.weight": 0.0, "2.bias": 3.0}.items():
+        moved = plain.get_parameter(name) - before.get_parameter(name)
+        assert moved.abs().min() > 0
+        found = scaled.get_parameter(name) - before.get_parameter(name)
+        torch.testing.assert_close(found, factor * moved, rtol=1e-3, atol=1e-7)
+    assert torch.equal(scaled.get_parameter("2.weight"), before.get_parameter("2.weight")), "0 leaves it as it is"
+
+
+def test_rate_scales_are_resumed_and_a_setting(tmp_path: Path) -> None:
+    config = replace(CONFIG, rate_scales={"2.": 4.0, "0.bias": 0.0})
+    expected, _ = run(config, tmp_path / "whole")
+    run(config, tmp_path / "killed", 6)
+    with pytest.raises(CheckpointError, match="'rate_scales'"):
+        run(CONFIG, tmp_path / "killed")
+    model, _ = run(config, tmp_path / "killed")
+    assert same(model, expected)
+    assert not same(model, run(CONFIG, tmp_path / "other")[0])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stages:
+    """Another target in every step; from `alone` on the first layer gets no gradient."""
+
+    alone: int
+    seen: list[int]
+    times: tuple[float, ...] = (0.5,)
+
+    def at(self, step: int) -> loop.Loss:
+        def loss(model: nn.Module, generator: torch.Generator) -> Tensor:
+            self.seen.append(step)
+            for parameter in model[0].parameters():  # type: ignore[index]
+                parameter.requires_grad_(step < self.alone)
+            try:
+                return regression(model, generator) + step * sum(
+                    parameter.square().sum() for parameter in model.parameters() if parameter.requires_grad
+                )
+            finally:
+                for parameter in model[0].parameters():  # type: ignore[index]
+                    parameter.requires_grad_(True)
+
+        return loss
+
+
+@pytest.mark.parametrize("alone", [0, 5, 12])
+@pytest.mark.parametrize("killed_after", [4, 9])
+def test_an_objective_that_changes(alone: int, killed_after: int, tmp_path: Path) -> None:
+    stages = Stages(alone=alone, seen=[])
+    assert isinstance(stages, loop.Scheduled) and not isinstance(regression, loop.Scheduled)
+    expected, _ = run(CONFIG, tmp_path / "whole", loss=stages)
+    assert stages.seen == list(range(CONFIG.steps))
+    run(CONFIG, tmp_path / "killed", killed_after, loss=stages)
+    stages.seen.clear()
+    model, _ = run(CONFIG, tmp_path / "killed", loss=stages)
+    assert stages.seen == list(range(killed_after // CONFIG.save_every * CONFIG.save_every, CONFIG.steps))
+    assert same(model, expected)
+    assert not same(model, run(CONFIG, tmp_path / "plain")[0])
+    if alone == 0:
+        assert torch.equal(model.get_parameter("0.weight"), network().get_parameter("0.weight"))
+
+
+def test_sequences_and_what_else_is_named_are_settings(tmp_path: Path) -> None:
+    def start(times: tuple[float, ...], **also: Any) -> None:
+        for _ in train(network(), Stages(alone=12, seen=[], times=times), CONFIG, tmp_path, also):
+            pass
+
+    start((0.1, 0.2), tau=2.0, groups=None)
+    start((0.1, 0.2), tau=2.0, groups=None)
+    with pytest.raises(CheckpointError, match=r"'objective.times': \(\[0.1, 0.2\], \[0.1, 0.3\]\)"):
+        start((0.1, 0.3), tau=2.0, groups=None)
+    with pytest.raises(CheckpointError, match=r"'groups': \(None, 4\)"):
+        start((0.1, 0.2), tau=2.0, groups=4)
+
+
 def test_state_is_safetensors_alone(tmp_path: Path) -> None:
     run(replace(CONFIG, keep=(4, 8)), tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["state-4.safetensors", "state-8.safetensors", STATE]
@@ -308,6 +387,8 @@ def test_full_disk_keeps_the_state_before(
         ({"steps": 5, "ema_decay": 1.0}, r"ema_decay must be in \[0, 1\), got 1.0"),
         ({"steps": 5, "precision": "fp8"}, "precision must be 'no', 'bf16' or 'fp16', got 'fp8'"),
         ({"steps": 5, "save_every": 0}, "save_every must be at least 1, got 0"),
+        ({"steps": 5, "rate_scales": {"a": -1.0}}, r"rate_scales\['a'\] must be a finite number of at least 0"),
+        ({"steps": 5, "rate_scales": {"a": math.nan}}, r"rate_scales\['a'\] must be .* got nan"),
     ],
 )
 def test_wrong_settings(settings: dict[str, Any], message: str) -> None:
