@@ -213,6 +213,7 @@ def measure_cost(
     images: int,
     switched: Callable[[], AbstractContextManager[Callable[[], object]]],
     extra: Mapping[str, nn.Module],
+    stand_ins: Sequence[nn.Module] = (),
 ) -> Cost:
     """Count two calls of their own, outside of any timed rounds.
 
@@ -221,8 +222,10 @@ def measure_cost(
         images: how many a call makes.
         switched: what switches the row on; it yields what makes the call.
         extra: small networks that stand in.
+        stand_ins: networks that the row puts in the place of the pipeline's own.
     """
-    with CallCounter({"network": denoiser(pipe)}) as inner, switched() as make:
+    own = {f"network {place}": module for place, module in enumerate((denoiser(pipe), *stand_ins))}
+    with CallCounter(own) as inner, switched() as make:
         with CallCounter(extra) as small:
             macs = count_macs(make) / images
         evaluations = len(pipe.scheduler.timesteps)
@@ -232,7 +235,7 @@ def measure_cost(
         peak = peak_memory_mb(pipe.device) if pipe.device.type == "cuda" else None
     return Cost(
         evaluations=evaluations,
-        network_rows=inner.rows["network"] / images / 2,  # counted over the two calls above
+        network_rows=sum(inner.rows.values()) / images / 2,  # counted over the two calls above
         refiner_rows=sum(small.rows.values()) / images,
         macs=macs,
         stages=dict(stages),

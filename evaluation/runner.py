@@ -369,7 +369,8 @@ def _cost(run: _Run, row: RowSpec) -> Cost:
         with _row_pipeline(run, row) as make:
             yield lambda: make(ids)
 
-    return measure_cost(run.pipe, len(ids), switched, row.recipe.networks)
+    stand_ins = [module for a in row.recipe.accelerators if (module := a.stand_in(run.pipe)) is not None]
+    return measure_cost(run.pipe, len(ids), switched, row.recipe.networks, stand_ins)
 
 
 def _time(run: _Run) -> tuple[dict[str, Timing], dict[str, tuple[Timing, Timing]]]:

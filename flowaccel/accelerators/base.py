@@ -71,6 +71,12 @@ class Accelerator(ABC):
         """The networks that it calls besides the pipeline's own, by name; known once `loaded`."""
         return {name: part.value for name, part in self.parts.items() if isinstance(part.value, nn.Module)}
 
+    def stand_in(self, pipe: Any) -> nn.Module | None:
+        """The network that it will put in the place of the pipeline's own, the same object every time; None for those
+        that leave it. Known once `loaded`.
+        """
+        return None
+
     @property
     def num_inference_steps(self) -> int | None:
         """The number of steps that this accelerator prescribes, or None."""

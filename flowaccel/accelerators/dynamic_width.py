@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -16,7 +16,8 @@ from flowaccel.accelerators.serial import component, learned
 from flowaccel.errors import WeightsNotFoundError
 from flowaccel.hooks import Call, Identity, Session, denoiser, exchange, session_of
 from flowaccel.models import WidthPlan, stock_class
-from flowaccel.models.dynamic import Dynamics
+from flowaccel.models.dynamic import Dynamics, WidthAdapter
+from flowaccel.models.dynamic.adapter import WEIGHTS_FILE as ADAPTER_WEIGHTS
 
 FOLDER = "width"
 PLANS: dict[str, type[WidthPlan]] = {WidthPlan.name: WidthPlan}
@@ -31,12 +32,17 @@ class DynamicWidth(Accelerator):
     sliced to it and the slices are held for the next run.
 
     Args:
-        network: the dynamic network, or the folder that it was saved to; None takes the folder `width` beside the
-            pipeline's components.
+        network: the dynamic network; or a `WidthAdapter`, which makes one around the pipeline's own weights; or the
+            folder of either. None takes the folder `width` beside the pipeline's components.
         plan: which heads and channels are on at which step, as `flowaccel plan` writes it; None lets every run make its
             own. A run that the plan was not made for raises a ValueError.
         buckets: let a run have at most so many different widths, by the union of neighbouring ones; for compiled
             networks. None: as many as the routers give.
+        gather: by layer, whether to gather the tokens that it keeps, or to compute all and clear the rest, which is the
+            same and may be faster for few tokens; `flowaccel plan` measures it. None gathers in all layers.
+        capacities: by layer, the share of the tokens of every image that is computed, those that are wanted most: with
+            it no step waits for the device to learn how many tokens there are. `flowaccel plan --capacities` fits them.
+            None computes as many as are kept.
         slice_memory: how much the slices may take, in units of the weights that they are cut from; what does not fit is
             cut anew at every step.
 
@@ -51,6 +57,8 @@ class DynamicWidth(Accelerator):
     network: nn.Module | str | Path | None = learned(FOLDER, lambda folder: load_width(folder), default=None)
     plan: WidthPlan | None = component(PLANS, default=None)
     buckets: int | None = None
+    gather: Mapping[str, bool] | None = None
+    capacities: Mapping[str, float] | None = None
     slice_memory: float = 1.0
 
     def __post_init__(self) -> None:
@@ -66,6 +74,12 @@ class DynamicWidth(Accelerator):
         whole = isinstance(self.buckets, int) and not isinstance(self.buckets, bool)
         if self.buckets is not None and not (whole and self.buckets >= 1):
             raise ValueError(f"buckets must be a whole number of at least 1, or None, got {self.buckets!r}")
+        for path, share in (self.capacities or {}).items():
+            if isinstance(share, bool) or not 0 < share <= 1:
+                raise ValueError(f"capacities must lie in (0, 1], got {share!r} for {path}")
+        for path, choice in (self.gather or {}).items():
+            if not isinstance(choice, bool):
+                raise ValueError(f"gather must be true or false for every layer, got {choice!r} for {path}")
         if isinstance(self.slice_memory, bool) or not self.slice_memory >= 0:
             raise ValueError(f"slice_memory must not be negative, got {self.slice_memory!r}")
 
@@ -76,7 +90,7 @@ class DynamicWidth(Accelerator):
 
     def loaded(self, pipe: Any) -> DynamicWidth:
         """With the network as a module."""
-        return DynamicWidth(self.resolve(pipe), self.plan, self.buckets, self.slice_memory)
+        return replace(self, network=self.resolve(pipe))
 
     def resolve(self, pipe: Any = None) -> nn.Module:
         """The network as a module, loaded if a folder was given."""
@@ -92,10 +106,14 @@ class DynamicWidth(Accelerator):
             )
         return load_width(beside)
 
+    def stand_in(self, pipe: Any) -> Any:
+        """The dynamic network, on the device of the pipeline's own and of its type."""
+        return variant_of(self.resolve(pipe), denoiser(pipe))
+
     def attach(self, pipe: Any) -> Detach:
         """Exchange the network; undone by putting the old object back."""
         base, session = denoiser(pipe), session_of(pipe)
-        network = variant_of(self.resolve(pipe), base)
+        network = self.stand_in(pipe)
         dynamics: Dynamics = network.dynamic
         if self.plan is not None and self.plan.routers != dynamics.fingerprint:
             raise ValueError(
@@ -103,6 +121,7 @@ class DynamicWidth(Accelerator):
                 "a new one with `flowaccel plan`"
             )
         dynamics.cache.limit = int(self.slice_memory * dynamics.weight_bytes)
+        self._set_sites(dynamics)
         put_back = exchange(pipe, base, network)
         session.follow()
         remove = session.on_call(_Runs(self, session, network))
@@ -113,6 +132,19 @@ class DynamicWidth(Accelerator):
             dynamics.cache.clear()
 
         return detach
+
+    def _set_sites(self, dynamics: Dynamics) -> None:
+        paths = {site.path for site in dynamics.sites}
+        for name, given in (("gather", self.gather), ("capacities", self.capacities)):
+            unknown = sorted(set(given or {}) - paths)
+            if unknown:
+                raise ValueError(
+                    f"{name} names layers that leave out no tokens: {unknown[:3]}; there are {sorted(paths)}"
+                )
+        for site in dynamics.sites:
+            site.module.gather = (self.gather or {}).get(site.path, True)
+            site.capacity = (self.capacities or {}).get(site.path)
+            site.module.capacity = None
 
 
 class _Runs:
@@ -170,15 +202,17 @@ def network_times(convention: str, timesteps: tuple[float, ...], scheduler: Any)
 
 def is_width(network: Any) -> bool:
     """Whether a network has dynamic width, or makes one that has."""
-    return isinstance(getattr(network, "dynamic", None), Dynamics)
+    return isinstance(network, WidthAdapter) or isinstance(getattr(network, "dynamic", None), Dynamics)
 
 
 def variant_of(network: Any, base: Any) -> Any:
     """The dynamic network to put in the place of `base`, on its device and of its type.
 
     Raises:
-        ValueError: it is a dynamic form of another network.
+        ValueError: it is a dynamic form of another network, or an adapter for one.
     """
+    if isinstance(network, WidthAdapter):
+        return network.applied(base, Identity.of(base).config).eval()
     stock = stock_class(network)
     if stock is not type(base):
         raise ValueError(
@@ -206,5 +240,7 @@ def _note(call: Call, dynamics: Dynamics, shares: list[float], cut: int) -> None
 
 
 def load_width(folder: Path) -> nn.Module:
-    """Load a dynamic network saved by `save_pretrained`; raises as `load_network` does."""
+    """Load a dynamic network or an adapter that makes one; raises as `load_network` does."""
+    if (folder / ADAPTER_WEIGHTS).is_file():
+        return WidthAdapter.from_pretrained(folder)
     return load_network(folder, "dynamic network")

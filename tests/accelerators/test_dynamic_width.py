@@ -30,7 +30,9 @@ from flowaccel import (
     report,
     restore,
 )
+from flowaccel.hooks import Identity
 from flowaccel.models import WidthPlan, make_dynamic
+from flowaccel.models.dynamic import WidthAdapter
 
 STEPS = 4
 FAMILIES = pytest.mark.parametrize(
@@ -335,3 +337,61 @@ def test_a_copy_is_on_its_own() -> None:
         assert torch.equal(images(pipe, [1]), expected)
     with accelerated(pipe, DynamicWidth(network)):
         assert not torch.equal(images(pipe, [1]), expected)
+
+
+def test_an_adapter_is_enough(tmp_path: Path) -> None:
+    """Routers beside the pipeline's own weights: a small file, the same images, refused by other weights."""
+    pipe = tiny.sit_pipeline()
+    network = narrow(pipe)
+    with accelerated(pipe, DynamicWidth(network)):
+        expected = images(pipe, [1, 2])
+    adapter = WidthAdapter.of(network, Identity.of(pipe.transformer).config)
+    with accelerated(pipe, DynamicWidth(adapter)):
+        first = pipe.transformer
+        assert torch.equal(images(pipe, [1, 2]), expected)
+        pipe.save_pretrained(tmp_path)
+    with accelerated(pipe, DynamicWidth(adapter)):
+        assert pipe.transformer is first, "made once"
+    again = flowaccel.pipelines.AcceleratedPipeline.from_pretrained(tmp_path)
+    again.set_progress_bar_config(disable=True)
+    assert torch.equal(images(again, [1, 2]), expected)
+    with pytest.raises(ValueError, match="other weights"):
+        accelerate(tiny.sit_pipeline(seed=5), DynamicWidth(adapter))
+
+
+def test_how_tokens_are_left_out() -> None:
+    """Gathering, clearing and a capacity that is large enough give the same images."""
+    pipe = tiny.sit_pipeline()
+    network = narrow(pipe)
+    paths = [site.path for site in network.dynamic.sites]
+    with accelerated(pipe, DynamicWidth(network)):
+        expected = images(pipe, [1, 2])
+    for options in ({"gather": dict.fromkeys(paths, False)}, {"capacities": dict.fromkeys(paths, 1.0)}):
+        with accelerated(pipe, DynamicWidth(network, **options)):
+            torch.testing.assert_close(images(pipe, [1, 2]), expected, atol=1e-5, rtol=0)
+    with accelerated(pipe, DynamicWidth(network, capacities={paths[0]: 0.25})):
+        assert not torch.equal(images(pipe, [1, 2]), expected)
+        assert network.dynamic.sites[0].module.capacity == 4
+    for wrong in ({"capacities": {"here": 0.5}}, {"gather": {"here": True}}):
+        with pytest.raises(ValueError, match="names layers that leave out no tokens"):
+            accelerate(pipe, DynamicWidth(network, **wrong))
+    with pytest.raises(ValueError, match=r"capacities must lie in \(0, 1\]"):
+        DynamicWidth(network, capacities={paths[0]: 0})
+    with pytest.raises(ValueError, match="gather must be true or false"):
+        DynamicWidth(network, gather={paths[0]: 1})
+
+
+def test_evaluated(tmp_path: Path) -> None:
+    """Rows of the exchanged network are counted, and samples belong to the weights that made them."""
+    pipe = tiny.sit_pipeline()
+    network = narrow(pipe)
+    protocol = flowaccel.evaluation.Protocol(
+        conditions=flowaccel.evaluation.Classes((1, 2)), steps=3, num_samples=4, metrics=("rel_l2",), rounds=2
+    )
+    adapter = WidthAdapter.of(network, Identity.of(pipe.transformer).config)
+    recipes = [Recipe([DynamicWidth(part)], name=name) for name, part in (("whole", network), ("adapter", adapter))]
+    results = flowaccel.evaluation.evaluate(pipe, recipes, protocol, tmp_path)
+    untouched, whole, small = results["rows"]
+    assert untouched["network_rows"] == whole["network_rows"] == small["network_rows"] > 0
+    assert whole["macs_per_image"] == small["macs_per_image"] < 0.8 * untouched["macs_per_image"]
+    assert whole["metrics"]["rel_l2"]["value"] == small["metrics"]["rel_l2"]["value"] > 0

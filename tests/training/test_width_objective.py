@@ -167,7 +167,7 @@ def test_what_the_loss_is_made_of(tokens: bool) -> None:
         found = objective(ratio=0.4, macs_weight=weight, teacher=teacher, distill_weight=0.7).at(300)(model, seeded())
         masks = [mask.tolist() for mask in model.dynamic.masks]
         shares = {
-            site.path: [sum(row) / len(row) for row in site.module.keep.reshape(16, -1).tolist()]
+            site.path: [sum(row) / len(row) for row in site.gates.reshape(16, -1).tolist()]
             for site in model.dynamic.sites
         }
         assert tuple(wire.path for wire in model.dynamic.wires) == GATES
@@ -226,7 +226,7 @@ def test_routers_rest_at_the_end(tokens: bool) -> None:
     expected = model.dynamic.evaluated(model.dynamic.embedding)
     assert all(torch.equal(one, two.float()) for one, two in zip(model.dynamic.masks, expected, strict=True))
     assert not all(torch.equal(one, two.float()) for one, two in zip(noisy, expected, strict=True))
-    assert all(site.module.keep.dtype == torch.bool for site in model.dynamic.sites)
+    assert all(site.gates.dtype == torch.bool for site in model.dynamic.sites)
     calls.clear()
     target = resting.draw(seeded(), "cpu")[3]
     torch.testing.assert_close(resting.at(7)(model, seeded()), mse(calls[0].output, target))
@@ -395,7 +395,7 @@ def test_ratios_of_the_layers(tokens: bool) -> None:
         expected = model(state, t, labels).sample
     found = layer_ratios(aimed, model, seeded())
     assert not model.training and not model.dynamic.hard
-    assert model.dynamic.masks == [] and all(site.module.keep is None for site in model.dynamic.sites)
+    assert model.dynamic.masks == [] and all(site.gates is None for site in model.dynamic.sites)
     assert all(value.grad is None for value in model.parameters())
     with torch.no_grad():
         assert torch.equal(model(state, t, labels).sample, expected)

@@ -6,6 +6,7 @@ The parameter-efficient form of DyDiT++ (arXiv 2504.06803). Shapes: D width of t
 from __future__ import annotations
 
 import json
+import weakref
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -144,6 +145,11 @@ class WidthAdapter(nn.Module):
         self.base, self.base_config = base, base_config
         self.dynamic, self.timed_lora = dynamic, timed_lora
         self.weights = weights
+        self._applied: weakref.WeakKeyDictionary[nn.Module, tuple[list[int], Any]] = weakref.WeakKeyDictionary()
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:  # type: ignore[override]
+        """`weights`."""
+        return dict(self.weights)
 
     @classmethod
     def of(cls, network: Any, base_config: str = "") -> Self:
@@ -182,6 +188,15 @@ class WidthAdapter(nn.Module):
             if self.timed_lora is not None:
                 add_timed_lora(network, self.timed_lora)
         self._load(network)
+        return network
+
+    def applied(self, base: Any, base_config: str = "") -> Any:
+        """`apply`, but the network of before if `base` holds the tensors and layers that it held then."""
+        held = [id(part) for part in (*base.modules(), *base.parameters())]
+        before, network = self._applied.get(base, ([], None))
+        if network is None or before != held:
+            network = self.apply(base, base_config)
+            self._applied[base] = (held, network)
         return network
 
     def _check_probe(self, found: Tensor) -> None:

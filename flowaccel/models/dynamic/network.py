@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -103,6 +104,8 @@ class TokenSite:
     gates: Tensor | None = None
     """(rows, tokens, 1) of the last call: bool, or 0 and 1 with a gradient while training; None if all were computed.
     Rows are the block's, of which a video network has several per image."""
+    capacity: float | None = None
+    """The share of the tokens of every row that the module computes, whatever the resolution; see `TokenChoice`."""
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "gates": None}
@@ -495,6 +498,8 @@ class Dynamics(nn.Module):
             site.gates = self._relaxed(site.path, logits)
         else:
             site.gates, site.module.logits = logits > 0, logits
+        if site.capacity is not None:
+            site.module.capacity = math.ceil(site.capacity * logits.shape[1])
         site.module.keep = site.gates
 
     # -- computing again for the backward pass
