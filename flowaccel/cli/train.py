@@ -225,6 +225,12 @@ def width(
             save_every=save_every,
             seed=seed,
         )
+        learning = steps if objective.freeze_step is None else objective.freeze_step
+        if (aim := objective.target(learning - 1)) > ratio:
+            say(
+                f"warning: the routers' training aims at {aim:.3f} when it ends, not at --ratio {ratio}; lower --ramp "
+                "or give more --steps"
+            )
         with progress_bar() as notify:
             routers = asdict(network.dynamic.settings)
             for state in run_training(wrapped, objective, loop, out / "training", routers):

@@ -81,7 +81,8 @@ def build_width(out: Path, *, tokens: bool = False) -> Iterator[tuple[str, Progr
 
 
 def train_longer(network: SiTTransformer2DModel, work: Path, *, loop: LoopConfig = LOOP) -> Iterator[Progress]:
-    """The control: the stock network, trained in place for as long, at the same rate and on the same draws."""
+    """The control: the stock network, trained in place for as long, at the same rate, on the same images, labels and
+    noise; times are drawn uniformly, and there is no teacher."""
     network.requires_grad_(True)
     network.pos_embed.requires_grad_(False)
     objective = FlowObjective(

@@ -40,6 +40,8 @@ COMMANDS = (
     "convert",
     "recipes",
     "train refiner",
+    "train width",
+    "plan",
     "zoo list",
     "zoo show",
     "zoo build",
@@ -721,7 +723,7 @@ def test_images_of_another_size() -> None:
 def test_pipelines_without_classes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(train_command, "open_pipeline", lambda *_: tiny.flux_pipeline())
     message = fails(*train("flux", "out", "--steps", "2"))
-    assert "trains refiners of a SiTPipeline or a StableDiffusion3Pipeline, got a FluxPipeline" in message
+    assert "trains parts of a SiTPipeline or a StableDiffusion3Pipeline, got a FluxPipeline" in message
     monkeypatch.setattr(train_command, "open_pipeline", lambda *_: tiny.sd3_pipeline())
     assert "--data digits has no captions" in fails(*train("sd3", "out", "--steps", "2"))
 
