@@ -31,7 +31,10 @@ from flowaccel.cli.common import (
 from flowaccel.cli.common import progress as progress_bar
 from flowaccel.data import DATASETS, CaptionedSet, ImageSet
 from flowaccel.errors import UnsupportedModelError
+from flowaccel.hooks import Identity
 from flowaccel.models import DynamicSettings, make_dynamic
+from flowaccel.models.dynamic import WidthAdapter, add_timed_lora
+from flowaccel.modules import TimedLoraSettings
 from flowaccel.pipelines import SiTPipeline
 from flowaccel.recipe import Recipe, accelerated
 from flowaccel.training.loop import LoopConfig, Progress
@@ -43,8 +46,10 @@ from flowaccel.training.width import (
     MacsCosts,
     WidthObjective,
     call_arguments,
+    freeze_backbone,
     layer_ratios,
     plan_training,
+    trainable_share,
 )
 
 app = typer.Typer(help="Train a learned accelerator.", no_args_is_help=True)
@@ -149,6 +154,14 @@ def width(
     bias: Annotated[float | None, typer.Option(help="What the logits of heads and channels start at.")] = None,
     token_bias: Annotated[float | None, typer.Option(help="What the logits of tokens start at.")] = None,
     tau: Annotated[float | None, typer.Option(help="Temperature of the relaxation.")] = None,
+    frozen: Annotated[
+        bool,
+        typer.Option(
+            "--frozen", help="Leave the network's weights as they are: train routers and a TD-LoRA, a few MB."
+        ),
+    ] = False,
+    rank: Annotated[int, typer.Option(min=1, help="With --frozen: rank of every expert of the TD-LoRA.")] = 4,
+    experts: Annotated[int, typer.Option(min=1, help="With --frozen: experts, mixed by the timestep.")] = 4,
     data: Annotated[str, typer.Option(help="Embedded data set.")] = "digits",
     steps: Annotated[int, typer.Option(min=1)] = 20_000,
     batch_size: Annotated[int, typer.Option(min=1)] = 256,
@@ -196,10 +209,13 @@ def width(
         plan = plan_training(style, routers=_given(given), objective=_given(options), rest=rest, steps=steps)
         pipeline = open_pipeline(pipe, device)
         images, wrap = training_data(pipe, pipeline, _known_data(data))
-        base = pipeline.transformer
+        base = pipeline.transformer.eval()
         torch.manual_seed(seed)
-        network = make_dynamic(copy.deepcopy(base), DynamicSettings(tokens=tokens, groups=groups, **plan.routers))
-        wrapped, teacher = wrap(network), wrap(base.eval().requires_grad_(False))
+        settings = DynamicSettings(tokens=tokens, groups=groups, **plan.routers)
+        network = _dynamic_network(base, settings, TimedLoraSettings(rank=rank, experts=experts) if frozen else None)
+        wrapped, teacher = wrap(network), wrap(base.requires_grad_(False))
+        if frozen:
+            freeze_backbone(network)
         example = WidthObjective.example(images, teacher.null_label, base.device)
         objective = WidthObjective(
             data=images,
@@ -238,13 +254,24 @@ def width(
                     log_ratios(out / "training" / "ratios.jsonl", state, objective, wrapped)
                 notify("steps", state.step, steps)
         found = layer_ratios(objective, wrapped, torch.Generator().manual_seed(seed))
+        share = trainable_share(network)
         network.requires_grad_(False).eval()
-        Recipe([DynamicWidth(network)], name=out.name).for_pipeline(pipeline).save_pretrained(out)
+        part = WidthAdapter.of(network, Identity.of(base).config) if frozen else network
+        Recipe([DynamicWidth(part)], name=out.name).for_pipeline(pipeline).save_pretrained(out)
         emit(
-            {"out": str(out), "steps": steps, "ratio": found.ratio, "gates": found.gates, "tokens": found.tokens},
+            {"out": str(out), "steps": steps, "trained_share": share, **asdict(found)},
             as_json,
             lambda: say(f"wrote the recipe to {out}; ratio with the gates of evaluation {found.ratio:.3f}"),
         )
+
+
+def _dynamic_network(base: Any, settings: DynamicSettings, lora: TimedLoraSettings | None) -> Any:
+    """With weights of its own; or around those of `base`, with a TD-LoRA."""
+    if lora is None:
+        return make_dynamic(copy.deepcopy(base), settings)
+    network = make_dynamic(base, settings)
+    add_timed_lora(network, lora)
+    return network
 
 
 def _given(options: dict[str, Any]) -> dict[str, Any]:

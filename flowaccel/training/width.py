@@ -311,6 +311,12 @@ def freeze_backbone(network: Any) -> None:
         layer.experts.requires_grad_(True)
 
 
+def trainable_share(network: Any) -> float:
+    """The share of the parameters that require a gradient, from 0 to 1."""
+    counts = [(value.numel(), value.requires_grad) for value in network.parameters()]
+    return sum(number for number, trained in counts if trained) / sum(number for number, _ in counts)
+
+
 def call_arguments(network: Any, *args: Tensor) -> dict[str, Any]:
     """What the dynamic network is called with when `network`, which may surround it, is called with `args`."""
     inner = getattr(network, "network", network)

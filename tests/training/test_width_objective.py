@@ -381,7 +381,7 @@ def test_costs_are_counted_per_row() -> None:
     objective().at(0)(model, seeded())  # leaves its masks, which must not matter
     for rows in (1, 3):
         arguments = call_arguments(model, state[:rows], t[:rows], labels[:rows])
-        assert MacsCosts.of(model, arguments, rows) == MacsCosts((heads, channels, heads, channels))
+        assert MacsCosts.of(model, arguments, rows) == MacsCosts((heads, channels, heads, channels), (0,) * 4)
 
 
 @pytest.mark.parametrize("tokens", [False, True])
@@ -395,7 +395,7 @@ def test_ratios_of_the_layers(tokens: bool) -> None:
         expected = model(state, t, labels).sample
     found = layer_ratios(aimed, model, seeded())
     assert not model.training and not model.dynamic.hard
-    assert model.dynamic.masks == [] and all(site.gates is None for site in model.dynamic.sites)
+    assert all(site.module.keep is None for site in model.dynamic.sites)
     assert all(value.grad is None for value in model.parameters())
     with torch.no_grad():
         assert torch.equal(model(state, t, labels).sample, expected)
@@ -436,11 +436,12 @@ def test_ratios_of_the_layers_after_a_failure() -> None:
 
 def test_what_the_network_is_called_with() -> None:
     model, example = network(), WidthObjective.example(DATA, NULL, "cpu")
+    hooks = len(model._forward_pre_hooks)
     found = call_arguments(model, *example)
     values = list(found.values())
     assert all(one is two for one, two in zip(values[:3], example, strict=True))
     assert found["return_dict"] is False
-    assert len(model._forward_pre_hooks) == 0 and model.dynamic.masks == []
+    assert len(model._forward_pre_hooks) == hooks and model.dynamic.masks == []
 
 
 def test_what_a_surrounded_network_is_called_with() -> None:
@@ -448,13 +449,14 @@ def test_what_a_surrounded_network_is_called_with() -> None:
     config = pipe.transformer.config
     tokens, pooled = torch.randn(3, 5, config.joint_attention_dim), torch.randn(3, config.pooled_projection_dim)
     inner = make_dynamic(pipe.transformer)
+    hooks = len(inner._forward_pre_hooks)
     state = torch.randn(2, config.in_channels, config.sample_size, config.sample_size)
     found = call_arguments(PromptedFlow(inner, tokens, pooled), state, torch.tensor([0.25, 1.0]), torch.tensor([2, 0]))
     assert torch.equal(found["hidden_states"], state)
     assert torch.equal(found["encoder_hidden_states"], tokens[[2, 0]])
     assert torch.equal(found["pooled_projections"], pooled[[2, 0]])
     assert found["timestep"].tolist() == [750.0, 0.0]
-    assert len(inner._forward_pre_hooks) == 0
+    assert len(inner._forward_pre_hooks) == hooks
 
 
 # training
