@@ -41,8 +41,10 @@ class SlicedLinear(nn.Linear):
 
     @property
     def whole(self) -> Part:
-        """All rows and columns, as a part."""
-        return self.weight.detach(), None if self.bias is None else self.bias.detach()
+        """All rows and columns, as a part, for use without gradients."""
+        # A product is folded, and so rounded, by whether its weight requires a gradient, even where none is made.
+        weight = self.weight.detach().requires_grad_(self.weight.requires_grad)
+        return weight, None if self.bias is None else self.bias.detach()
 
     @property
     def present(self) -> Part:
