@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from flowaccel import CheckpointError, zoo
 from flowaccel.pipelines import load_pipeline
@@ -31,9 +31,14 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def states(network: Any) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """What it is called with from now on."""
+    """What it is trained on from now on."""
     seen: list[tuple[Tensor, Tensor, Tensor]] = []
-    network.register_forward_pre_hook(lambda _, args: seen.append(args[:3]))
+
+    def note(_: nn.Module, args: Any) -> None:
+        if torch.is_grad_enabled():
+            seen.append(args[:3])
+
+    network.register_forward_pre_hook(note)
     return seen
 
 
@@ -45,7 +50,7 @@ def test_the_network_and_its_control_see_the_same_images(tokens: bool, base: Any
     done = [*train_width(dynamic, base, tmp_path / "width", ratio=0.5, loop=SHORT)]
     done += train_longer(control, tmp_path / "longer", loop=SHORT)
     assert [state.step for state in done] == [1, 2, 1, 2]
-    assert bool(dynamic.dynamic.sites) == tokens
+    assert bool(dynamic.dynamic.sites) == tokens and len(seen[0]) == 2
     for (state, t, labels), (other, u, others) in zip(*seen, strict=True):
         assert torch.equal(labels, others)
         strata = (u + torch.arange(8) % STRATA) / STRATA  # what the dynamic one makes of the control's times
