@@ -33,16 +33,18 @@ from flowaccel.data import digits
 from flowaccel.evaluation import (
     Classes,
     Protocol,
+    compare_rows,
     console_table,
     count_macs,
-    difference,
     environment,
     evaluate,
+    load_results,
     markdown_table,
     measure_latency,
 )
 from flowaccel.evaluation.figures import pareto_png
 from flowaccel.models import DynamicSiTTransformer2DModel, make_dynamic
+from flowaccel.models.dynamic import choose_gather
 from flowaccel.pipelines import load_pipeline
 from flowaccel.recipe import Recipe, accelerated, preset
 from flowaccel.training.width import MacsCosts, WidthObjective, call_arguments, layer_ratios
@@ -50,6 +52,8 @@ from flowaccel.training.zoo_width import LOOP, RATIO, build_width, train_longer
 
 RESULTS = Path(__file__).parent / "results"
 STEPS, FEWER, OPERATING = 10, (1, 2, 3, 4, 5), 4
+BATCH = 25
+"""Images of a timed call."""
 XL = {"num_layers": 28, "num_attention_heads": 16, "attention_head_dim": 72}
 SHARES = (0.25, 0.5, 0.75)
 
@@ -59,7 +63,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stage", nargs="+", choices=tuple(STAGES), default=("train", "quality", "layers", "model"))
     parser.add_argument("--num-samples", type=int, default=1000)
-    parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
@@ -68,6 +72,7 @@ def main() -> None:
     )
     parser.add_argument("--layers", type=int, default=XL["num_layers"], help="layers of the stage model")
     parser.add_argument("--out", type=Path, default=Path("runs/width"))
+    parser.add_argument("--claims-only", action="store_true", help="quality: work on the results that --out holds")
     parser.add_argument("--record", action="store_true", help="copy the results to benchmarks/results/")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
@@ -105,14 +110,19 @@ def quality_stage(arguments: argparse.Namespace) -> None:
         steps=STEPS,
         baseline_steps=FEWER,
         num_samples=arguments.num_samples,
+        latency_batch=BATCH,
         seed=arguments.seed,
         metrics=("fid", "kid", "class_accuracy", "precision", "recall"),
         rounds=arguments.rounds,
     )
     networks = trained(arguments.out / "train")
     with progress() as notify:
-        results = evaluate(pipe, recipes(networks), protocol, arguments.out / "quality", notify)
+        run = arguments.out / "quality"
+        results = (
+            load_results(run) if arguments.claims_only else evaluate(pipe, recipes(networks), protocol, run, notify)
+        )
     claims = {
+        "gathers": {name: gathering(network) for name, network in networks.items()},
         "ratios": {name: ratios(network) for name, network in networks.items() if name != "longer"},
         "pairs": pairs(arguments.out / "quality", results),
     }
@@ -145,14 +155,24 @@ def recipes(networks: dict[str, Any]) -> list[Recipe]:
     """Every network with all steps and with few, and together with FlowTurbo."""
     rows = []
     for name, network in networks.items():
+        part = DynamicWidth(network, gather=gathering(network) or None)
         for steps in (STEPS, OPERATING, OPERATING - 1):
-            rows.append(Recipe([DynamicWidth(network)], name=f"{name}@{steps}", num_inference_steps=steps))
+            rows.append(Recipe([part], name=f"{name}@{steps}", num_inference_steps=steps))
     turbo = preset("flowturbo-H1P1R1-single")
     rows.append(turbo)
     refiner = VelocityRefiner(zoo.folder("sit-digits") / "refiner")
     parts = [turbo.accelerators[0], DynamicWidth(networks["tdw"]), refiner]
     rows.append(Recipe(parts, name="tdw+flowturbo-H1P1R1-single"))
     return rows
+
+
+def gathering(network: Any) -> dict[str, bool]:
+    """In which layers gathering tokens pays here, for a guided call of one batch, as `flowaccel plan` decides it."""
+    if not network.dynamic.sites:
+        return {}
+    kept = ratios(network)["tokens"]
+    choose_gather(network, rows=2 * BATCH, tokens=network.pos_embed.shape[1], kept=kept)
+    return {site.path: site.module.gather for site in network.dynamic.sites}
 
 
 def ratios(network: Any) -> dict[str, Any]:
@@ -185,35 +205,37 @@ PAIRS = (
 
 
 def pairs(run: Path, results: Any) -> list[dict[str, Any]]:
-    """Paired differences of the Frechet distance, and the ratio of the medians of time."""
-    rows = {row["recipe"]: row for row in results["rows"]}
+    """Every pair's paired differences, and how much faster the first is."""
+    macs = {row["recipe"]: row["macs_per_image"] for row in results["rows"]}
+    values = {row["recipe"]: row["metrics"]["fid"]["value"] for row in results["rows"]}
     found = []
     for a, b in PAIRS:
-        versus = difference(run, "fid", a, b)
+        versus = compare_rows(run, a, b)
+        low, high = versus["wall_clock"]["ci95"]
         found.append(
             {
                 "a": a,
                 "b": b,
-                "fid_difference": versus["difference"],
-                "ci95": versus["ci95"],
-                "fid_b": rows[b]["metrics"]["fid"]["value"],
-                "faster": rows[b]["latency_ms_per_image"]["median"] / rows[a]["latency_ms_per_image"]["median"],
-                "fewer_macs": rows[b]["macs_per_image"] / rows[a]["macs_per_image"],
+                "faster": 1 / versus["wall_clock"]["ratio"],
+                "faster_ci95": [1 / high, 1 / low],
+                "fewer_macs": macs[b] / macs[a],
+                "fid_b": values[b],
+                "metrics": versus["metrics"],
             }
         )
     return found
 
 
 def pairs_table(found: list[dict[str, Any]]) -> str:
-    lines = [
-        "| row | against | faster | fewer multiply-adds | Frechet distance, paired difference |",
-        "|---|---|---|---|---|",
-    ]
+    lines = ["| row | against | faster | fewer multiply-adds | Frechet distance, paired difference |", "|" + "---|" * 5]
     for pair in found:
-        low, high = pair["ci95"]
+        fid = pair["metrics"]["fid"]
+        low, high = fid["ci95"]
+        verdict = "not worse" if fid["not_worse"] else "worse" if low > 0 else "not shown"
         lines.append(
-            f"| {pair['a']} | {pair['b']} | {pair['faster']:.2f}x | {pair['fewer_macs']:.2f}x | "
-            f"{pair['fid_difference']:+.3f} [{low:+.3f}, {high:+.3f}] (there {pair['fid_b']:.3f}) |"
+            f"| {pair['a']} | {pair['b']} | {pair['faster']:.2f}x [{pair['faster_ci95'][0]:.2f}, "
+            f"{pair['faster_ci95'][1]:.2f}] | {pair['fewer_macs']:.2f}x | {fid['difference']:+.3f} [{low:+.3f}, "
+            f"{high:+.3f}] of {pair['fid_b']:.3f}: {verdict} |"
         )
     return "\n".join(lines)
 
@@ -221,14 +243,15 @@ def pairs_table(found: list[dict[str, Any]]) -> str:
 # -- time
 
 
-def random_network(layers: int, arguments: argparse.Namespace) -> Any:
-    """SiT of the width of XL/2 with random weights, dynamic in width and tokens."""
+def random_network(layers: int, arguments: argparse.Namespace, *, tokens: bool) -> Any:
+    """SiT of the width of XL/2 with random weights, dynamic in width and, if wanted, tokens."""
     torch.manual_seed(arguments.seed)
     network = SiTTransformer2DModel(**{**XL, "num_layers": layers})
     with torch.no_grad():
         for parameter in network.parameters():
             parameter.copy_(0.02 * torch.randn(parameter.shape))
-    network = make_dynamic(network.to(arguments.device, getattr(torch, arguments.dtype)).eval())
+    network = network.to(arguments.device, getattr(torch, arguments.dtype)).eval()
+    network = make_dynamic(network, {"tokens": tokens})
     return network.requires_grad_(False)
 
 
@@ -252,27 +275,25 @@ def random_bits(network: Any, share: float, seed: int) -> tuple[str, ...]:
     return tuple(rows)
 
 
-def width_call(network: Any, data: tuple[Tensor, ...], plan: list[tuple[str, ...]]) -> Callable[[], Tensor]:
-    """Call the network once per entry of the plan, all tokens kept."""
+def width_call(network: Any, data: tuple[Tensor, ...], bits: tuple[str, ...]) -> Callable[[], Tensor]:
+    """Call the network at one width."""
 
     def call() -> Tensor:
+        network.dynamic.chosen = bits
         with torch.no_grad():
-            for bits in plan:
-                network.dynamic.chosen = bits
-                output = network(*data, return_dict=False)[0]
+            output: Tensor = network(*data, return_dict=False)[0]
         network.dynamic.chosen = None
         return output
 
     return call
 
 
-def whole_call(network: Any, data: tuple[Tensor, ...], times: int = 1) -> Callable[[], Tensor]:
-    """The same of the stock network."""
+def whole_call(network: Any, data: tuple[Tensor, ...]) -> Callable[[], Tensor]:
+    """The same of the whole."""
 
     def call() -> Tensor:
         with torch.no_grad(), network.dynamic.complete():
-            for _ in range(times):
-                output = network(*data, return_dict=False)[0]
+            output: Tensor = network(*data, return_dict=False)[0]
         return output
 
     return call
@@ -300,7 +321,7 @@ def timed(calls: dict[str, Callable[[], Any]], arguments: argparse.Namespace) ->
 
 def layers_stage(arguments: argparse.Namespace) -> None:
     """One block, its width and its tokens at several shares; where gathering tokens begins to pay."""
-    network = random_network(1, arguments)
+    network = random_network(1, arguments, tokens=True)
     block, found = network.transformer_blocks[0], []
     for images in arguments.batches:
         rows = 2 * images
@@ -352,15 +373,13 @@ def with_tokens(block: Any, site: Any, keep: Tensor | None, hidden: Tensor, temb
 
 
 def model_stage(arguments: argparse.Namespace) -> None:
-    """The whole network: one width for all steps, and eight that drift, with the default room for slices."""
-    network = random_network(arguments.layers, arguments)
-    for site in network.dynamic.sites:
-        torch.nn.init.constant_(site.router[2].bias, 1e4)  # all tokens kept: this is about width
+    """The whole network at half of its heads and channels, with the default room for slices."""
+    network = random_network(arguments.layers, arguments, tokens=False)
     found = []
     for images in arguments.batches:
         data = inputs(2 * images, arguments)
-        same = [random_bits(network, 0.5, arguments.seed)]
-        calls = {"whole": whole_call(network, data), "width 0.5": width_call(network, data, same)}
+        half = random_bits(network, 0.5, arguments.seed)
+        calls = {"whole": whole_call(network, data), "width 0.5": width_call(network, data, half)}
         entry = {"rows": 2 * images, "calls": timed(calls, arguments)}
         entry["slice_bytes"], entry["weight_bytes"] = network.dynamic.cache.held, network.dynamic.weight_bytes
         network.dynamic.cache.clear()

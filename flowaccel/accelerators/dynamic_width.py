@@ -120,7 +120,7 @@ class DynamicWidth(Accelerator):
                 f"the width plan was made for routers {self.plan.routers}, and these are {dynamics.fingerprint}; make "
                 "a new one with `flowaccel plan`"
             )
-        dynamics.cache.limit = int(self.slice_memory * dynamics.weight_bytes)
+        dynamics.cache.bound(int(self.slice_memory * dynamics.weight_bytes))
         self._set_sites(dynamics)
         put_back = exchange(pipe, base, network)
         session.follow()
@@ -129,7 +129,6 @@ class DynamicWidth(Accelerator):
         def detach() -> None:
             remove()
             put_back()
-            dynamics.cache.clear()
 
         return detach
 
@@ -154,7 +153,6 @@ class _Runs:
         self.config, self.session, self.network = config, session, network
         self.dynamics: Dynamics = network.dynamic
         self.routers = self.dynamics.fingerprint  # once: on a GPU it waits for the device
-        self.made: WidthPlan | None = None
 
     def __call__(self, proceed: Callable[..., Any], call: Call) -> Any:
         if call.module is not self.network:
@@ -173,21 +171,23 @@ class _Runs:
                 _note(call, dynamics, plan.shares[place].tolist(), dynamics.cache.passing - cut)
 
     def _plan(self, call: Call) -> WidthPlan:
-        """The given plan, the one of the run before if it was alike, or a new one."""
+        """The one of the network's last run if that was alike, the given one, or a new one."""
         timesteps, scheduler = call.run.timesteps, self.session.pipe.scheduler
         found = Identity.of(scheduler)
         asked = (found.kind, found.config)
+        run = {"routers": self.routers, "scheduler": asked, "timesteps": timesteps}
+        if self.config.plan is not None:
+            self.config.plan.check(**run)
+        key, made = (self.config.plan, self.config.buckets), self.dynamics.plan
+        if made is not None and made.fits(**run) and self.dynamics.plan_key == key:
+            return made
         plan = self.config.plan
-        if plan is not None:
-            plan.check(routers=self.routers, scheduler=asked, timesteps=timesteps)
-        elif self.made is not None and self.made.fits(routers=self.routers, scheduler=asked, timesteps=timesteps):
-            return self.made
-        else:
+        if plan is None:
             times = network_times(call.family.time, timesteps, scheduler)
             plan = WidthPlan.of(self.network, times, timesteps=timesteps, scheduler=asked)
         if self.config.buckets is not None:
             plan = plan.bucketed(self.config.buckets, self.dynamics.gate_weights)
-        self.made = self.dynamics.plan = plan
+        self.dynamics.plan, self.dynamics.plan_key = plan, key
         self.dynamics.keep_slices(plan.bits)
         return plan
 

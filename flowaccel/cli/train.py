@@ -142,7 +142,7 @@ def width(
     ] = 0.5,
     style: Annotated[
         str,
-        typer.Option(help=f"Defaults of what follows: {' or '.join(STYLES)} (see the documentation)."),
+        typer.Option(help=f"Defaults of what follows: {' or '.join(STYLES)}; docs/width.md compares them."),
     ] = "recommended",
     tokens: Annotated[bool, typer.Option(help="Also let feed-forwards leave out tokens.")] = False,
     groups: Annotated[
@@ -199,8 +199,7 @@ def width(
 
     Writes a recipe (--recipe OUT) and, while training, the ratios of all layers to OUT/training/ratios.jsonl.
 
-    Example: flowaccel train width zoo:sit-digits --out narrow --ratio 0.5 --steps 1200 --batch-size 64 --learning-rate
-    5e-4 --router-rate 2 --ramp 400 --ema-decay 0.99
+    Example: flowaccel train width zoo:sit-digits --out narrow --steps 2000 --batch-size 64 --learning-rate 5e-4
     """
     with friendly_errors(" The last checkpoint is kept; the same command goes on from there."):
         given = {"normalise": normalise, "bias": bias, "token_bias": token_bias, "tau": tau}
@@ -235,7 +234,8 @@ def width(
         loop = LoopConfig(
             steps=steps,
             learning_rate=learning_rate,
-            rate_scales={"dynamic": router_rate},
+            # a controller that moves as fast as its routers swings
+            rate_scales={"dynamic.correction": 1.0, "dynamic": router_rate},
             ema_decay=ema_decay,
             precision=precision,
             save_every=save_every,

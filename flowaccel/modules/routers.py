@@ -7,6 +7,8 @@ of float64, because a flipped gate changes the network.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor, nn
 
@@ -47,11 +49,14 @@ def widened(value: Tensor) -> Tensor:
 
 
 class _WideLinear(nn.Linear):
-    """Computes in the type of its input, whatever its own is."""
+    """Computes in the type of its input, whatever its own is, also under autocast."""
 
     def forward(self, value: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.to(value.dtype)
-        return nn.functional.linear(value, self.weight.to(value.dtype), bias)
+        kind = value.device.type
+        casts = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+        with torch.autocast(kind, enabled=False) if casts else nullcontext():
+            return nn.functional.linear(value, self.weight.to(value.dtype), bias)
 
 
 class WidthRouter(_WideLinear):

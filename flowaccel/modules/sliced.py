@@ -116,6 +116,12 @@ class SliceCache:
         for key in [key for key in self._parts if key not in keys]:
             self._drop(key)
 
+    def bound(self, limit: int) -> None:
+        """Set another limit; if more is held, all is dropped."""
+        self.limit = limit
+        if self.held > limit:
+            self.clear()
+
     def clear(self) -> None:
         """Drop all."""
         self._parts.clear()

@@ -18,6 +18,7 @@ from flowaccel.cli import train as train_command
 from flowaccel.cli.train import deployment_times
 from flowaccel.data.shapes import SPLITS
 from flowaccel.models import WidthPlan, make_dynamic
+from flowaccel.models.dynamic import WidthAdapter
 from flowaccel.pipelines import load_pipeline
 
 HEADS = 4
@@ -240,6 +241,10 @@ def test_training_for_a_sampler(saved: str) -> None:
 def test_wrong_use_of_train_width(arguments: list[str], message: str, saved: str) -> None:
     assert message in fails(*train(saved, "out", *arguments))
     assert not Path("out").exists()
+    pipe = load_pipeline(saved)
+    whole = make_dynamic(pipe.transformer, {"tokens": False})
+    Recipe([DynamicWidth(whole)], name="whole").for_pipeline(pipe).save_pretrained("whole")
+    assert "--capacities is for networks that leave out tokens" in fails(*plan(saved, "whole", "--capacities"))
 
 
 def test_pipelines_that_it_is_not_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -332,7 +337,43 @@ def test_the_plan_of_a_recipe_that_lies_with_the_pipeline(saved: str, narrow: st
     accelerate(pipe, Recipe.from_pretrained(narrow))
     pipe.save_pretrained("own")
     found = json.loads(run("plan", "own", "--steps", "4", "--device", "cpu", "--json").stdout)
-    assert found == json.loads(run(*plan(saved, narrow, "--json")).stdout)
+    expected = json.loads(run(*plan(saved, narrow, "--json")).stdout)
+    assert found.pop("tokens")["kept"] == expected.pop("tokens")["kept"]  # beside it are seconds
+    assert found == expected
+
+
+def test_how_tokens_are_left_out_is_part_of_the_plan(saved: str, narrow: str) -> None:
+    def part(folder: str) -> DynamicWidth:
+        (found,) = Recipe.from_pretrained(folder).accelerators
+        assert isinstance(found, DynamicWidth)
+        return found
+
+    layers = {"transformer_blocks.0.tokens", "transformer_blocks.1.tokens"}
+    result = run(*plan(saved, narrow, "--classes", "1-3", "--num-samples", "3", "--out", "planned", "--json"))
+    tokens = json.loads(result.stdout)["tokens"]
+    assert set(tokens["kept"]) == set(tokens["relative_time"]) == set(tokens["gather"]) == layers
+    assert all(0 < share <= 1 for share in tokens["kept"].values())
+    assert tokens["gather"] == {path: time < 1 for path, time in tokens["relative_time"].items()}
+    assert (part("planned").gather, part("planned").capacities) == (tokens["gather"], None)
+    assert "of 2 layers here" in " ".join(run(*plan(saved, narrow)).stderr.split())
+    run(*plan(saved, narrow, "--classes", "1-3", "--num-samples", "3", "--out", "fixed", "--capacities"))
+    capacities = part("fixed").capacities
+    assert capacities is not None and set(capacities) == layers
+    assert all(tokens["kept"][path] <= share <= 1 for path, share in capacities.items())
+    common = ["generate", saved, "--classes", "1-3", "--device", "cpu"]
+    run(*common, "--recipe", "planned", "--out", "a")
+    run(*common, "--recipe", "fixed", "--out", "b")
+    assert files("a") == files("b"), "all that was counted fits"
+
+
+def test_a_frozen_backbone(saved: str) -> None:
+    result = run(*train(saved, "small", "--frozen", "--steps", "3", "--ramp", "0", "--rank", "2", "--json"))
+    found = json.loads(result.stdout)
+    assert 0 < found["trained_share"] < 1
+    adapter = WidthAdapter.from_pretrained("small/width")
+    assert adapter.timed_lora is not None and (adapter.timed_lora.rank, adapter.timed_lora.experts) == (2, 4)
+    assert not list(Path("small").glob("*/diffusion_pytorch_model.safetensors"))
+    run("generate", saved, "--classes", "1", "--recipe", "small", "--device", "cpu", "--out", "images")
 
 
 def test_wrong_use_of_plan(saved: str, narrow: str) -> None:
@@ -347,3 +388,7 @@ def test_wrong_use_of_plan(saved: str, narrow: str) -> None:
         *plan("other", narrow)
     )
     assert not Path("out").exists()
+    pipe = load_pipeline(saved)
+    whole = make_dynamic(pipe.transformer, {"tokens": False})
+    Recipe([DynamicWidth(whole)], name="whole").for_pipeline(pipe).save_pretrained("whole")
+    assert "--capacities is for networks that leave out tokens" in fails(*plan(saved, "whole", "--capacities"))

@@ -118,7 +118,7 @@ REFUSED: dict[str, tuple[State, str]] = {
     "static network": (tiny_sit().to_official(), r"no routers.*SiTTransformer2DModel\.from_official.*make_dynamic"),
     "router missing": (
         {key: value for key, value in OFFICIAL.items() if key != "blocks.1.mlp_rate.router.bias"},
-        r"1 misfits.*missing dynamic\.blocks\.1\.ff\.router\.bias",
+        r"1 misfits.*missing dynamic\.blocks\.1\.ff_gate\.router\.bias",
     ),
     "some token routers missing": (
         {key: value for key, value in OFFICIAL.items() if "blocks.1.token_selection" not in key},

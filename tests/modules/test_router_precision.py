@@ -45,3 +45,11 @@ def test_gates_are_exactly_zero_or_one(dtype: torch.dtype, tau: float) -> None:
     soft = torch.sigmoid((logits + noise).detach().double() / tau)
     assert logits.grad is not None
     torch.testing.assert_close(logits.grad.double(), soft * (1 - soft) / tau, atol=2e-3, rtol=2e-2)
+
+
+def test_logits_are_wide_under_autocast() -> None:
+    router = WidthRouter(8, 4)
+    embedding = torch.randn(3, 8)
+    expected = router(embedding)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(router(embedding), expected)

@@ -5,8 +5,11 @@ from flowaccel.models.dynamic.adapter import add_timed_lora as add_timed_lora
 from flowaccel.models.dynamic.adapter import bucket_loras as bucket_loras
 from flowaccel.models.dynamic.adapter import fix_time as fix_time
 from flowaccel.models.dynamic.adapter import plain_lora as plain_lora
+from flowaccel.models.dynamic.gathering import TokenCounts as TokenCounts
+from flowaccel.models.dynamic.gathering import choose_gather as choose_gather
+from flowaccel.models.dynamic.gathering import fit_capacities as fit_capacities
+from flowaccel.models.dynamic.gathering import watched_tokens as watched_tokens
 from flowaccel.models.dynamic.importance import reorder_ as reorder_
-from flowaccel.models.dynamic.network import Bits as Bits
 from flowaccel.models.dynamic.network import Dynamics as Dynamics
 from flowaccel.models.dynamic.networks import DYNAMIC as DYNAMIC
 from flowaccel.models.dynamic.networks import DynamicDiTTransformer2DModel as DynamicDiTTransformer2DModel
@@ -19,6 +22,7 @@ from flowaccel.models.dynamic.networks import stock_class as stock_class
 from flowaccel.models.dynamic.networks import time_embedding as time_embedding
 from flowaccel.models.dynamic.plan import WidthPlan as WidthPlan
 from flowaccel.models.dynamic.settings import DynamicSettings as DynamicSettings
+from flowaccel.models.dynamic.wires import Bits as Bits
 
 __all__ = [
     "DYNAMIC",
@@ -30,14 +34,18 @@ __all__ = [
     "DynamicSettings",
     "DynamicSiTTransformer2DModel",
     "Dynamics",
+    "TokenCounts",
     "WidthAdapter",
     "WidthPlan",
     "add_timed_lora",
     "bucket_loras",
+    "choose_gather",
+    "fit_capacities",
     "fix_time",
     "make_dynamic",
     "plain_lora",
     "reorder_",
     "stock_class",
     "time_embedding",
+    "watched_tokens",
 ]

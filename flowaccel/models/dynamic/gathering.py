@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowaccel.models.dynamic.network import TokenSite
+from flowaccel.models.dynamic.wires import TokenSite
 from flowaccel.modules.tokens import TokenFeedForward, fitted_capacity
 
 _ROUNDS = 7

@@ -15,7 +15,6 @@ import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -23,92 +22,19 @@ from torch import Tensor, nn
 
 from flowaccel.errors import UnsupportedModelError
 from flowaccel.models.dynamic.fused import TokenSingleBlock
-from flowaccel.models.dynamic.rules import BlockRule, DynamicRule, GateRule, rule_of
+from flowaccel.models.dynamic.rules import BlockRule, DynamicRule, rule_of
 from flowaccel.models.dynamic.settings import DynamicSettings
+from flowaccel.models.dynamic.wires import Bits, Gate, LinearWires, TokenSite, Wire, by_linear, linears_of, places_of
 from flowaccel.modules import (
     SliceCache,
     SlicedLinear,
     TokenRouter,
-    WidthRouter,
     logistic_noise,
     straight_through,
     widened,
 )
-from flowaccel.modules.td_lora import ExpertLinear, TimedLoraSettings, experts_of, standing, taken_apart
+from flowaccel.modules.td_lora import ExpertLinear, TimedLoraSettings, experts_of, standing
 from flowaccel.modules.tokens import TokenChoice, TokenFeedForward
-
-Bits = tuple[str, ...]
-"""One text of zeros and ones per gate, in the order of `Dynamics.gates`: which units are on."""
-
-
-class Gate(nn.Module):
-    """The router of one gate, and which unit of it every head or hidden channel belongs to."""
-
-    group_of: Tensor
-
-    def __init__(self, width: int, units: int, members: int, settings: DynamicSettings) -> None:
-        super().__init__()
-        self.units = units
-        self.router = WidthRouter(width, units, settings.bias, settings.gain)
-        self.register_buffer("group_of", (torch.arange(members) // (members // units)).to(torch.int32))
-
-    def members(self, mask: Tensor) -> Tensor:
-        """(..., units) -> (..., members)."""
-        return mask[..., self.group_of.long()]
-
-
-@dataclass
-class Wire:
-    """What a gate switches."""
-
-    path: str
-    """`transformer_blocks.3.attn`: the name in plans and logs."""
-    block: int
-    """Position of the block among all blocks that have gates."""
-    rule: GateRule
-    gate: Gate
-    each: int
-    """Rows that a member makes: the width of a head, or 1."""
-    rows: list[SlicedLinear]
-    columns: list[tuple[SlicedLinear, int]]
-    """And where its columns begin."""
-    attention: Any
-    """The module whose `heads` follow the gate."""
-    module: nn.Module
-    """The block itself."""
-    added_rows: list[SlicedLinear] = field(default_factory=list)
-    """The second factors of LoRAs on `rows`."""
-    added_columns: list[tuple[SlicedLinear, int]] = field(default_factory=list)
-    """The first factors of LoRAs on `columns`."""
-    tokens: TokenSite | None = None
-    """Where the work of this gate is done on part of the tokens."""
-
-    def connect(self) -> None:
-        """Find the layers, also where adapters were put around them or taken away."""
-        found = _linears(self.module, self.rule)
-        self.rows, self.columns, self.added_rows, self.added_columns = found
-
-    def elements(self, mask: Tensor) -> Tensor:
-        """(..., units) -> (..., rows)."""
-        members = self.gate.members(mask)
-        return members.repeat_interleave(self.each, dim=-1) if self.each > 1 else members
-
-
-@dataclass
-class TokenSite:
-    """A feed-forward (or a fused block) that takes part of the tokens."""
-
-    path: str
-    router: TokenRouter
-    module: TokenChoice
-    gates: Tensor | None = None
-    """(rows, tokens, 1) of the last call: bool, or 0 and 1 with a gradient while training; None if all were computed.
-    Rows are the block's, of which a video network has several per image."""
-    capacity: float | None = None
-    """The share of the tokens of every row that the module computes, whatever the resolution; see `TokenChoice`."""
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "gates": None}
 
 
 class Dynamics(nn.Module):
@@ -133,6 +59,8 @@ class Dynamics(nn.Module):
         """The plan's gates for the present call; None asks the routers."""
         self.plan: Any = None
         """The `WidthPlan` of the last run of a pipeline, for those who want to see or save it."""
+        self.plan_key: Any = None
+        """What it was made for, beside the run."""
         self.hard = False
         """Whether gates are those of evaluation also while training, and routers learn nothing."""
         self.masks: list[Tensor] = []
@@ -147,7 +75,7 @@ class Dynamics(nn.Module):
         self._noises: dict[str, Tensor] = {}
         self._bits: Bits = ()
         self._wires: list[Wire] = []
-        self._linears: list[_LinearWires] = []
+        self._linears: list[LinearWires] = []
         self._places: list[tuple[nn.Module, str]] = []
         self._known: list[tuple[Any, ...]] = []
         self._experts: list[ExpertLinear] = []
@@ -177,7 +105,7 @@ class Dynamics(nn.Module):
                     f"{path}.{gate.name} has fused projections, which are not sliced; call unfuse_qkv_projections() "
                     "first"
                 )
-            rows, columns, _, _ = _linears(block, gate)
+            rows, columns, _, _ = linears_of(block, gate)
             attention = getattr(block, gate.name) if gate.kind == "heads" else None
             made = rows[0].out_features
             units, members = (heads, heads) if attention is not None else (self.settings.groups or heads, made)
@@ -191,13 +119,14 @@ class Dynamics(nn.Module):
                     f"{path}.{gate.name}: {made} rows are made and fewer are read, as by a gated activation (GEGLU, "
                     "SwiGLU); dynamic width is for plain activations"
                 )
-            own[gate.name] = Gate(width, units, members, self.settings)
+            # not the module's own name: PEFT would take it for a target of adapters
+            own[f"{gate.name}_gate"] = Gate(width, units, members, self.settings)
             self._wires.append(
                 Wire(
                     path=f"{path}.{gate.name}",
                     block=len(self.blocks),
                     rule=gate,
-                    gate=own[gate.name],  # type: ignore[arg-type]
+                    gate=own[f"{gate.name}_gate"],  # type: ignore[arg-type]
                     each=made // members,
                     rows=rows,
                     columns=columns,
@@ -250,8 +179,8 @@ class Dynamics(nn.Module):
         self.cache.clear()
         for wire in self._wires:
             wire.connect()
-        self._linears = _by_linear(self._wires)
-        self._places = list(dict.fromkeys(place for wire in self._wires for place in _places(wire)))
+        self._linears = by_linear(self._wires)
+        self._places = list(dict.fromkeys(place for wire in self._wires for place in places_of(wire)))
         self._experts = experts_of(self.layers)
         if self.timed_lora is not None and not self._experts:
             raise ValueError(
@@ -397,6 +326,9 @@ class Dynamics(nn.Module):
         alike = not torch.is_grad_enabled() and (self.chosen is not None or bool((given == given[:1]).all()))
         for experts in self._experts:
             experts.time = given[:1] if alike else given
+        if not alike:
+            for site in self._sites:
+                site.module.rows_differ = True
 
     def _trained(self, embedding: Tensor) -> list[Tensor]:
         if self.hard:
@@ -550,34 +482,6 @@ class Dynamics(nn.Module):
             _set(present)
 
 
-@dataclass
-class _LinearWires:
-    """The gates of one linear layer."""
-
-    linear: SlicedLinear
-    rows: tuple[int, Wire] | None
-    columns: list[tuple[int, Wire, int]]
-
-    def key(self, bits: Bits) -> tuple[str, ...]:
-        places = ([self.rows[0]] if self.rows else []) + [place for place, _, _ in self.columns]
-        return tuple(bits[place] for place in places)
-
-    def kept(self, bits: Bits, *, columns: bool) -> Tensor | None:
-        """Indices of the rows or columns that are on; None for all."""
-        if not columns:
-            return None if self.rows is None else _on(self.rows[1], bits[self.rows[0]]).nonzero().flatten()
-        if not self.columns:
-            return None
-        keep = torch.ones(self.linear.in_features, dtype=torch.bool)
-        for place, wire, start in self.columns:
-            on = _on(wire, bits[place])
-            keep[start : start + len(on)] = on
-        return keep.nonzero().flatten()
-
-    def cut(self, bits: Bits) -> tuple[Tensor, Tensor | None]:
-        return self.linear.cut(self.kept(bits, columns=False), self.kept(bits, columns=True))
-
-
 def _set(state: list[tuple[Any, str, Any]]) -> None:
     for owner, name, value in state:
         setattr(owner, name, value)
@@ -596,79 +500,9 @@ def _mask_columns(linear: SlicedLinear, start: int, elements: Tensor) -> None:
     linear.column_mask = torch.cat([before[:, :start], elements, before[:, end:]], dim=1)
 
 
-def _on(wire: Wire, units: str) -> Tensor:
-    on = torch.tensor([unit == "1" for unit in units])
-    members = on[wire.gate.group_of.long().cpu()]
-    return members.repeat_interleave(wire.each)
-
-
-def _by_linear(wires: list[Wire]) -> list[_LinearWires]:
-    found: dict[int, _LinearWires] = {}
-
-    def entry(linear: SlicedLinear) -> _LinearWires:
-        return found.setdefault(id(linear), _LinearWires(linear, None, []))
-
-    for place, wire in enumerate(wires):
-        for linear in (*wire.rows, *wire.added_rows):
-            entry(linear).rows = (place, wire)
-        for linear, start in (*wire.columns, *wire.added_columns):
-            entry(linear).columns.append((place, wire, start))
-    return list(found.values())
-
-
 def _with_first(gates: Tensor) -> Tensor:
     """Gate 0 is always on."""
     return torch.cat([torch.ones_like(gates[:, :1]) if gates.shape[1] else gates.new_ones(len(gates), 1), gates], dim=1)
-
-
-def _has(block: nn.Module, name: str) -> bool:
-    try:
-        return block.get_submodule(name) is not None
-    except AttributeError:  # the last block of SD3 has None in its place
-        return False
-
-
-Columns = list[tuple[SlicedLinear, int]]
-
-
-def _linears(block: nn.Module, rule: GateRule) -> tuple[list[SlicedLinear], Columns, list[SlicedLinear], Columns]:
-    """The layers of a gate: those that make its units and those that read them, and the same of LoRAs on them."""
-    rows, columns, added_rows, added_columns = [], [], [], []
-    for name in rule.rows:
-        if _has(block, name):
-            base, _, seconds = _sliced(block, name)
-            rows.append(base)
-            added_rows += seconds
-    for name, multiple in rule.columns:
-        if _has(block, name):
-            base, firsts, _ = _sliced(block, name)
-            start = multiple * rows[0].in_features
-            columns.append((base, start))
-            added_columns += [(first, start) for first in firsts]
-    return rows, columns, added_rows, added_columns
-
-
-def _places(wire: Wire) -> Iterator[tuple[nn.Module, str]]:
-    """Where the layers of a gate lie: the module that holds one, and its name there."""
-    for name in (*wire.rule.rows, *(name for name, _ in wire.rule.columns)):
-        if _has(wire.module, name):
-            parent, _, child = name.rpartition(".")
-            yield wire.module.get_submodule(parent), child
-
-
-def _sliced(block: nn.Module, name: str) -> tuple[SlicedLinear, list[SlicedLinear], list[SlicedLinear]]:
-    """A layer, and the first and second factors of LoRAs on it, all ready to be sliced."""
-    linear, firsts, seconds = taken_apart(block.get_submodule(name))
-    if type(linear) is not nn.Linear and not isinstance(linear, SlicedLinear):
-        raise UnsupportedModelError(
-            f"{name} of a {type(block).__name__} is a {type(linear).__name__}; dynamic width slices plain nn.Linear "
-            "layers, and those with PEFT's LoRA: quantise and fuse afterwards"
-        )
-    return (
-        SlicedLinear.take_over(linear),
-        [SlicedLinear.take_over(first) for first in firsts],
-        [SlicedLinear.take_over(second) for second in seconds],
-    )
 
 
 def _bytes(linear: nn.Linear) -> int:

@@ -23,8 +23,8 @@ from flowaccel.models.dynamic.importance import reordered
 from flowaccel.models.official import infer_sit_config, load_official_state, sit_from_official, sit_to_official
 
 _ROUTERS = {
-    "attn_rate.router": "attn.router",
-    "mlp_rate.router": "ff.router",
+    "attn_rate.router": "attn_gate.router",
+    "mlp_rate.router": "ff_gate.router",
     "token_selection.mlp_head.0": "tokens.0",
     "token_selection.mlp_head.2": "tokens.2",
 }

@@ -10,8 +10,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from flowaccel.models.dynamic.network import Bits
 from flowaccel.models.dynamic.networks import time_embedding
+from flowaccel.models.dynamic.wires import Bits
 
 _CLOSE = 1e-3
 
@@ -79,7 +79,7 @@ class WidthPlan:
         """Per evaluation, the units of every gate."""
         return tuple(tuple(width.split(" ")) for width in self.widths)
 
-    @property
+    @functools.cached_property
     def shares(self) -> Tensor:
         """(T, G) the share of every gate's units that is on."""
         return torch.tensor([[units.count("1") / len(units) for units in row] for row in self.bits])
