@@ -568,7 +568,7 @@ def test_a_network_can_be_copied_after_training() -> None:
     assert not copied.dynamic.masks and not copied.dynamic.kept_tokens(2)
     assert network.dynamic.masks and network.dynamic.kept_tokens(2)
     with torch.no_grad():
-        network.dynamic.blocks[0]["attn"].router.bias.fill_(-1e6)  # of the original alone
+        network.dynamic.blocks[0]["attn_gate"].router.bias.fill_(-1e6)  # of the original alone
     assert distance(sliced(copied, **family.arguments()), sliced(family.dynamic(1), **family.arguments())) < CLOSE
 
 

@@ -136,8 +136,8 @@ def test_a_foreign_configuration(tmp_path: Path, change: dict[str, Any], message
 def test_foreign_weights(tmp_path: Path) -> None:
     WidthAdapter.of(trained(sit())).save_pretrained(tmp_path)
     weights = load_file(tmp_path / WEIGHTS)
-    gate = next(name for name in weights if name.endswith("attn.group_of"))
-    router = next(name for name in weights if name.endswith("attn.router.weight"))
+    gate = next(name for name in weights if name.endswith("attn_gate.group_of"))
+    router = next(name for name in weights if name.endswith("attn_gate.router.weight"))
 
     def read(changed: dict[str, Tensor]) -> WidthAdapter:
         save_file(changed, tmp_path / WEIGHTS)
