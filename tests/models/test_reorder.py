@@ -10,101 +10,27 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DiTTransformer2DModel, LatteTransformer3DModel
 from peft import LoraConfig
 from torch import Tensor, nn
 
+from dynamic_networks import FAMILIES, SIZES, flux, sd3, sit
 from flowaccel.models.dynamic import Bits, make_dynamic, reorder_
 from flowaccel.modules import logistic_noise
 from helpers import assert_close
-from tiny import CONTEXT, POOLED, TOKENS, embedding, flux_pipeline, random_weights, sd3_pipeline, sit_network
+from tiny import random_weights
 
-HEADS = 4
+HEADS = SIZES["num_attention_heads"]
+WIDTH = HEADS * SIZES["attention_head_dim"]
+TIMES = torch.tensor([0.2, 0.7])
 Call = Callable[[Any], Tensor]
 
 
-def draw(*shape: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(9))
+def at_two_times(family: str) -> tuple[nn.Module, Call]:
+    """A stock network, and a call of it with two rows."""
+    make, call = FAMILIES[family]
+    return make(), lambda network: call(network, TIMES)
 
 
-def sit() -> tuple[nn.Module, Call]:
-    network = sit_network(num_attention_heads=HEADS)
-    return network, lambda net: net(draw(2, 1, 8, 8), torch.tensor([0.2, 0.7]), torch.tensor([3, 10])).sample
-
-
-def dit() -> tuple[nn.Module, Call]:
-    torch.manual_seed(0)
-    network = DiTTransformer2DModel(
-        num_attention_heads=HEADS,
-        attention_head_dim=8,
-        in_channels=4,
-        out_channels=8,
-        num_layers=2,
-        sample_size=8,
-        patch_size=2,
-        num_embeds_ada_norm=10,
-    ).eval()
-    random_weights(network, 0)
-    times, labels = torch.tensor([20, 700]), torch.tensor([3, 10])
-    return network, lambda net: net(draw(2, 4, 8, 8), timestep=times, class_labels=labels).sample
-
-
-def sd3() -> tuple[nn.Module, Call]:
-    """As SD3.5: norms of queries and keys, and a second attention in the first block."""
-    network = sd3_pipeline(
-        num_attention_heads=HEADS, caption_projection_dim=32, qk_norm="rms_norm", dual_attention_layers=(0,)
-    ).transformer
-    arguments = {
-        "encoder_hidden_states": embedding(2 * TOKENS, CONTEXT, 1).reshape(2, TOKENS, CONTEXT),
-        "pooled_projections": embedding(2, POOLED, 2),
-        "timestep": torch.tensor([200.0, 700.0]),
-    }
-    return network, lambda net: net(draw(2, 4, 8, 8), **arguments).sample
-
-
-def flux() -> tuple[nn.Module, Call]:
-    network = flux_pipeline(num_attention_heads=HEADS).transformer
-    places = torch.stack(torch.meshgrid(torch.zeros(1), torch.arange(4.0), torch.arange(4.0), indexing="ij"), -1)
-    arguments = {
-        "encoder_hidden_states": embedding(2 * TOKENS, CONTEXT, 1).reshape(2, TOKENS, CONTEXT),
-        "pooled_projections": embedding(2, POOLED, 2),
-        "timestep": torch.tensor([0.2, 0.7]),
-        "guidance": torch.tensor([3.5, 3.5]),
-        "img_ids": places.reshape(-1, 3),
-        "txt_ids": torch.zeros(TOKENS, 3),
-    }
-    return network, lambda net: net(draw(2, 16, 16), **arguments).sample
-
-
-def latte(activation: str = "gelu-approximate") -> tuple[nn.Module, Call]:
-    torch.manual_seed(0)
-    network = LatteTransformer3DModel(
-        num_attention_heads=HEADS,
-        attention_head_dim=8,
-        in_channels=4,
-        out_channels=8,
-        num_layers=2,
-        cross_attention_dim=32,
-        attention_bias=True,
-        sample_size=8,
-        patch_size=2,
-        activation_fn=activation,
-        num_embeds_ada_norm=1000,
-        norm_type="ada_norm_single",
-        norm_elementwise_affine=False,
-        norm_eps=1e-6,
-        caption_channels=CONTEXT,
-        video_length=3,
-    ).eval()
-    random_weights(network, 0)
-    arguments = {
-        "encoder_hidden_states": embedding(2 * TOKENS, CONTEXT, 1).reshape(2, TOKENS, CONTEXT),
-        "timestep": torch.tensor([200, 700]),
-    }
-    return network, lambda net: net(draw(2, 4, 3, 8, 8), **arguments).sample
-
-
-FAMILIES = {maker.__name__: maker for maker in (sit, dit, sd3, flux, latte)}
 EACH = pytest.mark.parametrize("family", FAMILIES)
 
 
@@ -145,7 +71,7 @@ def outputs(network: Any, call: Call) -> dict[str, Tensor]:
 
 @EACH
 def test_moving_units_changes_no_output(family: str) -> None:
-    base, call = FAMILIES[family]()
+    base, call = at_two_times(family)
     network = made_dynamic(base)
     with torch.no_grad():
         untouched = call(base)
@@ -170,7 +96,7 @@ def test_moving_units_changes_no_output(family: str) -> None:
 @EACH
 def test_a_gate_switches_the_same_units_as_before(family: str) -> None:
     """For every gate alone, the rows that it takes hold the same numbers, in another order."""
-    network = made_dynamic(FAMILIES[family]()[0])
+    network = made_dynamic(at_two_times(family)[0])
 
     def taken(wire: Any) -> list[Tensor]:
         rows = [wire.elements(unit).nonzero().flatten() for unit in torch.eye(wire.gate.units)]
@@ -183,7 +109,7 @@ def test_a_gate_switches_the_same_units_as_before(family: str) -> None:
 
 
 def test_moving_twice_moves_nothing() -> None:
-    network = made_dynamic(sit()[0])
+    network = made_dynamic(sit())
     reorder_(network)
     once = {key: value.clone() for key, value in network.state_dict().items()}
     parameters = list(network.parameters())
@@ -193,7 +119,7 @@ def test_moving_twice_moves_nothing() -> None:
 
 
 def test_frozen_weights_stay_frozen() -> None:
-    network = made_dynamic(sit()[0])
+    network = made_dynamic(sit())
     network.transformer_blocks.requires_grad_(False)
     reorder_(network)
     assert not any(parameter.requires_grad for parameter in network.transformer_blocks.parameters())
@@ -201,7 +127,7 @@ def test_frozen_weights_stay_frozen() -> None:
 
 
 def test_units_below_adapters_are_not_moved() -> None:
-    network = made_dynamic(sit()[0])
+    network = made_dynamic(sit())
     network.add_adapter(LoraConfig(target_modules=["to_q"]))
     with pytest.raises(ValueError, match="merge or unload the adapters first"):
         reorder_(network)
@@ -237,7 +163,7 @@ def assert_ranked(groups: Tensor, sizes: list[float], units: int) -> None:
 
 def test_units_are_ranked_by_their_weights() -> None:
     """SD3.5's blocks: joint attention in two streams, a second attention, and two feed-forwards."""
-    network = made_dynamic(sd3()[0])
+    network = made_dynamic(sd3())
     seen = set()
     for wire in network.dynamic.wires:
         block = network.transformer_blocks[wire.block]
@@ -255,7 +181,7 @@ def test_units_are_ranked_by_their_weights() -> None:
 
 def test_channels_of_a_fused_block_are_ranked_by_their_weights() -> None:
     """FLUX's single-stream block reads attention and hidden channels with one layer."""
-    network = made_dynamic(flux()[0])
+    network = made_dynamic(flux())
     wires = [wire for wire in network.dynamic.wires if wire.rule.name == "proj_mlp"]
     for wire, block in zip(wires, network.single_transformer_blocks, strict=True):
         width = block.proj_mlp.in_features
@@ -265,11 +191,12 @@ def test_channels_of_a_fused_block_are_ranked_by_their_weights() -> None:
 
 @pytest.mark.parametrize("strongest", range(HEADS))
 def test_the_strongest_head_and_channels_are_always_on(strongest: int) -> None:
-    base = copy.deepcopy(sit()[0])
+    base = copy.deepcopy(sit())
     block: Any = base.transformer_blocks[1]
-    channels = list(range(strongest, 128, HEADS))
+    channels = list(range(strongest, 4 * WIDTH, HEADS))
     with torch.no_grad():
-        block.attn.to_v.weight[8 * strongest : 8 * strongest + 8] += 9
+        size = SIZES["attention_head_dim"]
+        block.attn.to_v.weight[size * strongest : size * (strongest + 1)] += 9
         block.ff.net[2].weight[:, channels] += 9
     wires = {wire.path: wire for wire in make_dynamic(base).dynamic.wires}
     heads = wires["transformer_blocks.1.attn"].gate.group_of
