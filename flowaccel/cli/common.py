@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,6 +28,8 @@ from flowaccel.recipe import Recipe, resolve, saved_recipe
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Progress and remarks go to stderr, so that stdout holds the result alone.
 console = Console(stderr=True)
+
+_ZOO_NAME = re.compile(rf"(?<![\w/]){zoo.PREFIX}[\w-]+")
 
 PipeArgument = Annotated[str, typer.Argument(metavar="PIPE", help="A pipeline folder, a Hub id, or zoo:NAME.")]
 SeedOption = Annotated[int, typer.Option(help="Seed of everything random.")]
@@ -92,8 +96,11 @@ def zoo_entry(name: str) -> zoo.Entry | None:
 
 
 def open_recipe(name: str) -> Recipe:
-    """Load a recipe by preset name, file, folder, Hub id or zoo:NAME."""
-    return resolve(zoo.recipe_folder(name) if name.startswith(zoo.PREFIX) else name)
+    """Load a recipe by preset name, file, folder, Hub id or zoo:NAME, or several of these joined by `+`."""
+    placed = _ZOO_NAME.sub(lambda match: str(zoo.recipe_folder(match[0])), name)
+    found = resolve(placed)
+    # what was joined is called as it was typed, not by the places of its parts
+    return replace(found, name=name) if found.name == placed != name else found
 
 
 def saved_with(name: str) -> Recipe | None:

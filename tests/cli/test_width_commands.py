@@ -392,3 +392,17 @@ def test_wrong_use_of_plan(saved: str, narrow: str) -> None:
     whole = make_dynamic(pipe.transformer, {"tokens": False})
     Recipe([DynamicWidth(whole)], name="whole").for_pipeline(pipe).save_pretrained("whole")
     assert "--capacities is for networks that leave out tokens" in fails(*plan(saved, "whole", "--capacities"))
+
+
+def test_recipes_of_the_zoo() -> None:
+    common = ["generate", "zoo:sit-digits", "--classes", "3", "--device", "cpu"]
+    said = run(*common, "--recipe", "zoo:sit-digits-width", "--steps", "2", "--report", "--out", "narrow").stderr
+    assert "recipe 'sit-digits-width'" in said and "of the multiply-adds left out" in said
+    both = "zoo:sit-digits-width+flowturbo-H1P1R1-single"
+    said = run(*common, "--recipe", both, "--report", "--out", "both").stderr
+    assert f"recipe {both!r}" in said and "refined" in said and "width" in said
+    message = fails(*common, "--recipe", "flowturbo-H1P1R1-single+zoo:sit-digits-width", "--out", "wrong")
+    assert "must come before" in message and "a variant is another network" in message
+    assert "zoo:sit-digits is a pipeline, not a recipe; there are zoo:sit-digits-width" in fails(
+        *common, "--recipe", "zoo:sit-digits", "--out", "wrong"
+    )
