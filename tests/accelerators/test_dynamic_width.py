@@ -137,6 +137,11 @@ def test_saved_with_the_pipeline_and_read_again(tmp_path: Path) -> None:
     expected, fingerprint = images(pipe, [1, 2]), pipe.transformer.dynamic.fingerprint
     pipe.save_pretrained(tmp_path)
     assert f'"{stock}"' in (tmp_path / "transformer" / "config.json").read_text()
+    again = flowaccel.pipelines.AcceleratedPipeline.from_pretrained(tmp_path, recipe=[])
+    make_dynamic(again.transformer).save_pretrained(tmp_path / "made")
+    assert str(tmp_path) not in (tmp_path / "made" / "config.json").read_text(), (
+        "where it was made is nobody's business"
+    )
     again = flowaccel.pipelines.AcceleratedPipeline.from_pretrained(tmp_path)
     again.set_progress_bar_config(disable=True)
     assert again.transformer.dynamic.fingerprint == fingerprint

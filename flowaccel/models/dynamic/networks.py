@@ -130,7 +130,8 @@ class DynamicMixin:
         """
         network: Any = twin(base)
         network.__class__ = cls
-        network._internal_dict = FrozenDict(dict(network._internal_dict))
+        own = {name: value for name, value in network._internal_dict.items() if name != "_name_or_path"}
+        network._internal_dict = FrozenDict(own)  # not where the stock network was loaded from
         cls.install(network, DynamicSettings.of(settings))
         network.dynamic.to(base.device)
         rank(network)
