@@ -11,9 +11,8 @@ import torch
 from torch import nn
 
 from flowaccel.accelerators.base import Accelerator, Detach
-from flowaccel.accelerators.loading import load_network
+from flowaccel.accelerators.loading import beside, load_network
 from flowaccel.accelerators.serial import component, learned
-from flowaccel.errors import WeightsNotFoundError
 from flowaccel.hooks import Call, Identity, Session, denoiser, exchange, session_of
 from flowaccel.models import WidthPlan, stock_class
 from flowaccel.models.dynamic import Dynamics, WidthAdapter
@@ -98,13 +97,8 @@ class DynamicWidth(Accelerator):
             return self.network
         if self.network is not None:
             return load_width(Path(self.network))
-        beside = Path(str(pipe.config.get("_name_or_path", ""))) / FOLDER
-        if not beside.is_dir():
-            raise WeightsNotFoundError(
-                f"no dynamic network at {beside}; train one with `flowaccel train width`, "
-                "or pass DynamicWidth(network=FOLDER)"
-            )
-        return load_width(beside)
+        advice = "train one with `flowaccel train width`, or pass DynamicWidth(network=FOLDER)"
+        return load_width(beside(pipe, FOLDER, "dynamic network", advice))
 
     def stand_in(self, pipe: Any) -> Any:
         """The dynamic network, on the device of the pipeline's own and of its type."""
@@ -236,7 +230,11 @@ def _note(call: Call, dynamics: Dynamics, shares: list[float], cut: int) -> None
     record.width = sum(shares) / len(shares)
     record.slice_bytes, record.slices_cut = dynamics.cache.held, cut
     for path, share in dynamics.left_out(shares).items():
-        record.not_run[path] = record.not_run.get(path, 0) + call.rows * share
+        block = path.rpartition(".")[0]
+        skipped = max(
+            record.not_run.get(part, 0) for part in ("", block, path)
+        )  # a cache's doing: it did not run at all
+        record.not_run[path] = record.not_run.get(path, 0) + max(0, call.rows - skipped) * share
 
 
 def load_width(folder: Path) -> nn.Module:

@@ -14,6 +14,24 @@ from flowaccel import models
 from flowaccel.errors import CheckpointError, WeightsNotFoundError
 
 
+def beside(pipe: Any, name: str, what: str, advice: str) -> Path:
+    """The folder of a learned part that lies beside the pipeline's components.
+
+    Args:
+        pipe: the pipeline.
+        name: of the folder.
+        what: how errors call the part.
+        advice: what to do without it.
+
+    Raises:
+        WeightsNotFoundError: there is none.
+    """
+    found = Path(str(pipe.config.get("_name_or_path", ""))) / name
+    if not found.is_dir():
+        raise WeightsNotFoundError(f"no {what} at {found}; {advice}")
+    return found
+
+
 def load_network(folder: Path, what: str) -> nn.Module:
     """Load a network saved by `save_pretrained`, whatever its class.
 

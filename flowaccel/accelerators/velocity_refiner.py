@@ -10,9 +10,8 @@ from typing import Any, ClassVar
 from torch import nn
 
 from flowaccel.accelerators.base import Accelerator, Detach
-from flowaccel.accelerators.loading import load_network
+from flowaccel.accelerators.loading import beside, load_network
 from flowaccel.accelerators.serial import learned
-from flowaccel.errors import WeightsNotFoundError
 from flowaccel.hooks import Call, denoiser, session_of
 from flowaccel.models import convention_of, refined, stock_class
 
@@ -95,13 +94,8 @@ class VelocityRefiner(Accelerator):
             return self.refiner
         if self.refiner is not None:
             return load_refiner(Path(self.refiner))
-        beside = Path(str(pipe.config.get("_name_or_path", ""))) / FOLDER
-        if not beside.is_dir():
-            raise WeightsNotFoundError(
-                f"no refiner at {beside}; train one with `flowaccel train refiner`, "
-                "or pass VelocityRefiner(refiner=FOLDER)"
-            )
-        return load_refiner(beside)
+        advice = "train one with `flowaccel train refiner`, or pass VelocityRefiner(refiner=FOLDER)"
+        return load_refiner(beside(pipe, FOLDER, "refiner", advice))
 
     def loaded(self, pipe: Any) -> VelocityRefiner:
         """With the refiner as a module."""

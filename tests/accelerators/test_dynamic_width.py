@@ -112,6 +112,20 @@ def test_counted_multiply_adds() -> None:
     assert "of the multiply-adds" in str(found)
 
 
+@pytest.mark.parametrize("scope", ["stack", "module"])
+def test_nothing_is_left_out_twice(scope: str) -> None:
+    """What a cache did not run at all was not narrow besides."""
+    pipe = tiny.sit_pipeline()
+    whole = flowaccel.evaluation.count_macs(lambda: images(pipe, [1, 2]))
+    cache = FeatureCache(gate="interval", interval=2, scope=scope)
+    accelerate(pipe, [DynamicWidth(narrow(pipe, tokens=False)), cache])
+    images(pipe, [1, 2])
+    counted = flowaccel.evaluation.count_macs(lambda: images(pipe, [1, 2]))
+    found = report(pipe)
+    assert found.macs == pytest.approx(counted, rel=0.005)
+    assert found.macs_saved == pytest.approx(whole - counted, rel=0.005)
+
+
 def test_slices_are_bounded() -> None:
     pipe = tiny.sit_pipeline()
     network = narrow(pipe)
