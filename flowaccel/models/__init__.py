@@ -10,12 +10,17 @@ from flowaccel.models.dynamic import DynamicSettings as DynamicSettings
 from flowaccel.models.dynamic import DynamicSiTTransformer2DModel as DynamicSiTTransformer2DModel
 from flowaccel.models.dynamic import WidthPlan as WidthPlan
 from flowaccel.models.dynamic import make_dynamic as make_dynamic
-from flowaccel.models.dynamic import stock_class as stock_class
 from flowaccel.models.features import DigitsClassifier as DigitsClassifier
 from flowaccel.models.features import FeatureClassifier as FeatureClassifier
 from flowaccel.models.features import ShapesClassifier as ShapesClassifier
+from flowaccel.models.moe import MoEDiTTransformer2DModel as MoEDiTTransformer2DModel
+from flowaccel.models.moe import MoEFluxTransformer2DModel as MoEFluxTransformer2DModel
+from flowaccel.models.moe import MoESD3Transformer2DModel as MoESD3Transformer2DModel
+from flowaccel.models.moe import MoESiTTransformer2DModel as MoESiTTransformer2DModel
+from flowaccel.models.moe import upcycle_to_moe as upcycle_to_moe
 from flowaccel.models.refined import refined as refined
 from flowaccel.models.sit import SiTTransformer2DModel as SiTTransformer2DModel
+from flowaccel.models.variants import stock_class as stock_class
 
 __all__ = [
     "DigitsClassifier",
@@ -27,6 +32,10 @@ __all__ = [
     "DynamicSiTTransformer2DModel",
     "FeatureClassifier",
     "FlowConvention",
+    "MoEDiTTransformer2DModel",
+    "MoEFluxTransformer2DModel",
+    "MoESD3Transformer2DModel",
+    "MoESiTTransformer2DModel",
     "ShapesClassifier",
     "SiTTransformer2DModel",
     "WidthPlan",
@@ -34,4 +43,5 @@ __all__ = [
     "make_dynamic",
     "refined",
     "stock_class",
+    "upcycle_to_moe",
 ]

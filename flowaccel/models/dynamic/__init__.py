@@ -18,7 +18,6 @@ from flowaccel.models.dynamic.networks import DynamicLatteTransformer3DModel as 
 from flowaccel.models.dynamic.networks import DynamicSD3Transformer2DModel as DynamicSD3Transformer2DModel
 from flowaccel.models.dynamic.networks import DynamicSiTTransformer2DModel as DynamicSiTTransformer2DModel
 from flowaccel.models.dynamic.networks import make_dynamic as make_dynamic
-from flowaccel.models.dynamic.networks import stock_class as stock_class
 from flowaccel.models.dynamic.networks import time_embedding as time_embedding
 from flowaccel.models.dynamic.plan import WidthPlan as WidthPlan
 from flowaccel.models.dynamic.settings import DynamicSettings as DynamicSettings
@@ -45,7 +44,6 @@ __all__ = [
     "make_dynamic",
     "plain_lora",
     "reorder_",
-    "stock_class",
     "time_embedding",
     "watched_tokens",
 ]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import inspect
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -12,7 +11,6 @@ from typing import Any, ClassVar, Self
 
 import torch
 from diffusers import DiTTransformer2DModel, FluxTransformer2DModel, LatteTransformer3DModel, SD3Transformer2DModel
-from diffusers.configuration_utils import FrozenDict
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -23,25 +21,30 @@ from flowaccel.models.dynamic.network import Dynamics
 from flowaccel.models.dynamic.official import arrangement, read_dydit, write_dydit
 from flowaccel.models.dynamic.rules import rule_of
 from flowaccel.models.dynamic.settings import DynamicSettings
-from flowaccel.models.dynamic.twins import twin
 from flowaccel.models.official import load_converted
 from flowaccel.models.sit import SiTTransformer2DModel
+from flowaccel.models.twins import twin
+from flowaccel.models.variants import VariantMixin
 from flowaccel.modules.td_lora import timed_layers
 
 _TIMES = 256
 
 
-class DynamicMixin:
+class DynamicMixin(VariantMixin):
     """What the dynamic networks add to the stock ones: the routers, called `dynamic`, and their configuration."""
 
     dynamic: Dynamics
-    stock: ClassVar[type[nn.Module]]
-    """The class that it is a dynamic form of."""
+    argument = "dynamic_config"
     _keep_in_fp32_modules: ClassVar[list[str]] = ["dynamic"]
 
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        _add_argument(cls)
+    @classmethod
+    def settings_of(cls, given: Any) -> DynamicSettings:
+        """None takes the defaults."""
+        return DynamicSettings.of(given)
+
+    def routing(self) -> list[nn.Module]:
+        """The routers: a flipped gate changes the network."""
+        return [self.dynamic]
 
     def install(self, settings: DynamicSettings) -> None:
         """Add the routers and wire them."""
@@ -102,17 +105,6 @@ class DynamicMixin:
             "fuse those of the stock network, or leave them apart"
         )
 
-    def place(self, device: Any, dtype: torch.dtype) -> Self:
-        """To a device and a floating-point type, but for the routers, which keep theirs: a flipped gate changes the
-        network.
-        """
-        network: Any = self
-        routers = {id(tensor) for tensor in (*network.dynamic.parameters(), *network.dynamic.buffers())}
-        for tensor in (*network.parameters(), *network.buffers()):
-            floating = tensor.is_floating_point() and id(tensor) not in routers
-            tensor.data = tensor.data.to(device, dtype if floating else tensor.dtype)
-        return self
-
     @classmethod
     def from_base(cls, base: nn.Module, settings: DynamicSettings | dict[str, Any] | None = None) -> Any:
         """A dynamic network around the very weights of `base`, which stays as it is.
@@ -128,10 +120,7 @@ class DynamicMixin:
             UnsupportedModelError: no rules for its class, or layers that cannot be sliced.
             ValueError: settings that are not known or do not fit.
         """
-        network: Any = twin(base)
-        network.__class__ = cls
-        own = {name: value for name, value in network._internal_dict.items() if name != "_name_or_path"}
-        network._internal_dict = FrozenDict(own)  # not where the stock network was loaded from
+        network = cls.around(base)
         cls.install(network, DynamicSettings.of(settings))
         network.dynamic.to(base.device)
         rank(network)
@@ -153,22 +142,6 @@ def measure_time(network: Any) -> None:
     embedded = time_embedding(network, torch.linspace(0, dynamics.rule.time_span, _TIMES))
     dynamics.time_mean.copy_(embedded.mean(0))
     dynamics.time_std.copy_(embedded.std(0).clamp_min(1e-3 * float(embedded.abs().mean())))
-
-
-def _add_argument(cls: type[DynamicMixin]) -> None:
-    """Give `cls` the constructor of its stock class with one more argument."""
-    cls.stock = next(base for base in cls.__mro__[1:] if base is not DynamicMixin)
-    original: Any = cls.stock.__init__
-
-    def __init__(self: Any, dynamic_config: dict[str, Any] | None = None, **config: Any) -> None:
-        settings = DynamicSettings.of(dynamic_config)
-        original(self, **config)
-        self.install(settings)
-
-    signature = inspect.signature(original)
-    extra = inspect.Parameter("dynamic_config", inspect.Parameter.KEYWORD_ONLY, default=None)
-    __init__.__signature__ = signature.replace(parameters=[*signature.parameters.values(), extra])  # type: ignore[attr-defined]
-    cls.__init__ = __init__  # type: ignore[method-assign]
 
 
 class DynamicSiTTransformer2DModel(DynamicMixin, SiTTransformer2DModel):
@@ -244,11 +217,6 @@ DYNAMIC: dict[str, type[DynamicMixin]] = {
     )
 }
 """By the class name of the stock network."""
-
-
-def stock_class(network: nn.Module) -> Any:
-    """The class that a network would have if nothing about it were dynamic."""
-    return getattr(network, "stock", type(network))
 
 
 def make_dynamic(base: nn.Module, settings: DynamicSettings | dict[str, Any] | None = None) -> Any:
