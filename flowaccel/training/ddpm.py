@@ -2,8 +2,6 @@
 
 Times are integers t in 0 .. T - 1; t = T - 1 is nearly noise. Shapes: B rows, C channels, data and noise (B, C, ...),
 network outputs (B, 2C, ...): the noise, then where the variance lies between its bounds.
-
-The objectives of the other modules of this package are flow matching's; this one gives the terms for one batch.
 """
 
 from __future__ import annotations
@@ -13,6 +11,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from flowaccel.training.labelled import LabelledBatch, LabelledObjective
 
 _BIN = 1 / 255
 """Half the distance of two pixel values of data scaled to [-1, 1]."""
@@ -122,3 +122,22 @@ def _shaped(value: Tensor, like: Tensor) -> Tensor:
 
 DIT = Diffusion(torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64))
 """DiT's chain: 1000 steps, linear."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DDPMObjective(LabelledObjective):
+    """DiT's loss at times drawn uniformly from the chain, for networks that return noise and variance."""
+
+    chain: Diffusion = DIT
+
+    def times(self, generator: torch.Generator) -> Tensor:
+        """(B,) int64, 0 .. T - 1."""
+        return torch.randint(self.chain.steps, (self.batch_size,), generator=generator)
+
+    def arguments(self, batch: LabelledBatch) -> tuple[Tensor, Tensor, Tensor]:
+        """Noised images, times and labels."""
+        return self.chain.noised(batch.images, batch.noise, batch.t), batch.t, batch.labels
+
+    def loss(self, output: Tensor, batch: LabelledBatch) -> Tensor:
+        """The mean of DiT's loss."""
+        return self.chain.terms(output, batch.images, batch.noise, batch.t).loss.mean()

@@ -2,42 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from flowaccel.data import ImageSet
 from flowaccel.samplers.paths import LINEAR, Path, flow_loss
+from flowaccel.training.labelled import LabelledBatch, LabelledObjective
 
 
 @dataclass(frozen=True, kw_only=True)
-class FlowObjective:
-    """`objective(network, generator)` -> the mean flow-matching loss of one freshly drawn batch."""
+class FlowObjective(LabelledObjective):
+    """The flow-matching loss at times drawn uniformly from [0, 1)."""
 
-    data: ImageSet
-    null_label: int
-    batch_size: int = 128
-    label_drop: float = 0.1
-    """Probability of training on the null label instead, for classifier-free guidance."""
     path: Path = LINEAR
-    augment: Callable[[Tensor, torch.Generator], Tensor] | None = None
 
-    def __call__(self, network: nn.Module, generator: torch.Generator) -> Tensor:
-        """Draw data, noise, times in [0, 1) and label drops from `generator`; a scalar."""
-        index = torch.randint(len(self.data), (self.batch_size,), generator=generator)
-        images, labels = self.data.images[index], self.data.labels[index]
-        if self.augment is not None:
-            images = self.augment(images, generator)
-        noise = torch.randn(images.shape, generator=generator)
-        t = torch.rand(self.batch_size, generator=generator)
-        dropped = torch.rand(self.batch_size, generator=generator) < self.label_drop
-        labels = torch.where(dropped, self.null_label, labels)
-        device = next(network.parameters()).device
-        images, noise, t, labels = (value.to(device) for value in (images, noise, t, labels))
-        output = network(self.path.interpolate(images, noise, t), t, labels, return_dict=False)[0]
-        return flow_loss(self.path, output.float(), images, noise, t).mean()
+    def times(self, generator: torch.Generator) -> Tensor:
+        """(B,) in [0, 1)."""
+        return torch.rand(self.batch_size, generator=generator)
+
+    def arguments(self, batch: LabelledBatch) -> tuple[Tensor, Tensor, Tensor]:
+        """Images on the path, times and labels."""
+        return self.path.interpolate(batch.images, batch.noise, batch.t), batch.t, batch.labels
+
+    def loss(self, output: Tensor, batch: LabelledBatch) -> Tensor:
+        """The mean squared error of the velocity."""
+        return flow_loss(self.path, output, batch.images, batch.noise, batch.t).mean()
 
 
 def shift_augment(

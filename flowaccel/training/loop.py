@@ -20,6 +20,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from flowaccel.errors import CheckpointError
+from flowaccel.modules.moe import set_aux_loss_scale
+from flowaccel.training.labelled import LabelledObjective
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +39,14 @@ class Scheduled(Protocol):
         """The loss of optimiser step `step` (0-based)."""
 
 
+@runtime_checkable
+class Following(Protocol):
+    """An objective that has something to do after every optimiser step."""
+
+    def stepped(self, network: nn.Module) -> None:
+        """Called when the weights have moved."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class LoopConfig:
     """How long and how fast to train."""
@@ -52,6 +62,9 @@ class LoopConfig:
     """Part of a parameter's name -> factor: those parameters learn so much faster."""
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
+    clip_apart: tuple[str, ...] = ()
+    """Parts of parameters' names: the gradients of those with each of them are clipped together, apart from the
+    rest."""
     ema_decay: float = 0.999
     """Decay of the averaged weights, which are what is saved and used; ramped up from 0 at the start."""
     precision: str = "no"
@@ -120,10 +133,11 @@ def train(
     on_cpu = next(model.parameters()).device.type == "cpu"
     accelerator = Accelerator(mixed_precision=config.precision, cpu=on_cpu)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    clipped = _clipped(model, config)
     optimizer = torch.optim.AdamW(_groups(model, config), lr=config.learning_rate, weight_decay=config.weight_decay)
     ema = EMAModel(trainable, decay=config.ema_decay)
     settings = {**_settings(config), **_objective_settings(loss), **(also or {})}
-    start = _resume(folder, trainable, optimizer, ema, settings)
+    start = _resume(folder, model, optimizer, ema, settings)
     prepared, optimizer = accelerator.prepare(model, optimizer)
     ema.to(accelerator.device)
     prepared.train()
@@ -131,18 +145,23 @@ def train(
         generator = torch.Generator().manual_seed(_step_seed(config.seed, step, accelerator.process_index))
         for group in optimizer.param_groups:
             group["lr"] = config.rate_at(step) * group["scale"]
+        if accelerator.scaler is not None:
+            set_aux_loss_scale(model, accelerator.scaler.get_scale())
         with accelerator.autocast():
             value = (loss.at(step) if isinstance(loss, Scheduled) else loss)(prepared, generator)
         if not torch.isfinite(value):
             raise FloatingPointError(f"the loss is {value.item()} at step {step}; lower the learning rate")
         accelerator.backward(value)
-        accelerator.clip_grad_norm_(trainable, config.max_grad_norm)
+        for together in clipped:
+            accelerator.clip_grad_norm_(together, config.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
+        if isinstance(loss, Following):
+            loss.stepped(model)
         ema.step(trainable)
         done = step + 1
         if accelerator.is_main_process and (done % config.save_every == 0 or done == config.steps):
-            _save(folder, trainable, optimizer, ema, done, settings)
+            _save(folder, model, optimizer, ema, done, settings)
             if done in config.keep:
                 shutil.copyfile(folder / "state.safetensors", folder / f"state-{done}.safetensors")
         yield Progress(step=done, loss=value.item(), learning_rate=config.rate_at(step))
@@ -160,6 +179,21 @@ def _groups(model: nn.Module, config: LoopConfig) -> list[dict[str, Any]]:
     return groups
 
 
+def _clipped(model: nn.Module, config: LoopConfig) -> list[list[nn.Parameter]]:
+    """The parameters whose gradients are clipped together: the rest, then those of each part."""
+    found: dict[str, list[nn.Parameter]] = {"": [], **{part: [] for part in config.clip_apart}}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            found[next((part for part in config.clip_apart if part in name), "")].append(parameter)
+    return [together for together in found.values() if together]
+
+
+def _buffers(model: nn.Module) -> dict[str, Tensor]:
+    """What a training may move beside parameters, by the names of the saved state."""
+    kept = model.state_dict(keep_vars=True).keys()
+    return {f"buffer.{name}": value for name, value in model.named_buffers() if name in kept}
+
+
 def _step_seed(seed: int, step: int, process: int) -> int:
     return (seed * 1_000_003 + step) * 1_009 + process
 
@@ -175,22 +209,25 @@ def _objective_settings(loss: Loss | Scheduled) -> dict[str, Any]:
     own: dict[str, Any] = (
         {entry.name: getattr(loss, entry.name) for entry in fields(loss)} if is_dataclass(loss) else {}
     )
-    return {
-        f"objective.{name}": list(value) if isinstance(value, tuple) else value
-        for name, value in own.items()
-        if all(isinstance(v, _PLAIN) for v in (value if isinstance(value, tuple) else (value,)))
-    }
+    found: dict[str, Any] = {}
+    for name, value in own.items():
+        if isinstance(value, LabelledObjective):
+            found |= _objective_settings(value)
+        elif all(isinstance(v, _PLAIN) for v in (value if isinstance(value, tuple) else (value,))):
+            found[f"objective.{name}"] = list(value) if isinstance(value, tuple) else value
+    return found
 
 
 def _save(
     folder: Path,
-    parameters: list[nn.Parameter],
+    model: nn.Module,
     optimizer: torch.optim.Optimizer,
     ema: EMAModel,
     step: int,
     settings: dict[str, Any],
 ) -> None:
-    tensors: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = _buffers(model)
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     state = optimizer.state_dict()["state"]
     for index, (parameter, shadow) in enumerate(zip(parameters, ema.shadow_params, strict=True)):
         tensors[f"{index}.parameter"] = parameter.detach()
@@ -216,11 +253,13 @@ def load_average(model: nn.Module, path: Path) -> None:
     with torch.no_grad():
         for index, parameter in enumerate(parameter for parameter in model.parameters() if parameter.requires_grad):
             parameter.copy_(tensors[f"{index}.ema"])
+        for name, buffer in _buffers(model).items():
+            buffer.copy_(tensors[name])
 
 
 def _resume(
     folder: Path,
-    parameters: list[nn.Parameter],
+    model: nn.Module,
     optimizer: torch.optim.Optimizer,
     ema: EMAModel,
     settings: dict[str, Any],
@@ -234,13 +273,18 @@ def _resume(
     changed = {key: (there[key], value) for key, value in settings.items() if key in there and there[key] != value}
     if changed:
         raise CheckpointError(f"{folder} holds a run with other settings (there, now): {changed}; use another --out")
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    buffers = _buffers(model)
     wanted = {f"{index}.{part}": value.shape for index, value in enumerate(parameters) for part in _PARTS}
+    wanted |= {name: value.shape for name, value in buffers.items()}
     if {name: value.shape for name, value in tensors.items()} != wanted:
         raise CheckpointError(f"{folder} holds a run of another network; use another --out")
     with torch.no_grad():
         for index, (parameter, shadow) in enumerate(zip(parameters, ema.shadow_params, strict=True)):
             parameter.copy_(tensors[f"{index}.parameter"])
             shadow.copy_(tensors[f"{index}.ema"])
+        for name, buffer in buffers.items():
+            buffer.copy_(tensors[name])
     adam = {
         index: {
             "step": torch.tensor(float(meta["step"])),

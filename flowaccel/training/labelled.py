@@ -1,0 +1,67 @@
+"""What the objectives of class-conditional networks have in common: the data of a step."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from flowaccel.data import ImageSet
+
+
+@dataclass(frozen=True)
+class LabelledBatch:
+    """What one step is trained on."""
+
+    images: Tensor
+    """(B, C, H, W)."""
+    noise: Tensor
+    """(B, C, H, W), standard normal."""
+    t: Tensor
+    """(B,), the times of the objective."""
+    labels: Tensor
+    """(B,) int64."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelledObjective(ABC):
+    """`objective(network, generator)` -> the mean loss of one freshly drawn batch, a scalar."""
+
+    data: ImageSet
+    null_label: int
+    batch_size: int = 128
+    label_drop: float = 0.1
+    """Probability of training on the null label instead, for classifier-free guidance."""
+    augment: Callable[[Tensor, torch.Generator], Tensor] | None = None
+
+    def draw(self, generator: torch.Generator, device: torch.device | str = "cpu") -> LabelledBatch:
+        """Draw data, noise, times and label drops from `generator`, which is the CPU's."""
+        index = torch.randint(len(self.data), (self.batch_size,), generator=generator)
+        images, labels = self.data.images[index], self.data.labels[index]
+        if self.augment is not None:
+            images = self.augment(images, generator)
+        noise = torch.randn(images.shape, generator=generator)
+        t = self.times(generator)
+        dropped = torch.rand(self.batch_size, generator=generator) < self.label_drop
+        labels = torch.where(dropped, self.null_label, labels)
+        return LabelledBatch(*(value.to(device) for value in (images, noise, t, labels)))
+
+    def __call__(self, network: nn.Module, generator: torch.Generator) -> Tensor:
+        """A scalar."""
+        batch = self.draw(generator, next(network.parameters()).device)
+        return self.loss(network(*self.arguments(batch), return_dict=False)[0].float(), batch)
+
+    @abstractmethod
+    def times(self, generator: torch.Generator) -> Tensor:
+        """(B,)."""
+
+    @abstractmethod
+    def arguments(self, batch: LabelledBatch) -> tuple[Tensor, Tensor, Tensor]:
+        """What the network is called with: noised images, times and labels."""
+
+    @abstractmethod
+    def loss(self, output: Tensor, batch: LabelledBatch) -> Tensor:
+        """The mean loss of the network's output, a scalar."""

@@ -1,0 +1,113 @@
+"""The digits generator with experts: from scratch, upcycled, and the dense controls that are trained as long."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from flowaccel import zoo
+from flowaccel.data import digits
+from flowaccel.models import MoESiTTransformer2DModel, SiTTransformer2DModel, upcycle_to_moe
+from flowaccel.modules.moe import MoESettings, moe_layers
+from flowaccel.pipelines import load_pipeline
+from flowaccel.training.flow import FlowObjective, shift_augment
+from flowaccel.training.loop import LoopConfig, Progress, train
+from flowaccel.training.moe import EXPERTS, MoEObjective, calibrate_thresholds, drawn_batches, prepare_training
+
+EXPERT_COUNT = 8
+BATCH = 64
+CALIBRATION_BATCHES = 50
+FRESH_LOOP = LoopConfig(
+    steps=1500,
+    learning_rate=1e-3,
+    warmup=100,
+    cosine=True,
+    weight_decay=0.01,
+    clip_apart=("capacity_predictor",),
+    ema_decay=0.995,
+    save_every=100,
+    seed=0,
+)
+UPCYCLE_LOOP = LoopConfig(
+    steps=800,
+    learning_rate=1e-3,
+    warmup=20,
+    cosine=True,
+    # the dense weights are trained already
+    rate_scales={EXPERTS: 1.0, "ff.gate": 1.0, "capacity_predictor": 1.0, "": 0.25},
+    clip_apart=("capacity_predictor",),
+    ema_decay=0.99,
+    save_every=100,
+    seed=0,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """One network and how it is trained."""
+
+    moe: dict[str, Any] | None
+    """Its experts; None for a dense one."""
+    upcycled: bool
+    """Whether it starts from the digits generator of the zoo, else from scratch."""
+
+    @property
+    def loop(self) -> LoopConfig:
+        """How long and how fast."""
+        return UPCYCLE_LOOP if self.upcycled else FRESH_LOOP
+
+    def network(self, seed: int) -> Any:
+        """The network at its start, all weights to be trained."""
+        torch.manual_seed(seed)
+        base = load_pipeline(zoo.folder("sit-digits")).transformer.float()
+        if self.upcycled:
+            network = base if self.moe is None else upcycle_to_moe(base, self.moe)
+        else:
+            config = {name: value for name, value in base.config.items() if not name.startswith("_")}
+            kind = SiTTransformer2DModel if self.moe is None else MoESiTTransformer2DModel
+            network = kind(**config, **({} if self.moe is None else {"moe_config": self.moe}))
+        prepare_training(network)
+        return network
+
+
+def experts(router: str) -> dict[str, Any]:
+    """Experts in every second block, which compute as much as the dense feed-forward."""
+    return {"router": router, "num_experts": EXPERT_COUNT, "capacity": 1.0}
+
+
+TRAININGS = {
+    "diffmoe": Training(moe=experts("diffmoe"), upcycled=False),
+    "dense": Training(moe=None, upcycled=False),
+    "token_choice": Training(moe=experts("token_choice"), upcycled=False),
+    "upcycled": Training(moe=experts("diffmoe"), upcycled=True),
+    "longer": Training(moe=None, upcycled=True),
+}
+"""`dense` is trained like the first, `longer` like `upcycled`."""
+
+
+def objective(network: Any, training: Training) -> MoEObjective:
+    """The flow-matching loss on digits; upcycled experts start with all of them."""
+    inner = FlowObjective(
+        data=digits("generator"), null_label=network.null_label, batch_size=BATCH, augment=shift_augment
+    )
+    annealed = training.upcycled and training.moe is not None
+    return MoEObjective(objective=inner, full_steps=20 if annealed else 0, ramp=80 if annealed else 0)
+
+
+def train_moe(network: Any, training: Training, work: Path, loop: LoopConfig) -> Iterator[Progress]:
+    """Train in place, and fit the thresholds to the averaged weights, where there are any."""
+    goal = objective(network, training)
+    settings = None if training.moe is None else asdict(MoESettings.of(training.moe))
+    yield from train(network, goal, loop, work, settings)
+    fit_thresholds(network, goal, loop.seed)
+
+
+def fit_thresholds(network: nn.Module, goal: MoEObjective, seed: int) -> None:
+    """Fit them to what the network is trained on, if it has any."""
+    if any(layer.settings.thresholded for layer in moe_layers(network).values()):
+        calibrate_thresholds(network, drawn_batches(goal.objective, CALIBRATION_BATCHES, seed))
