@@ -155,7 +155,7 @@ class MoEFeedForward(nn.Module):
         given = pool.to(dtype)
         read = given if self.gate_hidden is None else nn.functional.gelu(_linear(self.gate_hidden, given))
         predicted = None if self.capacity_predictor is None else _sequential(self.capacity_predictor, given.detach())
-        unfitted = self.thresholds.collecting and not self.thresholds.fitted
+        unfitted = self.thresholds.collecting and not self.thresholds.fitted(self.score_kind)
         choosing = self.training or pool.is_meta or unfitted
         asked = Asked(
             settings=self.settings,
