@@ -33,9 +33,9 @@ from flowaccel.models.official import (
     sit_from_official,
     sit_to_official,
 )
-from flowaccel.modules.moe import ExpertModules, MoEFeedForward, MoESettings, moe_layers
+from flowaccel.modules.moe import ExpertModules, MoEFeedForward, moe_layers
 from flowaccel.modules.moe.routing import GATE, PREDICTOR
-from flowaccel.modules.moe.settings import LAYERS
+from flowaccel.modules.moe.settings import LAYERS, named_blocks
 from flowaccel.modules.moe.thresholds import Thresholds
 
 _NUMBER = r"(0|[1-9]\d{0,8})"
@@ -275,7 +275,7 @@ def _settings(layer: Mapping[str, Tensor], hidden: int, dense: int) -> dict[str,
 
 def _named(blocks: tuple[int, ...], depth: int) -> str | tuple[int, ...]:
     """The name of a choice of blocks, or their indices."""
-    return next((name for name in LAYERS if MoESettings(layers=name).blocks(depth) == blocks), blocks)
+    return next((name for name in LAYERS if named_blocks(name, depth) == blocks), blocks)
 
 
 def _check_expressible(layer: MoEFeedForward, path: str) -> None:
