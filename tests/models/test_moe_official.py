@@ -249,9 +249,13 @@ REFUSED: dict[str, tuple[State, str]] = {
     ),
     "shapes differ": (
         stray(f"{FIRST}.fc1.weight", torch.zeros(96, WIDTH)),
-        r"experts\.1\.fc1\.weight must have 2 axes and the shape of the other experts', \(96, 48\), got \(192, 48\)",
+        r"experts\.1\.fc1\.weight must have 2 axes .* the shape of expert 0's fc1\.weight, \(96, 48\), got \(192, 48\)",
     ),
     "scalar": (stray(f"{FIRST}.fc1.bias", torch.zeros(())), r"experts\.0\.fc1\.bias must have 1 axes"),
+    "empty": (
+        {key: value[:0] if ".fc1." in key and ".experts." in key else value for key, value in OFFICIAL.items()},
+        r"experts\.0\.fc1\.weight must have 2 axes that are not empty.*got \(0, 48\)",
+    ),
     "number of experts differs": (
         differing(num_experts=2),
         r"must have the same, got block 1: 4 experts of width 192, shared width None; block 3: 2 experts",
@@ -297,11 +301,12 @@ def test_weights_that_do_not_fit(case: str) -> None:
         load(state)
 
 
-def test_gated_halves_of_two_shapes() -> None:
+@pytest.mark.parametrize("shape", [(96, 24), (96, WIDTH), (0, WIDTH)])
+def test_gated_halves_of_two_shapes(shape: tuple[int, int]) -> None:
     state = with_experts(activation_fn="swiglu", bias=False).to_official()
-    grown = {key: torch.zeros(96, 24) if "gate_proj" in key else value for key, value in state.items()}
-    with pytest.raises(CheckpointError, match="up_proj and gate_proj must have one shape"):
-        load(grown)
+    given = {key: torch.zeros(shape) if "gate_proj" in key else value for key, value in state.items()}
+    with pytest.raises(CheckpointError, match=r"experts\.0\.gate_proj\.weight must have .* expert 0's up_proj\.weight"):
+        load(given)
 
 
 def test_gated_experts_beside_a_plain_shared_one() -> None:

@@ -212,21 +212,27 @@ def _packed(experts: Mapping[int, Mapping[str, Tensor]], where: str) -> dict[str
                 f"{where}experts.{expert} must have {sorted(wanted)}, as the layout has one kind of experts; missing "
                 f"are {sorted(wanted - weights.keys())}, unexpected {sorted(weights.keys() - wanted)}"
             )
-        for part in sorted(wanted):
-            axes, shape = part.endswith("weight") + 1, tuple(weights[part].shape)
-            if len(shape) != axes or shape != experts[0][part].shape:
-                raise CheckpointError(
-                    f"{where}experts.{expert}.{part} must have {axes} axes and the shape of the other experts', "
-                    f"{tuple(experts[0][part].shape)}, got {shape}"
-                )
+        _check_shapes(parts, weights, experts[0], f"{where}experts.{expert}.")
     rows = [weights for _, weights in sorted(experts.items())]
-    try:
-        return {
-            ours: torch.stack([torch.cat([weights[part] for part in pieces]) for weights in rows])
-            for ours, pieces in parts.items()
-        }
-    except RuntimeError as error:
-        raise CheckpointError(f"{where}experts: up_proj and gate_proj must have one shape ({error})") from error
+    return {
+        ours: torch.stack([torch.cat([weights[part] for part in pieces]) for weights in rows])
+        for ours, pieces in parts.items()
+    }
+
+
+def _check_shapes(
+    parts: Mapping[str, tuple[str, ...]], weights: Mapping[str, Tensor], first: Mapping[str, Tensor], where: str
+) -> None:
+    """Those of an expert must be the first expert's, and those of parts that are packed into one tensor the same."""
+    for pieces in parts.values():
+        wanted = tuple(first[pieces[0]].shape)
+        for part in pieces:
+            axes, shape = 2 if part.endswith("weight") else 1, tuple(weights[part].shape)
+            if len(shape) != axes or 0 in shape or shape != wanted:
+                raise CheckpointError(
+                    f"{where}{part} must have {axes} axes that are not empty and the shape of expert 0's {pieces[0]}, "
+                    f"{wanted}, got {shape}"
+                )
 
 
 def _fresh(threshold: Tensor) -> dict[str, Tensor]:
