@@ -11,7 +11,7 @@ from diffusers import DiTTransformer2DModel, FluxTransformer2DModel, SD3Transfor
 from diffusers.models.attention import FeedForward
 from torch import Tensor, nn
 
-from flowaccel.errors import UnsupportedModelError
+from flowaccel.errors import CheckpointError, UnsupportedModelError
 from flowaccel.models.moe.official import read_diffmoe, write_diffmoe
 from flowaccel.models.official import load_converted
 from flowaccel.models.sit import SiTTransformer2DModel
@@ -74,6 +74,26 @@ class MoEMixin(VariantMixin):
         super().save_pretrained(*args, **kwargs)  # type: ignore[misc]
 
     @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """As diffusers'.
+
+        Raises:
+            CheckpointError: weights of other shapes than the configuration says, such as those of another number of
+                experts.
+        """
+        try:
+            return super().from_pretrained(*args, **kwargs)  # type: ignore[misc]
+        except ValueError as error:
+            if "expected shape" not in str(error):
+                raise
+            reason = str(error).partition(". If you want")[0].strip().replace("Cannot load  because ", "")
+            raise CheckpointError(
+                f"the weights are not those of a network with this configuration: {reason}. num_experts, inner_dim and "
+                "shared_inner_dim of moe_config must be what the weights were saved with; for another number of "
+                "experts, start from a dense network with flowaccel.models.upcycle_to_moe"
+            ) from error
+
+    @classmethod
     def from_base(cls, base: nn.Module, settings: MoESettings | dict[str, Any]) -> Any:
         """A network with fresh experts around the other weights of `base`, which stays as it is.
 
@@ -102,7 +122,9 @@ class MoESiTTransformer2DModel(MoEMixin, SiTTransformer2DModel):
         """Load a checkpoint in the layout of the official DiffMoE repository.
 
         All computed channels are returned, as there: with learned variance the second half is to be dropped for flow
-        models. Thresholds that are all 0 count as never fitted.
+        models. Thresholds that are all 0 count as never fitted. In the `ema` entry of a training checkpoint, those of
+        the first ten thousands of steps lag behind the weights, because they were averaged like these, from 0: fit them
+        again with `flowaccel.training.moe.calibrate_thresholds`.
 
         Args:
             path_or_state_dict: as `SiTTransformer2DModel.from_official`.

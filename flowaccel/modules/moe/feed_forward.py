@@ -155,7 +155,7 @@ class MoEFeedForward(nn.Module):
         given = pool.to(dtype)
         read = given if self.gate_hidden is None else nn.functional.gelu(_linear(self.gate_hidden, given))
         predicted = None if self.capacity_predictor is None else _sequential(self.capacity_predictor, given.detach())
-        unfitted = self.thresholds.collecting and not self.thresholds.fitted
+        unfitted = self.thresholds.collecting and not self.thresholds.fitted(self.score_kind)
         choosing = self.training or pool.is_meta or unfitted
         asked = Asked(
             settings=self.settings,
@@ -230,13 +230,17 @@ class MoEFeedForward(nn.Module):
 
     @classmethod
     def of(cls, dense: FeedForward, settings: MoESettings | dict[str, Any] | None = None) -> MoEFeedForward:
-        """Fresh experts of the shape of a dense feed-forward, on its device.
+        """Fresh experts of the shape of a dense feed-forward, on its device and of its type but for what decides.
 
         Raises:
             ValueError: settings that are not known, or an activation that experts do not have.
         """
-        device = dense.net[2].weight.device
-        return cls(MoESettings.of(settings), ExpertShape.of(dense)).to(device)
+        like: Any = dense.net[2].weight
+        layer = cls(MoESettings.of(settings), ExpertShape.of(dense)).to(like.device)
+        for part in (layer.experts, layer.shared):
+            if part is not None:
+                part.to(like.dtype)
+        return layer
 
 
 def observed(settings: MoESettings) -> tuple[str, ...]:

@@ -149,20 +149,16 @@ class MoESettings:
         """Which of `count` blocks have experts.
 
         Raises:
-            ValueError: an index that is not there.
+            ValueError: an index that is not there, or a choice that is none.
         """
-        if not isinstance(self.layers, str):
-            if max(self.layers) >= count:
-                raise ValueError(f"layers must be below the number of blocks, {count}, got {list(self.layers)}")
-            return tuple(sorted(set(self.layers)))
-        named = {
-            "odd": range(1, count, 2),
-            "even": range(0, count, 2),
-            "all": range(count),
-            "deep_half": range(count // 2, count),
-            "first3_last1_dense": range(3, count - 1),
-        }
-        return tuple(named[self.layers])
+        if isinstance(self.layers, str):
+            chosen = named_blocks(self.layers, count)
+            if not chosen:
+                raise ValueError(f"layers={self.layers!r} chooses none of {count} blocks; name some by their indices")
+            return chosen
+        if max(self.layers) >= count:
+            raise ValueError(f"layers must be below the number of blocks, {count}, got {list(self.layers)}")
+        return tuple(sorted(set(self.layers)))
 
     @classmethod
     def of(cls, given: Self | dict[str, Any] | None) -> Self:
@@ -179,6 +175,18 @@ class MoESettings:
         if unknown:
             raise ValueError(f"moe_config: unknown {unknown}; allowed are {known}")
         return cls(**entries)
+
+
+def named_blocks(layers: str, count: int) -> tuple[int, ...]:
+    """Which of `count` blocks one of `LAYERS` means."""
+    named = {
+        "odd": range(1, count, 2),
+        "even": range(0, count, 2),
+        "all": range(count),
+        "deep_half": range(count // 2, count),
+        "first3_last1_dense": range(3, count - 1),
+    }
+    return tuple(named[layers])
 
 
 def _number(value: Any) -> bool:

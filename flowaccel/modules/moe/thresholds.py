@@ -18,8 +18,8 @@ CURVE_POINTS = 48
 class Thresholds(nn.Module):
     """The thresholds of one layer, one per expert, for every kind of score that can be compared with them.
 
-    Buffers, of every kind: `KIND` (E,) the threshold, `KIND_curve` (points, E) those of a row of capacities, NaN until
-    they are fitted; and `updates`, how often a threshold was set.
+    Buffers, of every kind: `KIND` (E,) the threshold, NaN where only other kinds were ever set, `KIND_curve`
+    (points, E) those of a row of capacities, NaN until they are fitted; and `updates`, how often a threshold was set.
 
     Args:
         experts: E.
@@ -42,7 +42,7 @@ class Thresholds(nn.Module):
         self.collecting = False
         self._collected: dict[str, list[Tensor]] = {}
         self._pending: dict[str, tuple[Tensor, int]] = {}
-        self._fitted = False
+        self._fitted: set[str] = set()
         self._capacity: float | None = None
         self._held: dict[Any, Tensor] = {}
 
@@ -61,7 +61,7 @@ class Thresholds(nn.Module):
             if key not in self._held:
                 self._held[key] = self.at(kind, self._capacity)
             return self._held[key]
-        if not self.fitted:
+        if not self.fitted(kind):
             raise ValueError(
                 "the thresholds that choose experts were never fitted, and without them every token would take every "
                 "expert; train the network with flowaccel.training.moe.moe_step(network) after every optimiser step, "
@@ -81,17 +81,20 @@ class Thresholds(nn.Module):
         }  # fmt: skip
         self._capacity = capacity
 
-    @property
-    def fitted(self) -> bool:
-        """Whether there are thresholds; asks the device once."""
-        self._fitted = self._fitted or (bool(self.kinds) and not self.updates.is_meta and int(self.updates) > 0)
-        return self._fitted
+    def fitted(self, kind: str) -> bool:
+        """Whether there are thresholds of a kind; asks the device until there are."""
+        if kind in self._fitted or kind not in self.kinds or self.updates.is_meta:
+            return kind in self._fitted
+        if int(self.updates) > 0 and not bool(getattr(self, kind).isnan().any()):
+            self._fitted.add(kind)
+        return kind in self._fitted
 
     def train(self, mode: bool = True) -> Thresholds:
         """As of every module; before use it asks the device whether there are thresholds."""
         super().train(mode)
         if not mode:
-            _ = self.fitted
+            for kind in self.kinds:
+                self.fitted(kind)
         return self
 
     def warm(self, updates: int) -> bool:
@@ -120,8 +123,9 @@ class Thresholds(nn.Module):
         for kind in moved:
             buffer: Tensor = getattr(self, kind)
             fresh = means[kind].to(buffer.dtype)
-            keep = torch.where(self.updates > 0, self.momentum, 0.0)  # the first one as it is
-            buffer.copy_(keep * buffer + (1 - keep) * fresh)
+            followed = self.momentum * buffer + (1 - self.momentum) * fresh
+            first = (self.updates == 0) | buffer.isnan()
+            buffer.copy_(torch.where(first, fresh, followed))
         if moved:
             self.updates += 1
         return means
