@@ -81,6 +81,11 @@ class Thresholds(nn.Module):
         }  # fmt: skip
         self._capacity = capacity
 
+    @property
+    def capacity(self) -> float | None:
+        """What `use` took last."""
+        return self._capacity
+
     def fitted(self, kind: str) -> bool:
         """Whether there are thresholds of a kind; asks the device until there are."""
         if kind in self._fitted or kind not in self.kinds or self.updates.is_meta:
