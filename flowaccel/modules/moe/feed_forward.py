@@ -6,6 +6,7 @@ Shapes: B samples of L tokens, S = B * L tokens in the pool, D width, E experts.
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -131,16 +132,16 @@ class MoEFeedForward(nn.Module):
         """
         pool = hidden_states.reshape(-1, hidden_states.shape[-1])
         valid = self._valid(hidden_states, token_mask)
-        if valid is not None and not bool(valid.any()):
+        if self.training and valid is not None and not bool(valid.any()):
             return torch.zeros_like(hidden_states) if self.shared is None else self.shared(hidden_states)
-        with torch.autocast(pool.device.type, enabled=False):
+        with nullcontext() if pool.is_meta else torch.autocast(pool.device.type, enabled=False):
             routed = self.route(pool, hidden_states.shape[0] if hidden_states.dim() == 3 else 1, valid)
         plan = routed.plan
         output = self.settings.routed_scale * self.experts(pool, plan)
         if self.shared is not None:
             output = output + self.shared(pool)
         output = output.to(hidden_states.dtype)
-        if routed.loss is not None and torch.is_grad_enabled():
+        if self.training and routed.loss is not None and torch.is_grad_enabled():
             loss = self.settings.aux_weight * routed.loss
             output = _Injected.apply(output, loss, self.aux_loss_scale)
             self.aux_loss = loss.detach()
@@ -198,8 +199,8 @@ class MoEFeedForward(nn.Module):
         return min(length, math.ceil(self.budget * length / self.settings.num_experts))
 
     def _valid(self, hidden_states: Tensor, token_mask: Tensor | None) -> Tensor | None:
-        if token_mask is None:
-            return None
+        if token_mask is None or token_mask.is_meta:
+            return None  # without data all tokens count
         if token_mask.shape != hidden_states.shape[:-1] or token_mask.dtype != torch.bool:
             raise ValueError(
                 f"token_mask must be bool of shape {tuple(hidden_states.shape[:-1])}, True for tokens that exist; got "
@@ -230,13 +231,17 @@ class MoEFeedForward(nn.Module):
 
     @classmethod
     def of(cls, dense: FeedForward, settings: MoESettings | dict[str, Any] | None = None) -> MoEFeedForward:
-        """Fresh experts of the shape of a dense feed-forward, on its device.
+        """Fresh experts of the shape of a dense feed-forward, on its device and of its type; what decides is float32.
 
         Raises:
             ValueError: settings that are not known, or an activation that experts do not have.
         """
-        device = dense.net[2].weight.device
-        return cls(MoESettings.of(settings), ExpertShape.of(dense)).to(device)
+        weight = dense.net[2].weight
+        layer = cls(MoESettings.of(settings), ExpertShape.of(dense)).to(weight.device)
+        for part in (layer.experts, layer.shared):
+            if part is not None:
+                part.to(weight.dtype)
+        return layer
 
 
 def observed(settings: MoESettings) -> tuple[str, ...]:
