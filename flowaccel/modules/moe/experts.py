@@ -282,16 +282,16 @@ def fastest(pool: Tensor, plan: ExpertPlan) -> str:
 
 
 def grouped_runs(shape: ExpertShape, pool: Tensor) -> bool:
-    """Whether `grouped_mm` takes these shapes and types; compiled or without data, torch knows it in bfloat16 only."""
+    """Whether this torch has `grouped_mm` and it takes these shapes and types; compiled it takes bfloat16 only."""
+    if pool.is_meta or not hasattr(functional, "grouped_mm"):
+        return False
     dtype = _operand_dtype(pool)
-    aligned = all(size * dtype.itemsize % _ALIGNMENT == 0 for size in (shape.dim, shape.inner_dim))
-    abstract = pool.is_meta or torch.compiler.is_compiling()
-    allowed = (torch.bfloat16,) if abstract else (torch.float32, torch.bfloat16, torch.float16)
-    return aligned and dtype in allowed
+    allowed = (torch.bfloat16,) if torch.compiler.is_compiling() else (torch.float32, torch.bfloat16, torch.float16)
+    return dtype in allowed and all(size * dtype.itemsize % _ALIGNMENT == 0 for size in (shape.dim, shape.inner_dim))
 
 
 def _operand_dtype(pool: Tensor) -> torch.dtype:
     """Of matrix products: autocast's type where it is on, which leaves float64 alone."""
     device = pool.device.type
-    casts = not pool.is_meta and torch.is_autocast_enabled(device) and pool.dtype != torch.float64
+    casts = torch.is_autocast_enabled(device) and pool.dtype != torch.float64
     return torch.get_autocast_dtype(device) if casts else pool.dtype
