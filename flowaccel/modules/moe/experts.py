@@ -178,8 +178,9 @@ class ExpertModules(nn.ModuleList):
         for index, module in enumerate(modules):
             for name, linear in module.named_children():
                 if type(linear) is not nn.Linear:
+                    kind = f"{type(linear).__module__}.{type(linear).__qualname__}"
                     raise ValueError(
-                        f"expert {index} has a {type(linear).__name__} as {name}, which cannot be packed; fuse and "
+                        f"expert {index} has a {kind} as {name}, which cannot be packed; fuse and "
                         "unload adapters first, and leave quantised experts unpacked"
                     )
         with torch.device("meta"):
