@@ -61,12 +61,13 @@ class ExpertShape:
         Raises:
             ValueError: an activation or layers that experts do not have.
         """
-        first, last = _first_linear(dense), dense.net[2]
-        name = next((name for name, known in _ACTIVATIONS.items() if known(dense.net[0])), None)
-        if name is None or not isinstance(last, nn.Linear) or len(dense.net) != 3:
+        layers: list[Any] = list(getattr(dense, "net", ()))
+        name = next((name for name, known in _ACTIVATIONS.items() if layers and known(layers[0])), None)
+        if name is None or len(layers) != 3 or not isinstance(layers[2], nn.Linear):
             raise ValueError(
                 f"experts can be made of a diffusers FeedForward with one of {list(_ACTIVATIONS)}, got {dense}"
             )
+        first, last = _first_linear(dense), layers[2]
         return cls(dim=first.in_features, inner_dim=last.in_features, activation_fn=name, bias=first.bias is not None)
 
 

@@ -48,7 +48,8 @@ class MoESettings:
     score_fn: str | None = None
     """`softmax`, `sigmoid` or `identity` of the gate's logits; None takes the router's."""
     norm_topk: bool | None = None
-    """Scale the weights of a token so that they sum to 1, for the routers of `BY_TOKEN`; None: only with `deepseek`."""
+    """Scale the weights of a token so that they sum to 1, for the routers of `BY_TOKEN`; None: only with `deepseek`.
+    With a capacity of 1 that weight is always 1, and the gate learns nothing from the output."""
     routed_scale: float = 1.0
     """Factor on the output of the experts; DSMoE has 2.5."""
     shared_inner_dim: int | None = None
