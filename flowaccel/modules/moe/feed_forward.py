@@ -236,8 +236,8 @@ class MoEFeedForward(nn.Module):
         Raises:
             ValueError: settings that are not known, or an activation that experts do not have.
         """
-        weight = dense.net[2].weight
-        layer = cls(MoESettings.of(settings), ExpertShape.of(dense)).to(weight.device)
+        layer, weight = cls(MoESettings.of(settings), ExpertShape.of(dense)), dense.net[2].weight
+        layer.to(weight.device)
         for part in (layer.experts, layer.shared):
             if part is not None:
                 part.to(weight.dtype)
