@@ -182,6 +182,21 @@ def test_all_experts_means_all_of_tokens_never_seen() -> None:
             fit(moe_layer(), capacity=wrong)
 
 
+def test_loaded_thresholds_count() -> None:
+    """Not what was known of those before: whether there are any, and those of another capacity."""
+    hidden = tokens(8, 64, seed=2)
+    layer, other = fit(moe_layer(), hidden), fit(moe_layer(seed=5), hidden)
+    set_moe_capacity(layer, 2.0)
+    assert float(realised(layer, hidden).mean()) == pytest.approx(2, rel=0.02)
+    layer.load_state_dict(other.state_dict())
+    assert float(realised(layer, hidden).mean()) == pytest.approx(2, rel=0.02)
+    set_moe_capacity(layer, None)
+    assert torch.equal(realised(layer, hidden), realised(other, hidden))
+    layer.load_state_dict(moe_layer(seed=5).state_dict())
+    with pytest.raises(ValueError, match="never fitted"):
+        layer(hidden)
+
+
 def test_the_race_has_one_threshold_for_all() -> None:
     """So experts may take unequal shares; they would be equal with one threshold each."""
     hidden = tokens(16, 128, seed=2)

@@ -94,6 +94,10 @@ class Thresholds(nn.Module):
             _ = self.fitted
         return self
 
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        self._fitted, self._held = False, {}
+
     def warm(self, updates: int) -> bool:
         """Whether they were set at least so many times; waits for the device."""
         return int(self.updates) >= updates
