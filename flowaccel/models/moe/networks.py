@@ -16,7 +16,8 @@ from flowaccel.models.moe.official import read_diffmoe, write_diffmoe
 from flowaccel.models.official import load_converted
 from flowaccel.models.sit import SiTTransformer2DModel
 from flowaccel.models.variants import VariantMixin
-from flowaccel.modules.moe import ExpertModules, MoEFeedForward, MoESettings, moe_layers
+from flowaccel.modules.moe import ExpertModules, ExpertShape, MoEFeedForward, MoESettings, moe_layers
+from flowaccel.modules.moe.settings import BY_TOKEN
 
 BLOCKS, FEED_FORWARD = "transformer_blocks", "ff"
 """Where the feed-forwards are that can have experts: those of blocks that modulate what they read. FLUX's single-stream
@@ -220,8 +221,14 @@ def upcycle_to_moe(base: nn.Module, settings: MoESettings | dict[str, Any], meth
         raise ValueError(f"method must be 'copies' or 'shared', got {method!r}")
     blocks: Any = base.get_submodule(BLOCKS)
     dense = {index: getattr(blocks[index], FEED_FORWARD) for index in settings.blocks(len(blocks))}
-    width = next(iter(dense.values())).net[2].in_features
-    settings = _for_copies(settings, width) if method == "copies" else _for_shared(settings, width)
+    shape = ExpertShape.of(next(iter(dense.values())))
+    for name in ("activation_fn", "bias"):
+        if getattr(settings, name) not in (None, getattr(shape, name)):
+            raise ValueError(
+                f"{name} must be that of the dense feed-forward, {getattr(shape, name)!r}, for its weights to fit, got "
+                f"{getattr(settings, name)!r}; leave it out"
+            )
+    settings = (_for_copies if method == "copies" else _for_shared)(settings, shape.inner_dim)
     network = kind.from_base(base, settings)
     for index, feed_forward in dense.items():
         layer: MoEFeedForward = getattr(network.get_submodule(BLOCKS)[index], FEED_FORWARD)
@@ -235,9 +242,12 @@ def _for_copies(settings: MoESettings, width: int) -> MoESettings:
             f"method='copies' makes experts as wide as the dense feed-forward, {width}, and no shared one; got "
             f"inner_dim={settings.inner_dim}, shared_inner_dim={settings.shared_inner_dim}: use method='shared'"
         )
-    if settings.router == "expert_race":
-        raise ValueError("method='copies' needs weights that sum to 1, and expert_race has plain logits; use 'shared'")
-    by_token = settings.router in ("token_choice", "dit_moe", "deepseek")
+    by_token = settings.router in BY_TOKEN
+    if not by_token and settings.scores != "softmax":
+        raise ValueError(
+            f"method='copies' needs weights that sum to 1, and router={settings.router!r} has score_fn="
+            f"{settings.scores!r}; use method='shared'"
+        )
     if by_token and settings.norm_topk is False:
         raise ValueError("method='copies' needs norm_topk=True, so that the weights of a token sum to 1")
     if settings.routed_scale != 1:

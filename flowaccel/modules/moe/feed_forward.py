@@ -135,7 +135,7 @@ class MoEFeedForward(nn.Module):
         """
         pool = hidden_states.reshape(-1, hidden_states.shape[-1])
         valid = self._valid(hidden_states, token_mask)
-        if valid is not None and not bool(valid.any()):
+        if self.training and valid is not None and not bool(valid.any()):
             return torch.zeros_like(hidden_states) if self.shared is None else self.shared(hidden_states)
         with without_autocast(pool.device):
             routed = self.route(pool, hidden_states.shape[0] if hidden_states.dim() == 3 else 1, valid)
@@ -144,7 +144,7 @@ class MoEFeedForward(nn.Module):
         if self.shared is not None:
             output = output + self.shared(pool)
         output = output.to(hidden_states.dtype)
-        if routed.loss is not None and torch.is_grad_enabled():
+        if self.training and routed.loss is not None and torch.is_grad_enabled():
             loss = self.settings.aux_weight * routed.loss
             output = _Injected.apply(output, loss, self.aux_loss_scale)
             self.aux_loss = loss.detach()
@@ -204,8 +204,8 @@ class MoEFeedForward(nn.Module):
         return min(length, math.ceil(self.budget * length / self.settings.num_experts))
 
     def _valid(self, hidden_states: Tensor, token_mask: Tensor | None) -> Tensor | None:
-        if token_mask is None:
-            return None
+        if token_mask is None or token_mask.is_meta:
+            return None  # without data all tokens count
         if token_mask.shape != hidden_states.shape[:-1] or token_mask.dtype != torch.bool:
             raise ValueError(
                 f"token_mask must be bool of shape {tuple(hidden_states.shape[:-1])}, True for tokens that exist; got "
@@ -236,16 +236,16 @@ class MoEFeedForward(nn.Module):
 
     @classmethod
     def of(cls, dense: FeedForward, settings: MoESettings | dict[str, Any] | None = None) -> MoEFeedForward:
-        """Fresh experts of the shape of a dense feed-forward, on its device and of its type but for what decides.
+        """Fresh experts of the shape of a dense feed-forward, on its device and of its type; what decides is float32.
 
         Raises:
             ValueError: settings that are not known, or an activation that experts do not have.
         """
-        like: Any = dense.net[2].weight
-        layer = cls(MoESettings.of(settings), ExpertShape.of(dense)).to(like.device)
+        layer, weight = cls(MoESettings.of(settings), ExpertShape.of(dense)), dense.net[2].weight
+        layer.to(weight.device)
         for part in (layer.experts, layer.shared):
             if part is not None:
-                part.to(like.dtype)
+                part.to(weight.dtype)
         return layer
 
 

@@ -118,8 +118,7 @@ def _diffmoe_in_use(asked: Asked, scores: Tensor) -> Routed:
 def token_choice(asked: Asked) -> Routed:
     """Every token takes its best experts."""
     scores = asked.scores()
-    top = int(asked.capacity)
-    plan = best_experts(_token_weights(scores, scores, asked), scores, top, asked.valid)
+    plan = _by_token(scores, scores, asked)
     return Routed(plan, balance_loss(scores, plan, asked) if asked.training else None)
 
 
@@ -133,7 +132,7 @@ def deepseek(asked: Asked) -> Routed:
         strength = grouped.topk(min(2, grouped.shape[2]), dim=2).values.sum(2)
         kept = torch.zeros_like(strength).scatter(1, strength.topk(asked.settings.top_groups, dim=1).indices, 1.0)
         rank = grouped.masked_fill(kept.unsqueeze(2) == 0, -torch.inf).flatten(1)
-    plan = best_experts(_token_weights(scores, rank, asked), rank, int(asked.capacity), asked.valid)
+    plan = _by_token(scores, rank, asked)
     return Routed(plan, observed={LOAD: plan.counts.to(scores.dtype)} if asked.training else {})
 
 
@@ -226,12 +225,8 @@ def similarity_loss(logits: Tensor, plan: ExpertPlan, valid: Tensor | None = Non
     return (weights * (scores.t() @ scores)).sum() / len(scores)
 
 
-def _token_weights(scores: Tensor, rank: Tensor, asked: Asked) -> Tensor:
-    """(S, E): the scores, where wanted scaled so that those of a token's experts sum to 1."""
-    if not asked.settings.normalised:
-        return scores
-    taken = scores.gather(1, rank.topk(int(asked.capacity), dim=1).indices)
-    return scores / (taken.sum(1, keepdim=True) + 1e-20)
+def _by_token(scores: Tensor, rank: Tensor, asked: Asked) -> ExpertPlan:
+    return best_experts(scores, rank, int(asked.capacity), asked.valid, normalised=asked.settings.normalised)
 
 
 def _threshold(asked: Asked) -> Tensor:
