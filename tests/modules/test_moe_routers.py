@@ -91,7 +91,7 @@ def slowly(layer: MoEFeedForward, pool: Tensor) -> dict[Any, float]:
     if router == "deepseek":
         score = [sigmoid(row) for row in logits]
         biased = [[value + float(b) for value, b in zip(row, layer.selection_bias, strict=True)] for row in score]
-        return by_token(score, biased, int(layer.capacity), True)
+        return by_token(score, biased, int(layer.capacity), layer.capacity > 1)
     if router == "expert_race":
         if training:
             flat = {(token, expert): logits[token][expert] for token in range(POOL) for expert in range(EXPERTS)}

@@ -160,7 +160,7 @@ class MoEFeedForward(nn.Module):
         dtype = torch.float64 if pool.dtype == torch.float64 else torch.float32
         given = pool.to(dtype)
         read = given if self.gate_hidden is None else nn.functional.gelu(_linear(self.gate_hidden, given))
-        predicted = None if self.capacity_predictor is None else _sequential(self.capacity_predictor, given.detach())
+        predicted = _sequential(self.capacity_predictor, given.detach()) if self._predicts else None
         unfitted = self.thresholds.collecting and not self.thresholds.fitted(self.score_kind)
         choosing = self.training or pool.is_meta or unfitted
         asked = Asked(
@@ -182,6 +182,12 @@ class MoEFeedForward(nn.Module):
         elif self.training and torch.is_grad_enabled():
             self.thresholds.observe(routed.observed)
         return routed
+
+    @property
+    def _predicts(self) -> bool:
+        """Whether the capacity predictor is read."""
+        unread = self.selection == "gate_threshold" and not (self.training or self.thresholds.collecting)
+        return self.capacity_predictor is not None and not unread
 
     def _threshold(self, choosing: bool) -> Tensor | None:
         """In use: that of the scores that decide. While training: that of `expert_threshold`, once it is warm."""

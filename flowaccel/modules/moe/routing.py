@@ -47,7 +47,7 @@ class Asked:
     valid: Tensor | None = None
     """bool (S,): the tokens that exist; None for all."""
     predicted: Tensor | None = None
-    """(S, E): logits of the capacity predictor, where the router has one."""
+    """(S, E): logits of the capacity predictor, where they are read."""
     threshold: Tensor | None = None
     """(E,): above which a score of `selection`'s kind is chosen."""
     selection: str = "predictor_mask"
@@ -95,10 +95,11 @@ class Routed:
 def diffmoe(asked: Asked) -> Routed:
     """Every expert takes the best tokens of the whole pool while training; in use, a threshold decides."""
     scores = asked.scores()
-    assert asked.predicted is not None
     if not asked.training:
         return _diffmoe_in_use(asked, scores)
     plan = best_tokens(scores, asked.existing(scores), asked.each)
+    if asked.predicted is None:  # counted without data, for a selection that does not read it
+        return Routed(plan)
     observed = {
         PREDICTOR: lowest_taken(asked.existing(asked.predicted).sigmoid(), asked.each),
         GATE: lowest_taken(asked.existing(scores), asked.each),
@@ -107,8 +108,7 @@ def diffmoe(asked: Asked) -> Routed:
 
 
 def _diffmoe_in_use(asked: Asked, scores: Tensor) -> Routed:
-    assert asked.predicted is not None
-    ranked = scores if asked.selection == "gate_threshold" else asked.predicted.sigmoid()
+    ranked = scores if asked.predicted is None else asked.predicted.sigmoid()
     if asked.selection != "gate_topk_count":
         return _above(asked, scores, ranked)
     counts = asked.existing(ranked).gt(_threshold(asked)).sum(0, keepdim=True)

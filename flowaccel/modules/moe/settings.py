@@ -48,8 +48,8 @@ class MoESettings:
     score_fn: str | None = None
     """`softmax`, `sigmoid` or `identity` of the gate's logits; None takes the router's."""
     norm_topk: bool | None = None
-    """Scale the weights of a token so that they sum to 1, for the routers of `BY_TOKEN`; None: only with `deepseek`.
-    With a capacity of 1 that weight is always 1, and the gate learns nothing from the output."""
+    """Scale the weights of a token so that they sum to 1, for the routers of `BY_TOKEN`; None: only with `deepseek`
+    and more than one. A single expert's weight would always be 1, and the gate learn nothing from the output."""
     routed_scale: float = 1.0
     """Factor on the output of the experts; DSMoE has 2.5."""
     shared_inner_dim: int | None = None
@@ -144,7 +144,8 @@ class MoESettings:
     @property
     def normalised(self) -> bool:
         """Whether the weights of a token sum to 1."""
-        return self.router == "deepseek" if self.norm_topk is None else self.norm_topk
+        several = self.router == "deepseek" and self.capacity > 1
+        return several if self.norm_topk is None else self.norm_topk
 
     @property
     def aux_weight(self) -> float:
