@@ -76,9 +76,7 @@ def layer(made: Any) -> Any:
 
 def buffers(made: nn.Module) -> dict[str, Tensor]:
     return {
-        f"{path}.{name}": value.clone()
-        for path, one in moe_layers(made).items()
-        for name, value in one.named_buffers()
+        f"{path}.{name}": value.clone() for path, one in moe_layers(made).items() for name, value in one.named_buffers()
     }
 
 
