@@ -198,7 +198,7 @@ class _Runs:
     def _count(self, run: Run, found: list[tuple[CallRecord, Tensor]]) -> None:
         numbers = torch.stack([number for _, number in found]).tolist()
         for (record, _), number in zip(found, numbers, strict=True):
-            record.overflow += number
+            record.overflow = (record.overflow or 0) + number
         total = sum(numbers)
         if total and not run.failed:
             warnings.warn(

@@ -77,9 +77,10 @@ class Variant(Accelerator):
         """
         stock = stock_class(network)
         if stock is not type(base):
+            other_form = stock is stock_class(base)
+            todo = f"put the {stock.__name__} back first" if other_form else f"{self.advice} for this pipeline"
             raise ValueError(
-                f"the {self.what} is a form of {stock.__name__}, and the pipeline has a {type(base).__name__}; "
-                f"{self.advice} for this pipeline"
+                f"the {self.what} is a form of {stock.__name__}, and the pipeline has a {type(base).__name__}; {todo}"
             )
         own = network.own_config(network)
         misfits = [

@@ -73,8 +73,9 @@ class CallRecord:
     """Parts that were cut for this call and not held."""
     routed: dict[str, Routed] = field(default_factory=dict)
     """Of modules that do as much as routers give them, by name in the network; those that did not run are not there."""
-    overflow: int = 0
-    """Pairs of a token and an expert that were chosen and left out for a budget; known when the run has ended."""
+    overflow: int | None = None
+    """Pairs of a token and an expert that were chosen and left out for a budget, counted when the run has ended; None
+    without a budget."""
 
     @property
     def capacity(self) -> float | None:
@@ -83,7 +84,7 @@ class CallRecord:
 
 
 def mean_capacity(records: Sequence[CallRecord]) -> float | None:
-    """How many experts a token was given on average in these calls; None where none ran."""
+    """How many experts a token was given on average in these calls, see `Routed`; None where none ran."""
     given = [routed for record in records for routed in record.routed.values()]
     return sum(routed.pairs for routed in given) / sum(routed.tokens for routed in given) if given else None
 

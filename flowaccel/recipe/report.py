@@ -132,9 +132,10 @@ class Report:
         return mean_capacity(self.calls)
 
     @property
-    def overflow(self) -> int:
-        """Pairs of a token and an expert that were chosen and did not fit the budget."""
-        return sum(call.overflow for call in self.calls)
+    def overflow(self) -> int | None:
+        """Pairs of a token and an expert that were chosen and did not fit the budget; None without one."""
+        found = [call.overflow for call in self.calls if call.overflow is not None]
+        return sum(found) if found else None
 
     def rows(self, what: str) -> int:
         """Rows of those calls."""
@@ -158,7 +159,7 @@ class Report:
             lines.append(
                 f"Slices of layers: {self.slice_bytes / 1e6:.1f} MB held, {self.slices_cut} cut anew for want of room."
             )
-        if self.overflow:
+        if self.overflow is not None:
             lines.append(f"Left out for the budget: {self.overflow} pairs of a token and an expert.")
         if self.failed:
             lines.append(f"The run ended early, after {len(self.steps)} of {self.num_steps} evaluations.")
@@ -180,7 +181,8 @@ class Report:
         widths = [call.width for call in self.calls if call.width is not None]
         macs = self._macs_share()
         if self.capacity is not None:
-            return [f"{self.capacity:.2f} experts a token on average{'' if macs is None else f', {macs}'}."]
+            experts = _experts(self.capacity, self.overflow)
+            return [f"{experts[0].upper()}{experts[1:]} on average{'' if macs is None else f', {macs}'}."]
         left_out = "" if macs is None else f", {macs} left out"
         return [f"Width {sum(widths) / len(widths):.0%} on average{left_out}."] if widths else []
 
@@ -215,8 +217,13 @@ def _letters(images: Sequence[bool], letters: str, what: str) -> str:
 def _describe(call: CallRecord) -> str:
     network = "" if call.network == "transformer" else f" on {call.network}"
     width = "" if call.width is None else f", width {call.width:.0%}"
-    experts = "" if call.capacity is None else f", {call.capacity:.2f} experts a token"
+    experts = "" if call.capacity is None else f", {_experts(call.capacity, call.overflow)}"
     return f"{'+'.join(call.branches)} {call.what}{network}{width}{experts}"
+
+
+def _experts(capacity: float, overflow: int | None) -> str:
+    """What was computed: with a budget, that is room for as many, whether it was taken or not."""
+    return f"{'' if overflow is None else 'room for '}{capacity:.2f} experts a token"
 
 
 def report(pipe: Any) -> Report:

@@ -230,11 +230,13 @@ def test_what_did_not_fit_the_budget() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         whole = pair(pipe)
-    assert report(pipe).overflow == 0 and "budget" not in str(report(pipe))
+    assert report(pipe).overflow == 0
+    assert "Room for 4.00 experts a token on average" in str(report(pipe))
     assert not torch.equal(images, whole)
     restore(pipe)
     with accelerated(pipe, MixtureOfExperts(network)):
         torch.testing.assert_close(pair(pipe), whole, atol=1e-5, rtol=0)
+        assert report(pipe).overflow is None and "budget" not in str(report(pipe))
 
 
 def test_a_run_that_raises_does_not_warn() -> None:
@@ -332,7 +334,11 @@ def test_bad_input(tmp_path: Path) -> None:
         accelerate(pipe, MixtureOfExperts(with_experts(tiny.sit_network(num_layers=1), **settings)))
     with pytest.raises(ValueError, match="is a form of SD3Transformer2DModel, and the pipeline has a SiT"):
         accelerate(pipe, MixtureOfExperts(with_experts(tiny.sd3_pipeline().transformer, **settings)))
-    network = with_experts(pipe.transformer, **settings)
+    network, base = with_experts(pipe.transformer, **settings), pipe.transformer
+    pipe.transformer = with_experts(base, **settings)
+    with pytest.raises(ValueError, match="has a MoESiTTransformer2DModel; put the SiTTransformer2DModel back first"):
+        accelerate(pipe, MixtureOfExperts(network))
+    pipe.transformer = base
     for options, message in (
         ({"capacity": 0.5}, "capacity cannot be set after training.*token_choice"),
         ({"budget": 1.0}, "budget is for routers that choose by thresholds.*token_choice"),
