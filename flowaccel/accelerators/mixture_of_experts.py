@@ -60,7 +60,7 @@ class MixtureOfExperts(Variant):
 
     name: ClassVar[str] = "mixture_of_experts"
     what = "network with experts"
-    advice = "make and train one with `flowaccel train moe`"
+    advice = "train one with `flowaccel train moe`, or make one with flowaccel.models.upcycle_to_moe"
 
     network: nn.Module | str | Path | None = learned(FOLDER, lambda folder: load_moe(folder), default=None)
     capacity: float | None = None
