@@ -312,7 +312,7 @@ def test_a_pipeline_with_prompts(
             "capacity must be a whole number with router='token_choice', where every token takes equally many experts",
         ),
         (["--router", "token_choice", "--ramp", "3"], "--full-steps and --ramp are for routers with which tokens"),
-        (["--router", "expert_race"], "method='copies' needs weights that sum to 1, and expert_race has plain logits"),
+        (["--router", "expert_race"], "method='copies' needs weights that sum to 1, and router='expert_race' has"),
         (["--moe", "inner_dim=16"], "method='copies' makes experts as wide as the dense feed-forward"),
         (["--layers", "many"], "layers must be one of ['odd', 'even'"),
         (["--layers", "1,7"], "layers must be below the number of blocks, 2, got [1, 7]"),

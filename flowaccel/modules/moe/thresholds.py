@@ -148,6 +148,10 @@ class Thresholds(nn.Module):
             found = scores[kind].detach()
             self._collected.setdefault(kind, []).append(found if valid is None else found[valid])
 
+    def discard(self) -> None:
+        """Forget scores that were collected, and not fitted because something failed."""
+        self._collected = {}
+
     def fit(self, capacity: float) -> None:
         """Set thresholds from the scores that were collected: exact quantiles, for `capacity` and for the curve.
 
