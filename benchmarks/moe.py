@@ -26,7 +26,7 @@ from typing import Any
 
 import matplotlib
 import torch
-from pairs import compared, pairs_table
+from _pairs import compared, pairs_table
 from rich.console import Console
 from scipy.stats import spearmanr
 from torch import Tensor
