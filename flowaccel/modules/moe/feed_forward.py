@@ -128,11 +128,12 @@ class MoEFeedForward(nn.Module):
             ValueError: a mask of another shape; or thresholds that were never fitted.
         """
         pool = hidden_states.reshape(-1, hidden_states.shape[-1])
+        samples = hidden_states.shape[0] if hidden_states.dim() == 3 else 1
         valid = self._valid(hidden_states, token_mask)
         if self.training and valid is not None and not bool(valid.any()):
             return torch.zeros_like(hidden_states) if self.shared is None else self.shared(hidden_states)
         with without_autocast(pool.device):
-            routed = self.route(pool, hidden_states.shape[0] if hidden_states.dim() == 3 else 1, valid)
+            routed = self.route(pool, samples, valid)
         plan = routed.plan
         output = self.settings.routed_scale * self.experts(pool, plan)
         if self.shared is not None:
@@ -145,7 +146,6 @@ class MoEFeedForward(nn.Module):
         if not hidden_states.is_meta:
             self.plan = ExpertPlan(plan.tokens, plan.experts, plan.weights.detach(), plan.counts, plan.each)
             self.overflow = routed.overflow
-            samples = hidden_states.shape[0] if hidden_states.dim() == 3 else 1
             self.pooled = (samples, hidden_states.shape[-2])
         return output.reshape(hidden_states.shape)
 
