@@ -43,7 +43,7 @@ def mediator_side(count: int, grid: tuple[int, int]) -> int:
 
 
 class MediatorBiases(nn.Module):
-    """What is learned for one number of mediators: how much a mediator looks at each place, and a place at each mediator.
+    """What is learned for one number of mediators: how much each looks at every place, and every place at it.
 
     Both are sums of a coarse table, which is interpolated to the grid, a column for rows and one for columns.
 
@@ -229,7 +229,7 @@ class MediatorAttention(nn.Module, AttentionModuleMixin):
         return functional.pad(blurred, (0, 0, self.extra, 0))
 
     def biases(self, like: Tensor) -> tuple[Tensor, Tensor] | tuple[None, None]:
-        """Of both attentions, (1, M, n, E + N) and (1, M, E + N, n), in the type of `like`; held while nothing learns."""
+        """Of both attentions, (1, M, n, E + N) and (1, M, E + N, n), in the type of `like`; held unless it learns."""
         if self.mediator_biases is None:
             return None, None
         tables: Any = self.mediator_biases[str(self.count)]
