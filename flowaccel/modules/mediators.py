@@ -10,7 +10,7 @@ Shapes: B rows, N = H * W tokens of an image (row by row) after E extra ones, n 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -22,6 +22,8 @@ from torch.nn import functional
 TABLE = 7
 """Side of the coarse position tables."""
 _STD = 0.02
+Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+
 TAKES_BIAS = ("native", "_native_math", "_native_efficient", "_native_cudnn", "xformers")
 """diffusers' attention backends that add a mask of numbers to the logits; others refuse it, or leave it out."""
 
@@ -42,10 +44,9 @@ def mediator_side(count: int, grid: tuple[int, int]) -> int:
     return side
 
 
-class MediatorBiases(nn.Module):
-    """What is learned for one number of mediators: how much each looks at every place, and every place at it.
-
-    Both are sums of a coarse table, which is interpolated to the grid, a column for rows and one for columns.
+class PlaceBiases(nn.Module):
+    """How much each of n things looks at every place: a coarse table, interpolated to the grid, plus a term for rows
+    and one for columns.
 
     Args:
         heads: M.
@@ -55,66 +56,59 @@ class MediatorBiases(nn.Module):
 
     def __init__(self, heads: int, count: int, grid: tuple[int, int]) -> None:
         super().__init__()
-        height, width = grid
         self.grid = grid
-        self.an_bias = _table(heads, count, TABLE, TABLE)
-        self.ah_bias = _table(1, heads, count, height, 1)
-        self.aw_bias = _table(1, heads, count, 1, width)
-        self.na_bias = _table(heads, count, TABLE, TABLE)
-        self.ha_bias = _table(1, heads, height, 1, count)
-        self.wa_bias = _table(1, heads, 1, width, count)
+        self.table = _normal(heads, count, TABLE, TABLE)
+        self.rows = _normal(heads, count, grid[0])
+        self.columns = _normal(heads, count, grid[1])
 
-    def forward(self) -> tuple[Tensor, Tensor]:
-        """Of mediators looking at places (1, M, n, N), and of places looking at mediators (1, M, N, n)."""
-        reading = self._coarse(self.an_bias) + (self.ah_bias + self.aw_bias)
-        asking = self._coarse(self.na_bias).permute(0, 1, 3, 4, 2) + (self.ha_bias + self.wa_bias)
-        return reading.flatten(3), asking.flatten(2, 3)
+    def forward(self) -> Tensor:
+        """(1, M, n, N)."""
+        coarse = functional.interpolate(self.table, self.grid, mode="bilinear", align_corners=False)
+        return (coarse + (self.rows.unsqueeze(3) + self.columns.unsqueeze(2))).flatten(2).unsqueeze(0)
 
-    def _coarse(self, table: Tensor) -> Tensor:
-        """(M, n, 7, 7) -> (1, M, n, H, W)."""
-        return functional.interpolate(table, self.grid, mode="bilinear", align_corners=False).unsqueeze(0)
-
-    def resized(self, grid: tuple[int, int]) -> MediatorBiases:
-        """The same for another grid: columns are interpolated so that their ends stay, coarse tables are copied."""
-        heads, count = self.an_bias.shape[:2]
-        other = MediatorBiases(heads, count, grid).to(self.an_bias.device, self.an_bias.dtype)
+    def resized(self, grid: tuple[int, int]) -> PlaceBiases:
+        """The same for another grid: rows and columns are interpolated so that their ends stay, the table is copied."""
+        heads, count = self.table.shape[:2]
+        other = PlaceBiases(heads, count, grid).to(self.table.device, self.table.dtype)
         with torch.no_grad():
-            other.an_bias.copy_(self.an_bias)
-            other.na_bias.copy_(self.na_bias)
-            for name, axis in (("ah_bias", 3), ("aw_bias", 4), ("ha_bias", 2), ("wa_bias", 3)):
-                target = getattr(other, name)
-                target.copy_(_stretched(getattr(self, name), axis, target.shape[axis]))
+            other.table.copy_(self.table)
+            other.rows.copy_(functional.interpolate(self.rows, grid[0], mode="linear", align_corners=True))
+            other.columns.copy_(functional.interpolate(self.columns, grid[1], mode="linear", align_corners=True))
         return other
 
 
-def _table(*shape: int) -> nn.Parameter:
-    return nn.Parameter(nn.init.trunc_normal_(torch.empty(shape), std=_STD))
+class MediatorBiases(nn.Module):
+    """What is learned for one number of mediators: how much each looks at every place, and every place at it."""
+
+    def __init__(self, heads: int, count: int, grid: tuple[int, int]) -> None:
+        super().__init__()
+        self.reading, self.asking = PlaceBiases(heads, count, grid), PlaceBiases(heads, count, grid)
+
+    def forward(self) -> tuple[Tensor, Tensor]:
+        """(1, M, n, N) and (1, M, N, n)."""
+        return self.reading(), self.asking().transpose(2, 3)
 
 
-def _stretched(column: Tensor, axis: int, size: int) -> Tensor:
-    """Interpolated linearly along an axis, ends kept."""
-    moved = column.movedim(axis, -1)
-    stretched = functional.interpolate(moved.reshape(1, -1, moved.shape[-1]), size, mode="linear", align_corners=True)
-    return stretched.view(*moved.shape[:-1], size).movedim(-1, axis)
+def _normal(*shape: int) -> nn.Parameter:
+    table = nn.Parameter(torch.empty(shape))
+    nn.init.trunc_normal_(table, std=_STD)
+    return table
 
 
-class MediatorAttnProcessor:
-    """Two attentions through diffusers' attention backends."""
+class GridAttnProcessor:
+    """Attention of a `GridAttention` through diffusers' attention backends."""
 
     _attention_backend = None
     _parallel_config = None
 
-    def __call__(self, attn: MediatorAttention, hidden_states: Tensor) -> Tensor:
+    def __call__(self, attn: GridAttention, hidden_states: Tensor) -> Tensor:
         """`hidden_states` (B, E + N, D) -> (B, E + N, D), before the output projection."""
         query, key, value = (layer(hidden_states) for layer in (attn.to_q, attn.to_k, attn.to_v))
-        mediators = attn.pooled(query)
-        reading, asking = attn.biases(hidden_states)
-        query, key, mediators, heads = (part.unflatten(-1, (attn.heads, -1)) for part in (query, key, mediators, value))
-        read = self._attend(mediators, key, heads, reading)
-        attended = self._attend(query, mediators, read, asking).flatten(2)
+        attended = attn.attend(query, key, value, self.attend)
         return attended if attn.dwc is None else attended + attn.local(value)
 
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
+        """One attention: (B, Q, M, d), twice (B, K, M, d) and a bias (1, M, Q, K) -> (B, Q, M, d)."""
         return dispatch_attention_fn(
             query,
             key,
@@ -125,71 +119,35 @@ class MediatorAttnProcessor:
         )
 
 
-class MediatorAttention(nn.Module, AttentionModuleMixin):
-    """Multi-head self-attention through mediators (arXiv 2408.05710).
-
-    One set of projections serves several numbers of mediators; only the biases differ. Which is used is `count`.
+class GridAttention(nn.Module, AttentionModuleMixin):
+    """Multi-head self-attention over an image's grid, with learned position biases and a depthwise 3x3 convolution of
+    the values.
 
     Args:
         dim: D.
         heads: M.
         grid: (H, W).
-        counts: the numbers of mediators that there are biases for, squares.
-        extra: E, tokens before those of the image: they are read by mediators and ask them, and are neither pooled nor
-            blurred, nor do they have biases.
-        use_bias: whether there are biases.
-        use_dwc: whether a depthwise 3x3 convolution of the values is added.
+        extra: E, tokens before those of the image: they attend and are attended to, and are neither pooled nor blurred,
+            nor do they have biases.
+        use_dwc: whether there is the convolution.
         bias: whether the projections have biases.
-
-    Raises:
-        ValueError: a number of mediators that is no square, or larger than the grid.
     """
 
-    _default_processor_cls = MediatorAttnProcessor
-    _available_processors: ClassVar[list[type]] = [MediatorAttnProcessor]
+    _default_processor_cls = GridAttnProcessor
+    _available_processors: ClassVar[list[type]] = [GridAttnProcessor]
     processor: Any
 
     def __init__(
-        self,
-        dim: int,
-        heads: int,
-        grid: tuple[int, int],
-        counts: Sequence[int] = (16,),
-        *,
-        extra: int = 0,
-        use_bias: bool = True,
-        use_dwc: bool = True,
-        bias: bool = True,
+        self, dim: int, heads: int, grid: tuple[int, int], *, extra: int = 0, use_dwc: bool = True, bias: bool = True
     ) -> None:
         super().__init__()
         self.heads, self.head_dim, self.grid, self.extra = heads, dim // heads, grid, extra
-        self.counts = tuple(sorted(set(counts)))
-        for count in self.counts:
-            mediator_side(count, grid)
         self.use_bias, self.is_cross_attention = bias, False
         self.to_q, self.to_k, self.to_v = (nn.Linear(dim, dim, bias=bias) for _ in range(3))
         self.to_out = nn.ModuleList([nn.Linear(dim, dim, bias=bias), nn.Identity()])
         self.dwc = nn.Conv2d(dim, dim, 3, padding=1, groups=dim) if use_dwc else None
-        self.mediator_biases: nn.ModuleDict | None = None
-        if use_bias:
-            self.mediator_biases = nn.ModuleDict({str(n): MediatorBiases(heads, n, grid) for n in self.counts})
-        self.count = self.counts[-1]
-        self._folded: dict[Any, tuple[Any, tuple[Tensor, Tensor]]] = {}
-        self.processor = MediatorAttnProcessor()
-
-    count: int
-    """How many mediators are used."""
-
-    def use(self, count: int) -> None:
-        """Set how many mediators are used.
-
-        Raises:
-            ValueError: a number that there are no biases for; without biases, no square or too many.
-        """
-        mediator_side(count, self.grid)
-        if self.mediator_biases is not None and count not in self.counts:
-            raise ValueError(f"there are biases for {list(self.counts)} mediators, got {count}")
-        self.count = count
+        self.processor = GridAttnProcessor()
+        self._folded: dict[Any, tuple[Any, tuple[Tensor, ...]]] = {}
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """(B, E + N, D) -> (B, E + N, D).
@@ -207,45 +165,153 @@ class MediatorAttention(nn.Module, AttentionModuleMixin):
         attended: Tensor = self.processor(self, hidden_states)
         return self.to_out[0](attended)
 
-    def _check_backend(self) -> None:
-        backend = getattr(self.processor, "_attention_backend", None)
-        name = getattr(backend, "value", backend)
-        if self.mediator_biases is not None and name is not None and name not in TAKES_BIAS:
-            raise ValueError(
-                f"the attention backend {name!r} cannot add the position biases of mediators; take one of "
-                f"{list(TAKES_BIAS)}, or a network with use_bias=False"
-            )
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, attend: Attend) -> Tensor:
+        """What the projections (B, E + N, D) each become, (B, E + N, D), by means of `attend`."""
+        raise NotImplementedError
 
-    def pooled(self, query: Tensor) -> Tensor:
-        """The mediators (B, n, D): means of the queries (B, E + N, D) over cells of the image."""
-        side = mediator_side(self.count, self.grid)
-        image = self._image(query)
-        return functional.adaptive_avg_pool2d(image, side).flatten(2).transpose(1, 2)
+    @property
+    def tables(self) -> nn.Module | None:
+        """The biases in use: called, it returns them without the extra tokens."""
+        raise NotImplementedError
+
+    def split(self, *parts: Tensor) -> list[Tensor]:
+        """(B, K, D) -> (B, K, M, d) each."""
+        return [part.unflatten(-1, (self.heads, -1)) for part in parts]
 
     def local(self, value: Tensor) -> Tensor:
         """(B, E + N, D): every token's 3x3 neighbourhood, nothing for extra tokens."""
         assert self.dwc is not None
-        blurred = self.dwc(self._image(value)).flatten(2).transpose(1, 2)
+        blurred = self.dwc(self.image(value)).flatten(2).transpose(1, 2)
         return functional.pad(blurred, (0, 0, self.extra, 0))
 
-    def biases(self, like: Tensor) -> tuple[Tensor, Tensor] | tuple[None, None]:
-        """Of both attentions, (1, M, n, E + N) and (1, M, E + N, n), in the type of `like`; held unless it learns."""
-        if self.mediator_biases is None:
-            return None, None
-        tables: Any = self.mediator_biases[str(self.count)]
+    def image(self, tokens: Tensor) -> Tensor:
+        """(B, E + N, D) -> (B, D, H, W) without the extra tokens."""
+        return tokens[:, self.extra :].transpose(1, 2).unflatten(2, self.grid)
+
+    def biases(self, like: Tensor) -> tuple[Tensor, ...] | None:
+        """Those in use, (1, M, ...) with places for the extra tokens, in the type of `like`; held unless they learn."""
+        tables: Any = self.tables
+        if tables is None:
+            return None
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
             return self._fold(tables, like)
         state = tuple((table.data_ptr(), table._version) for table in tables.parameters())
-        key = (self.count, like.dtype, like.device)
+        key = (id(tables), like.dtype, like.device)
         held = self._folded.get(key)
         if held is None or held[0] != state:
             held = self._folded[key] = (state, self._fold(tables, like))
         return held[1]
 
-    def _fold(self, tables: Any, like: Tensor) -> tuple[Tensor, Tensor]:
-        reading, asking = (bias.to(like.dtype) for bias in tables())
+    def _fold(self, tables: Callable[[], Any], like: Tensor) -> tuple[Tensor, ...]:
+        return tuple(bias.to(like.dtype) for bias in self.padded(tables()))
+
+    def padded(self, found: Any) -> tuple[Tensor, ...]:
+        """What `tables` returned, with 0 for the extra tokens."""
+        raise NotImplementedError
+
+    def _check_backend(self) -> None:
+        backend = getattr(self.processor, "_attention_backend", None)
+        name = getattr(backend, "value", backend)
+        if self.tables is not None and name is not None and name not in TAKES_BIAS:
+            raise ValueError(
+                f"the attention backend {name!r} cannot add the position biases; take one of {list(TAKES_BIAS)}, or a "
+                "network with use_bias=False"
+            )
+
+
+class SoftmaxGridAttention(GridAttention):
+    """Full attention with the biases and the convolution that mediator attention has: what it is fairly compared with.
+
+    Args:
+        dim, heads, grid, extra, use_dwc, bias: as of `GridAttention`.
+        use_bias: whether there are position biases, as for as many mediators as tokens.
+    """
+
+    def __init__(self, dim: int, heads: int, grid: tuple[int, int], *, use_bias: bool = True, **options: Any) -> None:
+        super().__init__(dim, heads, grid, **options)
+        self.place_biases = PlaceBiases(heads, grid[0] * grid[1], grid) if use_bias else None
+
+    @property
+    def tables(self) -> nn.Module | None:
+        """As of `GridAttention`."""
+        return self.place_biases
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, attend: Attend) -> Tensor:
+        """As of `GridAttention`."""
+        found = self.biases(query)
+        query, key, value = self.split(query, key, value)
+        return attend(query, key, value, None if found is None else found[0]).flatten(2)
+
+    def padded(self, found: Tensor) -> tuple[Tensor, ...]:
+        """As of `GridAttention`."""
+        return (functional.pad(found, (self.extra, 0, self.extra, 0)),)
+
+
+class MediatorAttention(GridAttention):
+    """Multi-head self-attention through mediators (arXiv 2408.05710).
+
+    One set of projections serves several numbers of mediators; only the biases differ. Which is used is `count`.
+
+    Args:
+        dim, heads, grid, extra, use_dwc, bias: as of `GridAttention`.
+        counts: the numbers of mediators that there are biases for, squares.
+        use_bias: whether there are biases.
+
+    Raises:
+        ValueError: a number of mediators that is no square, or larger than the grid.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        grid: tuple[int, int],
+        counts: Sequence[int] = (16,),
+        *,
+        use_bias: bool = True,
+        **options: Any,
+    ) -> None:
+        super().__init__(dim, heads, grid, **options)
+        self.counts = tuple(sorted(set(counts)))
+        for count in self.counts:
+            mediator_side(count, grid)
+        self.mediator_biases: nn.ModuleDict | None = None
+        if use_bias:
+            self.mediator_biases = nn.ModuleDict({str(n): MediatorBiases(heads, n, grid) for n in self.counts})
+        self.count = self.counts[-1]
+
+    count: int
+    """How many mediators are used."""
+
+    def use(self, count: int) -> None:
+        """Set how many mediators are used.
+
+        Raises:
+            ValueError: a number that there are no biases for; without biases, no square or too many.
+        """
+        mediator_side(count, self.grid)
+        if self.mediator_biases is not None and count not in self.counts:
+            raise ValueError(f"there are biases for {list(self.counts)} mediators, got {count}")
+        self.count = count
+
+    @property
+    def tables(self) -> nn.Module | None:
+        """As of `GridAttention`."""
+        return None if self.mediator_biases is None else self.mediator_biases[str(self.count)]
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, attend: Attend) -> Tensor:
+        """Mediators read the values, and queries read what they read."""
+        reading, asking = self.biases(query) or (None, None)
+        query, key, value, mediators = self.split(query, key, value, self.pooled(query))
+        read = attend(mediators, key, value, reading)
+        return attend(query, mediators, read, asking).flatten(2)
+
+    def padded(self, found: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+        """As of `GridAttention`."""
+        reading, asking = found
         return functional.pad(reading, (self.extra, 0)), functional.pad(asking, (0, 0, self.extra, 0))
 
-    def _image(self, tokens: Tensor) -> Tensor:
-        """(B, E + N, D) -> (B, D, H, W) without the extra tokens."""
-        return tokens[:, self.extra :].transpose(1, 2).unflatten(2, self.grid)
+    def pooled(self, query: Tensor) -> Tensor:
+        """The mediators (B, n, D): means of the queries (B, E + N, D) over cells of the image."""
+        side = mediator_side(self.count, self.grid)
+        return functional.adaptive_avg_pool2d(self.image(query), side).flatten(2).transpose(1, 2)

@@ -14,7 +14,7 @@ from flowaccel.models.mediators.settings import MediatorSettings
 from flowaccel.models.official import load_converted
 from flowaccel.models.sit import SiTTransformer2DModel
 from flowaccel.models.variants import VariantMixin
-from flowaccel.modules.mediators import MediatorAttention
+from flowaccel.modules.mediators import GridAttention, MediatorAttention, PlaceBiases, SoftmaxGridAttention
 
 
 class MediatorSiTTransformer2DModel(VariantMixin, SiTTransformer2DModel):
@@ -26,6 +26,7 @@ class MediatorSiTTransformer2DModel(VariantMixin, SiTTransformer2DModel):
     _skip_layerwise_casting_patterns: ClassVar[list[str]] = [
         *SiTTransformer2DModel._skip_layerwise_casting_patterns,
         "mediator_biases",
+        "place_biases",
         "dwc",
     ]
 
@@ -63,9 +64,9 @@ class MediatorSiTTransformer2DModel(VariantMixin, SiTTransformer2DModel):
         network = cls.around(base)
         cls.install(network, MediatorSettings.of(settings))
         with torch.no_grad():
-            for layer in mediator_layers(network).values():
+            for layer in (module for module in network.modules() if isinstance(module, GridAttention)):
                 for name, parameter in layer.named_parameters():
-                    if name.startswith(("mediator_biases.", "dwc.")):
+                    if not name.startswith("to_"):
                         parameter.zero_()
         return network
 
@@ -74,17 +75,18 @@ class MediatorSiTTransformer2DModel(VariantMixin, SiTTransformer2DModel):
         interpolated, all else copied.
 
         Raises:
-            ValueError: a size that the patch size does not divide, or with fewer tokens than mediators.
+            ValueError: a size that the patch size does not divide, with fewer tokens than mediators, or a network with
+                full attention in its place.
         """
+        if any(isinstance(module, SoftmaxGridAttention) for module in self.modules()):
+            raise ValueError("counts=None has a bias for every token of one size, and cannot be resized")
         config = {name: value for name, value in self.config.items() if not name.startswith("_")}
         other = type(self)(**{**config, "sample_size": sample_size})
         grid = (other.grid_size, other.grid_size)
         state = {name: value for name, value in self.state_dict().items() if name != "pos_embed"}
-        for path, layer in mediator_layers(self).items():
-            tables: Any = layer.mediator_biases or {}
-            for count, biases in tables.items():
-                prefix = f"{path}.mediator_biases.{count}."
-                state |= {f"{prefix}{name}": value for name, value in biases.resized(grid).state_dict().items()}
+        for path, biases in self.named_modules():
+            if isinstance(biases, PlaceBiases):
+                state |= {f"{path}.{name}": value for name, value in biases.resized(grid).state_dict().items()}
         other.load_state_dict(state | {"pos_embed": other.pos_embed.data})
         return other.to(self.device, self.dtype).train(self.training)
 
@@ -117,24 +119,19 @@ class MediatorSiTTransformer2DModel(VariantMixin, SiTTransformer2DModel):
         return write_mediators(self)
 
 
-def mediated(attention: Any, grid: tuple[int, int], settings: MediatorSettings) -> MediatorAttention:
+def mediated(attention: Any, grid: tuple[int, int], settings: MediatorSettings) -> GridAttention:
     """Mediator attention around the projections of a stock one."""
-    device, dtype = attention.to_q.weight.device, attention.to_q.weight.dtype
-    layer = MediatorAttention(
-        attention.to_q.in_features,
-        attention.heads,
-        grid,
-        settings.counts,
-        use_bias=settings.use_bias,
-        use_dwc=settings.use_dwc,
-        bias=attention.to_q.bias is not None,
-    ).to(device, dtype)
-    layer.to_q, layer.to_k, layer.to_v, layer.to_out = (
-        attention.to_q,
-        attention.to_k,
-        attention.to_v,
-        attention.to_out,
-    )
+    weight, bias = attention.to_q.weight, attention.to_q.bias is not None
+    options = {"use_bias": settings.use_bias, "use_dwc": settings.use_dwc, "bias": bias}
+    width, heads = attention.to_q.in_features, attention.heads
+    layer: GridAttention
+    if settings.counts is None:
+        layer = SoftmaxGridAttention(width, heads, grid, **options)
+    else:
+        layer = MediatorAttention(width, heads, grid, settings.counts, **options)
+    layer.to(weight.device, weight.dtype)
+    for name in ("to_q", "to_k", "to_v", "to_out"):
+        setattr(layer, name, getattr(attention, name))
     return layer
 
 

@@ -15,8 +15,9 @@ class MediatorSettings:
         ValueError: a value out of its range.
     """
 
-    counts: tuple[int, ...] = (16,)
-    """The numbers of mediators that one network can run with, squares."""
+    counts: tuple[int, ...] | None = (16,)
+    """The numbers of mediators that one network can run with, squares. None is full attention with the same biases and
+    convolution, which mediators are fairly compared with."""
     layers: tuple[int, ...] | None = None
     """Blocks whose attention goes through mediators, by index from 0; None for all."""
     use_bias: bool = True
@@ -27,7 +28,7 @@ class MediatorSettings:
     def __post_init__(self) -> None:
         for name in ("counts", "layers"):
             given = getattr(self, name)
-            if given is None and name == "layers":
+            if given is None:
                 continue
             if isinstance(given, str) or not isinstance(given, Sequence) or not given:
                 raise ValueError(f"{name} must be a sequence of whole numbers, got {given!r}")
