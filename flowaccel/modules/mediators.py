@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from diffusers.models.attention import AttentionModuleMixin
@@ -26,6 +26,8 @@ Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 
 TAKES_BIAS = ("native", "_native_math", "_native_efficient", "_native_cudnn", "xformers")
 """diffusers' attention backends that add a mask of numbers to the logits; others refuse it, or leave it out."""
+UNLESS_TOLD = "native"
+"""The one of them that a layer takes which was not told, whatever diffusers' default is."""
 
 
 def mediator_side(count: int, grid: tuple[int, int]) -> int:
@@ -95,6 +97,10 @@ def _normal(*shape: int) -> nn.Parameter:
     return table
 
 
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version  # which those of inference mode do not count
+
+
 class GridAttnProcessor:
     """Attention of a `GridAttention` through diffusers' attention backends."""
 
@@ -109,13 +115,10 @@ class GridAttnProcessor:
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
         """One attention: (B, Q, M, d), twice (B, K, M, d) and a bias (1, M, Q, K) -> (B, Q, M, d)."""
+        # diffusers' default changes with other networks' choices, to backends that leave a bias out without a word
+        backend: Any = self._attention_backend or (None if bias is None else UNLESS_TOLD)
         return dispatch_attention_fn(
-            query,
-            key,
-            value,
-            attn_mask=bias,
-            backend=self._attention_backend,
-            parallel_config=self._parallel_config,
+            query, key, value, attn_mask=bias, backend=backend, parallel_config=self._parallel_config
         )
 
 
@@ -135,6 +138,7 @@ class GridAttention(nn.Module, AttentionModuleMixin):
 
     _default_processor_cls = GridAttnProcessor
     _available_processors: ClassVar[list[type]] = [GridAttnProcessor]
+    _supports_qkv_fusion = False  # pooled queries are needed on their own
     processor: Any
 
     def __init__(
@@ -165,6 +169,31 @@ class GridAttention(nn.Module, AttentionModuleMixin):
         attended: Tensor = self.processor(self, hidden_states)
         return self.to_out[0](attended)
 
+    def set_processor(self, processor: Any) -> None:
+        """Set what computes the attention.
+
+        Raises:
+            TypeError: no `GridAttnProcessor`: it would leave biases, convolution and mediators out.
+        """
+        if not isinstance(processor, GridAttnProcessor):
+            raise TypeError(
+                f"the processor of a {type(self).__name__} must be a GridAttnProcessor, got a "
+                f"{type(processor).__name__}, which knows nothing of its biases and its convolution"
+            )
+        super().set_processor(processor)
+
+    def train(self, mode: bool = True) -> Self:
+        """As of a module; what was held is made anew."""
+        self._folded.clear()  # averaged weights are put in place by ways that tensors do not note
+        return super().train(mode)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Self:
+        self._folded.clear()
+        return super()._apply(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_folded": {}}  # a copy has tables of its own
+
     def attend(self, query: Tensor, key: Tensor, value: Tensor, attend: Attend) -> Tensor:
         """What the projections (B, E + N, D) each become, (B, E + N, D), by means of `attend`."""
         raise NotImplementedError
@@ -193,9 +222,9 @@ class GridAttention(nn.Module, AttentionModuleMixin):
         tables: Any = self.tables
         if tables is None:
             return None
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return self._fold(tables, like)
-        state = tuple((table.data_ptr(), table._version) for table in tables.parameters())
+        state = tuple((table.data_ptr(), _version(table)) for table in tables.parameters())
         key = (id(tables), like.dtype, like.device)
         held = self._folded.get(key)
         if held is None or held[0] != state:
