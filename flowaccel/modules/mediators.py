@@ -24,7 +24,7 @@ TABLE = 7
 _STD = 0.02
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 
-TAKES_BIAS = ("native", "_native_math", "_native_efficient", "_native_cudnn", "xformers")
+TAKES_BIAS = ("native", "_native_math", "_native_efficient", "_native_cudnn", "flex", "xformers")
 """diffusers' attention backends that add a mask of numbers to the logits; others refuse it, or leave it out."""
 UNLESS_TOLD = "native"
 """The one of them that a layer takes which was not told, whatever diffusers' default is."""
