@@ -55,7 +55,9 @@ def main() -> None:
     parser.add_argument("--num-samples", type=int, default=1000)
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--seed", type=int, default=0, help="of the samples")
-    parser.add_argument("--dense", type=Path, default=Path("runs/moe/dense/network"), help="quality: the softmax network")
+    parser.add_argument(
+        "--dense", type=Path, default=Path("runs/moe/dense/network"), help="quality: the softmax network"
+    )
     parser.add_argument("--device", default="cpu", help="layers")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="layers")
     parser.add_argument("--width", type=int, default=384, help="layers")

@@ -40,7 +40,9 @@ def bias_map(tables: Any, grid: tuple[int, int]) -> Tensor:
     """(M, n, N), place by place."""
     coarse = functional.interpolate(tables.table, grid, mode="bilinear", align_corners=False)
     places = [
-        coarse[:, :, y, x] + tables.rows[:, :, y] + tables.columns[:, :, x] for y in range(grid[0]) for x in range(grid[1])
+        coarse[:, :, y, x] + tables.rows[:, :, y] + tables.columns[:, :, x]
+        for y in range(grid[0])
+        for x in range(grid[1])
     ]
     return torch.stack(places, dim=2)
 
@@ -89,7 +91,8 @@ def zero(parameters: Any) -> None:
 
 @pytest.mark.parametrize("count", [4, 9])
 @pytest.mark.parametrize(
-    "options", [{}, {"use_bias": False}, {"use_dwc": False}, {"extra": 3}, {"extra": 3, "use_bias": False}, {"bias": False}]
+    "options",
+    [{}, {"use_bias": False}, {"use_dwc": False}, {"extra": 3}, {"extra": 3, "use_bias": False}, {"bias": False}],
 )
 @pytest.mark.parametrize("grid", [(8, 6), (3, 8), (7, 7)])
 @torch.no_grad()
