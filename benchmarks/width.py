@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pairs import compared, pairs_table
 from rich.console import Console
 from torch import Tensor
 
@@ -33,7 +34,6 @@ from flowaccel.data import digits
 from flowaccel.evaluation import (
     Classes,
     Protocol,
-    compare_rows,
     console_table,
     count_macs,
     environment,
@@ -124,7 +124,7 @@ def quality_stage(arguments: argparse.Namespace) -> None:
     claims = {
         "gathers": {name: gathering(network) for name, network in networks.items()},
         "ratios": {name: ratios(network) for name, network in networks.items() if name != "longer"},
-        "pairs": pairs(arguments.out / "quality", results),
+        "pairs": [compared(arguments.out / "quality", results, a, b) for a, b in PAIRS],
     }
     (arguments.out / "quality" / "claims.json").write_text(json.dumps(claims, indent=1) + "\n")
     table = markdown_table(results) + "\n\n" + pairs_table(claims["pairs"]) + "\n"
@@ -202,42 +202,6 @@ PAIRS = (
     *((f"{name}@4", f"baseline@{steps}") for name in ("tdw", "tdw+sdt") for steps in (2, 3)),
     ("tdw+flowturbo-H1P1R1-single", "flowturbo-H1P1R1-single"),
 )
-
-
-def pairs(run: Path, results: Any) -> list[dict[str, Any]]:
-    """Every pair's paired differences, and how much faster the first is."""
-    macs = {row["recipe"]: row["macs_per_image"] for row in results["rows"]}
-    values = {row["recipe"]: row["metrics"]["fid"]["value"] for row in results["rows"]}
-    found = []
-    for a, b in PAIRS:
-        versus = compare_rows(run, a, b)
-        low, high = versus["wall_clock"]["ci95"]
-        found.append(
-            {
-                "a": a,
-                "b": b,
-                "faster": 1 / versus["wall_clock"]["ratio"],
-                "faster_ci95": [1 / high, 1 / low],
-                "fewer_macs": macs[b] / macs[a],
-                "fid_b": values[b],
-                "metrics": versus["metrics"],
-            }
-        )
-    return found
-
-
-def pairs_table(found: list[dict[str, Any]]) -> str:
-    lines = ["| row | against | faster | fewer multiply-adds | Frechet distance, paired difference |", "|" + "---|" * 5]
-    for pair in found:
-        fid = pair["metrics"]["fid"]
-        low, high = fid["ci95"]
-        verdict = "not worse" if fid["not_worse"] else "worse" if low > 0 else "not shown"
-        lines.append(
-            f"| {pair['a']} | {pair['b']} | {pair['faster']:.2f}x [{pair['faster_ci95'][0]:.2f}, "
-            f"{pair['faster_ci95'][1]:.2f}] | {pair['fewer_macs']:.2f}x | {fid['difference']:+.3f} [{low:+.3f}, "
-            f"{high:+.3f}] of {pair['fid_b']:.3f}: {verdict} |"
-        )
-    return "\n".join(lines)
 
 
 # -- time

@@ -34,18 +34,28 @@ def _attention_flops(query: Sequence[int], key: Sequence[int], value: Sequence[i
     return 2 * batch * heads * queries * key[-2] * (width + value[-1])
 
 
+def _grouped_flops(left: Sequence[int], right: Sequence[int], *_: Any, **__: Any) -> int:
+    """2 flops per multiply-add of products by group; shapes (P, K) and (E, K, N), or (K, P) and (P, N) for gradients:
+    every row of the left goes through one group's matrix."""
+    return 2 * left[0] * left[1] * right[-1]
+
+
 def count_macs(fn: Callable[[], object]) -> int:
     """Run `fn` once and return its multiply-adds in matrix products, convolutions and attention.
 
     torch counts 2 flops per multiply-add; papers disagree on the factor 2, so the unit here is the multiply-add.
-    torch has no formula for attention on the CPU and would count it as 0; ours is passed to this one counter and not
-    registered, so other users of the counter see no change. Elementwise work counts as 0, and so do kernels that
-    torch's dispatcher does not see (custom operators, graphs already compiled): count the eager model.
+    torch has no formulas for attention on the CPU and for grouped matrix products, and would count them as 0; ours are
+    passed to this one counter and not registered, so other users of the counter see no change. Elementwise work counts
+    as 0, and so do kernels that torch's dispatcher does not see (custom operators, graphs already compiled): count the
+    eager model.
 
     Source: torch.utils.flop_counter; the missing formula is pytorch#195460.
     """
-    cpu_attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    counter = FlopCounterMode(display=False, custom_mapping={cpu_attention: _attention_flops})
+    aten = torch.ops.aten
+    missing: dict[Any, Any] = {aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
+    if hasattr(aten, "_grouped_mm"):  # torch 2.8
+        missing[aten._grouped_mm] = _grouped_flops
+    counter = FlopCounterMode(display=False, custom_mapping=missing)
     with counter:
         fn()
     return counter.get_total_flops() // 2

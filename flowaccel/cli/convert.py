@@ -10,9 +10,10 @@ from typing import Annotated
 import typer
 from safetensors.torch import save_file
 
+from flowaccel.accelerators.loading import load_network
 from flowaccel.cli.common import friendly_errors, say
-from flowaccel.errors import WeightsNotFoundError
-from flowaccel.models import SiTTransformer2DModel
+from flowaccel.errors import UnsupportedModelError
+from flowaccel.models import DynamicSiTTransformer2DModel, MoESiTTransformer2DModel, SiTTransformer2DModel
 from flowaccel.models.official import dit_transformer_from_official
 
 
@@ -20,21 +21,35 @@ class Target(StrEnum):
     """What to make."""
 
     sit = "sit"
+    dydit = "dydit"
+    diffmoe = "diffmoe"
     dit = "dit"
     official = "official"
+
+
+NETWORKS: dict[Target, type[SiTTransformer2DModel]] = {
+    Target.sit: SiTTransformer2DModel,
+    Target.dydit: DynamicSiTTransformer2DModel,
+    Target.diffmoe: MoESiTTransformer2DModel,
+}
+"""Those with an official layout of their own, which they also write."""
 
 
 def convert(
     source: Annotated[Path, typer.Argument(help="An official .pt or .safetensors file; for --to official a folder.")],
     out: Annotated[Path, typer.Option(help="Folder to write; for --to official a .safetensors file.")],
     to: Annotated[
-        Target, typer.Option(help="sit: SiTTransformer2DModel; dit: diffusers' own DiT; official: back.")
+        Target,
+        typer.Option(
+            help="sit: SiTTransformer2DModel; dydit and diffmoe: its forms with dynamic width and with experts, from "
+            "checkpoints of DyDiT and DiffMoE; dit: diffusers' own DiT; official: back."
+        ),
     ] = Target.sit,
     which: Annotated[str | None, typer.Option(help="Entry of a training checkpoint: ema, model, ...")] = None,
     num_attention_heads: Annotated[int | None, typer.Option(help="For widths that no published size has.")] = None,
     out_channels: Annotated[int | None, typer.Option(help="Returned channels, for refiners (4).")] = None,
 ) -> None:
-    """Convert a checkpoint in the layout of the official SiT and DiT repositories.
+    """Convert a checkpoint in the layout of the official SiT, DiT, DyDiT and DiffMoE repositories.
 
     Example: flowaccel convert SiT-XL-2-256x256.pt --out sit-xl
     """
@@ -42,16 +57,28 @@ def convert(
         given = {"num_attention_heads": num_attention_heads, "out_channels": out_channels}
         overrides = {name: value for name, value in given.items() if value is not None}
         if to is Target.official:
-            if not (source / "config.json").is_file():
-                raise WeightsNotFoundError(f"no transformer in {source}: it has no config.json")
-            out.parent.mkdir(parents=True, exist_ok=True)
-            state = SiTTransformer2DModel.from_pretrained(source).to_official()
-            save_file({key: value.contiguous() for key, value in state.items()}, out)
+            write_official(source, out)
         elif to is Target.dit:
             dit_transformer_from_official(source, which, overrides).save_pretrained(out)
         else:
-            model = SiTTransformer2DModel.from_official(source, which=which, **overrides)
+            model = NETWORKS[to].from_official(source, which=which, **overrides)
             model.save_pretrained(out)
             shown = {key: value for key, value in model.config.items() if not key.startswith("_")}
             say(f"configuration: {json.dumps(shown)}")
         say(f"wrote {out}")
+
+
+def write_official(folder: Path, out: Path) -> None:
+    """Write the network in `folder` to the file `out`, in the layout of the repository that it comes from.
+
+    Raises:
+        WeightsNotFoundError, CheckpointError: no network in `folder`.
+        UnsupportedModelError: a network without an official layout, or settings that the layout cannot express.
+    """
+    network = load_network(folder, "transformer")
+    if not isinstance(network, SiTTransformer2DModel):
+        known = ", ".join(kind.__name__ for kind in NETWORKS.values())
+        raise UnsupportedModelError(f"{folder} holds a {type(network).__name__}; a layout is known of {known}")
+    state = network.to_official()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    save_file({key: value.contiguous() for key, value in state.items()}, out)

@@ -187,8 +187,13 @@ def free_arguments(pipeline: Any, pipe: str, argument: list[str] | None) -> dict
     return {**({} if known is None else known.arguments), **given}
 
 
-def parse_arguments(texts: list[str] | None) -> dict[str, Any]:
+def parse_arguments(texts: list[str] | None, option: str = "--argument", example: str = "height=512") -> dict[str, Any]:
     """`["height=512", "negative_prompt=blurry"]` -> `{"height": 512, "negative_prompt": "blurry"}`.
+
+    Args:
+        texts: what an option that may be given several times was given.
+        option: its name, for messages,
+        example: and one of its values.
 
     Raises:
         ValueError: not of that form, or a name is given twice.
@@ -197,9 +202,9 @@ def parse_arguments(texts: list[str] | None) -> dict[str, Any]:
     for text in texts or ():
         name, equals, value = text.partition("=")
         if not name.isidentifier() or not equals:
-            raise ValueError(f"--argument must look like NAME=VALUE, such as height=512, got {text!r}")
+            raise ValueError(f"{option} must look like NAME=VALUE, such as {example}, got {text!r}")
         if name in found:
-            raise ValueError(f"--argument {name} is given twice")
+            raise ValueError(f"{option} {name} is given twice")
         try:
             found[name] = json.loads(value)
         except ValueError:

@@ -175,6 +175,14 @@ def infer_sit_config(state: Mapping[str, Tensor], overrides: Mapping[str, Any]) 
     return {**config, **overrides}
 
 
+def every_channel(config: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """`config` of a network that returns all channels that it computes, learned variances too, unless `overrides` say
+    otherwise; as the official DyDiT and DiffMoE classes do."""
+    if config["learn_sigma"] and not {"learn_sigma", "out_channels"} & overrides.keys():
+        return config | {"learn_sigma": False, "out_channels": 2 * config["out_channels"]}
+    return config
+
+
 def _depth(state: Mapping[str, Tensor]) -> int:
     """Number of blocks that an official state dict holds: counted, so that a stray index cannot ask for a million."""
     return len({match[1] for key in state if (match := re.match(r"blocks\.(\d+)\.", key))})

@@ -28,7 +28,11 @@ class LabelledBatch:
 
 @dataclass(frozen=True, kw_only=True)
 class LabelledObjective(ABC):
-    """`objective(network, generator)` -> the mean loss of one freshly drawn batch, a scalar."""
+    """`objective(network, generator)` -> the mean loss of one freshly drawn batch, a scalar.
+
+    Raises:
+        ValueError: no rows, or a probability out of range.
+    """
 
     data: ImageSet
     null_label: int
@@ -36,6 +40,12 @@ class LabelledObjective(ABC):
     label_drop: float = 0.1
     """Probability of training on the null label instead, for classifier-free guidance."""
     augment: Callable[[Tensor, torch.Generator], Tensor] | None = None
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")
+        if not 0 <= self.label_drop <= 1:
+            raise ValueError(f"label_drop must lie in [0, 1], got {self.label_drop}")
 
     def draw(self, generator: torch.Generator, device: torch.device | str = "cpu") -> LabelledBatch:
         """Draw data, noise, times and label drops from `generator`, which is the CPU's."""

@@ -136,7 +136,7 @@ def train(
     clipped = _clipped(model, config)
     optimizer = torch.optim.AdamW(_groups(model, config), lr=config.learning_rate, weight_decay=config.weight_decay)
     ema = EMAModel(trainable, decay=config.ema_decay)
-    settings = {**_settings(config), **_objective_settings(loss), **(also or {})}
+    settings = _as_saved({**_settings(config), **_objective_settings(loss), **(also or {})})
     start = _resume(folder, model, optimizer, ema, settings)
     prepared, optimizer = accelerator.prepare(model, optimizer)
     ema.to(accelerator.device)
@@ -152,8 +152,9 @@ def train(
         if not torch.isfinite(value):
             raise FloatingPointError(f"the loss is {value.item()} at step {step}; lower the learning rate")
         accelerator.backward(value)
+        accelerator.unscale_gradients()  # once, however many groups are clipped
         for together in clipped:
-            accelerator.clip_grad_norm_(together, config.max_grad_norm)
+            nn.utils.clip_grad_norm_(together, config.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
         if isinstance(loss, Following):
@@ -198,6 +199,12 @@ def _step_seed(seed: int, step: int, process: int) -> int:
     return (seed * 1_000_003 + step) * 1_009 + process
 
 
+def _as_saved(settings: dict[str, Any]) -> dict[str, Any]:
+    """As they come back from the state's header: sequences are lists there."""
+    found: dict[str, Any] = json.loads(json.dumps(settings))
+    return found
+
+
 def _settings(config: LoopConfig) -> dict[str, Any]:
     """What must agree for a resume: all but the length and the saving interval (a cosine's length matters)."""
     free = {"save_every", "keep"} if config.cosine else {"save_every", "keep", "steps"}
@@ -214,7 +221,7 @@ def _objective_settings(loss: Loss | Scheduled) -> dict[str, Any]:
         if isinstance(value, LabelledObjective):
             found |= _objective_settings(value)
         elif all(isinstance(v, _PLAIN) for v in (value if isinstance(value, tuple) else (value,))):
-            found[f"objective.{name}"] = list(value) if isinstance(value, tuple) else value
+            found[f"objective.{name}"] = value
     return found
 
 

@@ -1,7 +1,7 @@
 """Training networks with experts (DiffMoE, arXiv 2503.14487), and fitting their thresholds.
 
 The order of a step: forward, backward, optimiser, then `moe_step`. Averaged weights take the buffers as they are
-(`copy_moe_buffers`), and at the end `calibrate_thresholds` fits the thresholds to them.
+(`copy_moe_buffers`), and at the end `settle` fits the thresholds to them.
 """
 
 from __future__ import annotations
@@ -23,6 +23,13 @@ EXPERTS = "ff.experts"
 """Part of the names of experts' parameters."""
 PREDICTOR = "capacity_predictor"
 """The same of capacity predictors'."""
+
+
+def expert_rates(backbone: float) -> dict[str, float]:
+    """`LoopConfig.rate_scales` of experts in a network that is trained already, whose other weights learn at so many
+    times the rate of experts, gates and predictors.
+    """
+    return {EXPERTS: 1.0, "ff.gate": 1.0, PREDICTOR: 1.0, "": backbone}
 
 
 def moe_step(network: nn.Module) -> None:
@@ -73,9 +80,9 @@ def calibrate_thresholds(
         passes: how often all batches are run; what a layer reads depends on what those before it chose.
 
     Raises:
-        ValueError: no batches, a router without thresholds, or a capacity out of range.
+        ValueError: no batches, no experts, a router without thresholds, or a capacity out of range.
     """
-    layers = moe_layers(network)
+    layers = _layers(network)
     if not batches:
         raise ValueError("batches must hold at least one, got none")
     for path, layer in layers.items():
@@ -91,6 +98,49 @@ def calibrate_thresholds(
         for layer in layers.values():
             layer.thresholds.use(None)
             layer.thresholds.fit(layer.settings.capacity if capacity is None else capacity)
+
+
+@torch.no_grad()
+def realised_capacity(
+    network: nn.Module, batches: Sequence[tuple[Tensor, ...]], *, call: Any = None
+) -> dict[str, float]:
+    """How many experts a token takes on average in use, by layer; neither thresholds nor modes of `network` change.
+
+    Args:
+        network: with experts.
+        batches: what it is called with.
+        call: what is called in its place, such as a wrapper around it.
+
+    Raises:
+        ValueError: no batches, no experts, or thresholds that were never fitted.
+    """
+    layers = _layers(network)
+    if not batches:
+        raise ValueError("batches must hold at least one, got none")
+    pairs, tokens = dict.fromkeys(layers, 0), dict.fromkeys(layers, 0)
+
+    def count(path: str, layer: Any, _: Any, output: Tensor) -> None:
+        pairs[path] += layer.plan.pairs
+        tokens[path] += output.shape[:-1].numel()
+
+    training = network.training
+    hooks = [layer.register_forward_hook(partial(count, path)) for path, layer in layers.items()]
+    try:
+        network.eval()
+        for batch in batches:
+            (call or network)(*batch, return_dict=False)
+    finally:
+        network.train(training)
+        for hook in hooks:
+            hook.remove()
+    return {path: pairs[path] / tokens[path] for path in layers}
+
+
+def _layers(network: nn.Module) -> dict[str, MoEFeedForward]:
+    layers = moe_layers(network)
+    if not layers:
+        raise ValueError(f"network must have experts, got a {type(network).__name__} without")
+    return layers
 
 
 @contextmanager
@@ -110,6 +160,26 @@ def drawn_batches(
     """So many batches of an objective's inputs for `calibrate_thresholds`."""
     generator = torch.Generator().manual_seed(seed)
     return [objective.arguments(objective.draw(generator, device)) for _ in range(count)]
+
+
+def settle(network: nn.Module, objective: LabelledObjective, *, batches: int, seed: int, call: Any = None) -> None:
+    """End a training: tokens take as many experts as the settings say, and the thresholds, where there are any, are
+    fitted to the averaged weights that `network` holds now. It is left in evaluation.
+
+    Args:
+        network: with experts.
+        objective: what it was trained on.
+        batches: how many of it to fit thresholds to.
+        seed: of these.
+        call: as of `calibrate_thresholds`.
+    """
+    network.eval()
+    layers = _layers(network).values()
+    for layer in layers:
+        layer.capacity = layer.settings.capacity  # a schedule may have ended early, or begin when it was built
+    if any(layer.settings.thresholded for layer in layers):
+        device = next(network.parameters()).device
+        calibrate_thresholds(network, drawn_batches(objective, batches, seed, device), call=call)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,9 +213,8 @@ class MoEObjective:
         return partial(self._loss, step)
 
     def _loss(self, step: int, network: nn.Module, generator: torch.Generator) -> Tensor:
-        if self.full_steps or self.ramp:
-            for layer in moe_layers(network).values():
-                layer.capacity = self.capacity_at(step, layer)
+        for layer in moe_layers(network).values():
+            layer.capacity = self.capacity_at(step, layer)
         return self.objective(network, generator)
 
     def stepped(self, network: nn.Module) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from flowaccel import zoo
+from flowaccel.accelerators import MixtureOfExperts
 from flowaccel.data import digits
 from flowaccel.models import MoESiTTransformer2DModel, SiTTransformer2DModel, upcycle_to_moe
 from flowaccel.modules.moe import MoESettings, moe_layers
@@ -18,6 +19,7 @@ from flowaccel.pipelines import load_pipeline
 from flowaccel.training.flow import FlowObjective, shift_augment
 from flowaccel.training.loop import LoopConfig, Progress, train
 from flowaccel.training.moe import EXPERTS, MoEObjective, calibrate_thresholds, drawn_batches, prepare_training
+from flowaccel.training.zoo_width import save_variant
 
 EXPERT_COUNT = 8
 BATCH = 64
@@ -111,3 +113,12 @@ def fit_thresholds(network: nn.Module, goal: MoEObjective, seed: int) -> None:
     """Fit them to what the network is trained on, if it has any."""
     if any(layer.settings.thresholded for layer in moe_layers(network).values()):
         calibrate_thresholds(network, drawn_batches(goal.objective, CALIBRATION_BATCHES, seed))
+
+
+def build_moe(out: Path) -> Iterator[tuple[str, Progress, int]]:
+    """The recipe with experts for the digits pipeline of the zoo, upcycled from its weights."""
+    training = TRAININGS["upcycled"]
+    network = training.network(training.loop.seed)
+    for progress in train_moe(network, training, out / "training", training.loop):
+        yield "experts", progress, training.loop.steps
+    save_variant(MixtureOfExperts, network, out, "sit-digits-moe")

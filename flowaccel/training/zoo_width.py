@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from flowaccel import zoo
-from flowaccel.accelerators import DynamicWidth
+from flowaccel.accelerators import Accelerator, DynamicWidth
 from flowaccel.data import digits
 from flowaccel.models import SiTTransformer2DModel
 from flowaccel.models.dynamic import DynamicSettings, make_dynamic
@@ -63,12 +63,12 @@ def train_width(
     yield from train(network, objective, loop, work, asdict(network.dynamic.settings))
 
 
-def save_width(network: Any, folder: Path, name: str) -> None:
-    """The recipe that is shipped: weights in bfloat16, routers in float32."""
+def save_variant(kind: Callable[[Any], Accelerator], network: Any, folder: Path, name: str) -> None:
+    """The recipe for the digits generator that is shipped: weights in bfloat16, routers in float32."""
     network.requires_grad_(False).eval()
     pipe = load_pipeline(zoo.folder("sit-digits"))
     network.place("cpu", torch.bfloat16)
-    Recipe([DynamicWidth(network)], name=name).for_pipeline(pipe).save_pretrained(folder)
+    Recipe([kind(network)], name=name).for_pipeline(pipe).save_pretrained(folder)
 
 
 def build_width(out: Path, *, tokens: bool = False) -> Iterator[tuple[str, Progress, int]]:
@@ -77,7 +77,7 @@ def build_width(out: Path, *, tokens: bool = False) -> Iterator[tuple[str, Progr
     network = dynamic_digits(base, tokens=tokens)
     for progress in train_width(network, base, out / "training", ratio=RATIO):
         yield "width", progress, LOOP.steps
-    save_width(network, out, "sit-digits-width-tokens" if tokens else "sit-digits-width")
+    save_variant(DynamicWidth, network, out, "sit-digits-width-tokens" if tokens else "sit-digits-width")
 
 
 def train_longer(network: SiTTransformer2DModel, work: Path, *, loop: LoopConfig = LOOP) -> Iterator[Progress]:

@@ -78,6 +78,11 @@ ENTRIES = {
             description="the same with feed-forwards that leave out tokens too",
         ),
         Entry(
+            name="sit-digits-moe",
+            kind="recipe",
+            description="for zoo:sit-digits: eight experts in every second block, of which a token takes one or so",
+        ),
+        Entry(
             name="digits-features",
             kind="features",
             description="convolutional digit classifier; its 32 features serve Frechet distances and class accuracy",

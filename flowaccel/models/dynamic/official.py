@@ -20,7 +20,13 @@ from torch import Tensor
 
 from flowaccel.errors import CheckpointError
 from flowaccel.models.dynamic.importance import reordered
-from flowaccel.models.official import infer_sit_config, load_official_state, sit_from_official, sit_to_official
+from flowaccel.models.official import (
+    every_channel,
+    infer_sit_config,
+    load_official_state,
+    sit_from_official,
+    sit_to_official,
+)
 
 _ROUTERS = {
     "attn_rate.router": "attn_gate.router",
@@ -47,10 +53,8 @@ def read_dydit(
     state = load_official_state(source, which)
     stock = {key: value for key, value in state.items() if _router_of(key) is None}
     routers = {key: value for key, value in state.items() if key not in stock}
-    config = infer_sit_config(stock, overrides)
+    config = every_channel(infer_sit_config(stock, overrides), overrides)
     _check_routers(routers, config["num_attention_heads"])
-    if config["learn_sigma"] and not {"learn_sigma", "out_channels"} & overrides.keys():
-        config |= {"learn_sigma": False, "out_channels": 2 * config["out_channels"]}  # noise and variance
     found = {"tokens": any("token_selection." in key for key in routers)}
     config["dynamic_config"] = found | dict(overrides.get("dynamic_config") or {})
     return config, dydit_from_official(state)

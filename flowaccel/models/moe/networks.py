@@ -11,12 +11,13 @@ from diffusers import DiTTransformer2DModel, FluxTransformer2DModel, SD3Transfor
 from diffusers.models.attention import FeedForward
 from torch import Tensor, nn
 
-from flowaccel.errors import UnsupportedModelError
+from flowaccel.errors import CheckpointError, UnsupportedModelError
 from flowaccel.models.moe.official import read_diffmoe, write_diffmoe
 from flowaccel.models.official import load_converted
 from flowaccel.models.sit import SiTTransformer2DModel
 from flowaccel.models.variants import VariantMixin
-from flowaccel.modules.moe import ExpertModules, MoEFeedForward, MoESettings, moe_layers
+from flowaccel.modules.moe import ExpertModules, ExpertShape, MoEFeedForward, MoESettings, moe_layers
+from flowaccel.modules.moe.settings import BY_TOKEN
 
 BLOCKS, FEED_FORWARD = "transformer_blocks", "ff"
 """Where the feed-forwards are that can have experts: those of blocks that modulate what they read. FLUX's single-stream
@@ -53,10 +54,15 @@ class MoEMixin(VariantMixin):
             dense: FeedForward = getattr(blocks[index], FEED_FORWARD)
             setattr(blocks[index], FEED_FORWARD, MoEFeedForward.of(dense, settings))
 
-    def routing(self) -> list[nn.Module]:
-        """Gates, capacity predictors and thresholds."""
+    def routing(self) -> list[Tensor]:
+        """Those of gates, capacity predictors and thresholds, and selection biases."""
         network: Any = self
-        return [part for layer in moe_layers(network).values() for part in layer.router_parts]
+        return [
+            tensor
+            for layer in moe_layers(network).values()
+            for name, tensor in (*layer.named_parameters(), *layer.named_buffers())
+            if name.partition(".")[0] in self._keep_in_fp32_modules
+        ]
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         """As diffusers'.
@@ -72,6 +78,26 @@ class MoEMixin(VariantMixin):
                 "flowaccel.modules.moe.pack_experts(network) first; an adapter alone is saved with save_lora_adapter"
             )
         super().save_pretrained(*args, **kwargs)  # type: ignore[misc]
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """As diffusers'.
+
+        Raises:
+            CheckpointError: weights of other shapes than the configuration says, such as those of another number of
+                experts.
+        """
+        try:
+            return super().from_pretrained(*args, **kwargs)  # type: ignore[misc]
+        except ValueError as error:
+            if "expected shape" not in str(error):
+                raise
+            reason = str(error).partition(". If you want")[0].strip().replace("Cannot load  because ", "")
+            raise CheckpointError(
+                f"the weights are not those of a network with this configuration: {reason}. num_experts, inner_dim and "
+                "shared_inner_dim of moe_config must be what the weights were saved with; for another number of "
+                "experts, start from a dense network with flowaccel.models.upcycle_to_moe"
+            ) from error
 
     @classmethod
     def from_base(cls, base: nn.Module, settings: MoESettings | dict[str, Any]) -> Any:
@@ -102,7 +128,9 @@ class MoESiTTransformer2DModel(MoEMixin, SiTTransformer2DModel):
         """Load a checkpoint in the layout of the official DiffMoE repository.
 
         All computed channels are returned, as there: with learned variance the second half is to be dropped for flow
-        models. Thresholds that are all 0 count as never fitted.
+        models. Thresholds that are all 0 count as never fitted. In the `ema` entry of a training checkpoint, those of
+        the first ten thousands of steps lag behind the weights, because they were averaged like these, from 0: fit them
+        again with `flowaccel.training.moe.calibrate_thresholds`.
 
         Args:
             path_or_state_dict: as `SiTTransformer2DModel.from_official`.
@@ -193,8 +221,14 @@ def upcycle_to_moe(base: nn.Module, settings: MoESettings | dict[str, Any], meth
         raise ValueError(f"method must be 'copies' or 'shared', got {method!r}")
     blocks: Any = base.get_submodule(BLOCKS)
     dense = {index: getattr(blocks[index], FEED_FORWARD) for index in settings.blocks(len(blocks))}
-    width = next(iter(dense.values())).net[2].in_features
-    settings = _for_copies(settings, width) if method == "copies" else _for_shared(settings, width)
+    shape = ExpertShape.of(next(iter(dense.values())))
+    for name in ("activation_fn", "bias"):
+        if getattr(settings, name) not in (None, getattr(shape, name)):
+            raise ValueError(
+                f"{name} must be that of the dense feed-forward, {getattr(shape, name)!r}, for its weights to fit, got "
+                f"{getattr(settings, name)!r}; leave it out"
+            )
+    settings = (_for_copies if method == "copies" else _for_shared)(settings, shape.inner_dim)
     network = kind.from_base(base, settings)
     for index, feed_forward in dense.items():
         layer: MoEFeedForward = getattr(network.get_submodule(BLOCKS)[index], FEED_FORWARD)
@@ -208,9 +242,12 @@ def _for_copies(settings: MoESettings, width: int) -> MoESettings:
             f"method='copies' makes experts as wide as the dense feed-forward, {width}, and no shared one; got "
             f"inner_dim={settings.inner_dim}, shared_inner_dim={settings.shared_inner_dim}: use method='shared'"
         )
-    if settings.router == "expert_race":
-        raise ValueError("method='copies' needs weights that sum to 1, and expert_race has plain logits; use 'shared'")
-    by_token = settings.router in ("token_choice", "dit_moe", "deepseek")
+    by_token = settings.router in BY_TOKEN
+    if not by_token and settings.scores != "softmax":
+        raise ValueError(
+            f"method='copies' needs weights that sum to 1, and router={settings.router!r} has score_fn="
+            f"{settings.scores!r}; use method='shared'"
+        )
     if by_token and settings.norm_topk is False:
         raise ValueError("method='copies' needs norm_topk=True, so that the weights of a token sum to 1")
     if settings.routed_scale != 1:

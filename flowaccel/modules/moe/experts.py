@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -46,6 +47,11 @@ class ExpertShape:
         """Of the first layer: twice the hidden width where one half gates the other."""
         return self.inner_dim * (2 if self.activation_fn in GATED else 1)
 
+    @property
+    def macs(self) -> int:
+        """Multiply-adds of its matrix products for one token."""
+        return self.rows * self.dim + self.dim * self.inner_dim
+
     def activate(self, hidden: Tensor) -> Tensor:
         """(..., rows) -> (..., H); of gated ones the first half is the value, as in diffusers."""
         if self.activation_fn in PLAIN:
@@ -60,12 +66,13 @@ class ExpertShape:
         Raises:
             ValueError: an activation or layers that experts do not have.
         """
-        first, last = _first_linear(dense), dense.net[2]
-        name = next((name for name, known in _ACTIVATIONS.items() if known(dense.net[0])), None)
-        if name is None or not isinstance(last, nn.Linear) or len(dense.net) != 3:
+        layers: list[Any] = list(getattr(dense, "net", ()))
+        name = next((name for name, known in _ACTIVATIONS.items() if layers and known(layers[0])), None)
+        if name is None or len(layers) != 3 or not isinstance(layers[2], nn.Linear):
             raise ValueError(
                 f"experts can be made of a diffusers FeedForward with one of {list(_ACTIVATIONS)}, got {dense}"
             )
+        first, last = _first_linear(dense), layers[2]
         return cls(dim=first.in_features, inner_dim=last.in_features, activation_fn=name, bias=first.bias is not None)
 
 
@@ -131,38 +138,41 @@ class Experts(nn.Module):
                 if packed is not None:
                     packed[expert].copy_(linear.bias)
 
-    def _backend(self, pool: Tensor, plan: ExpertPlan) -> str:
-        if self.backend != "auto":
-            runs = {"bmm": plan.each is not None, "grouped_mm": grouped_runs(self.w_in, pool)}
-            return self.backend if runs.get(self.backend, True) else "loop"
-        if plan.each is not None:
-            return "bmm"
-        return "grouped_mm" if _grouped_pays(self.w_in, pool) else "loop"
+    def alone(self) -> list[Callable[[Tensor], Tensor]]:
+        """Every expert as a function, (n, D) -> (n, D). Weights are taken apart once for all: each time that a packed
+        tensor is indexed would cost a gradient of its whole size."""
+        weights = [[None] * len(self) if packed is None else packed.unbind() for packed in self._packed]
+        return [partial(self._alone, *parts) for parts in zip(*weights, strict=True)]
 
-    def expert(self, index: int, rows: Tensor) -> Tensor:
-        """One expert alone: (n, D) -> (n, D)."""
-        hidden = functional.linear(rows, self.w_in[index], None if self.b_in is None else self.b_in[index])
-        hidden = self.shape.activate(hidden)
-        return functional.linear(hidden, self.w_out[index], None if self.b_out is None else self.b_out[index])
+    @property
+    def _packed(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+        return self.w_in, self.b_in, self.w_out, self.b_out
+
+    def _alone(self, w_in: Tensor, b_in: Tensor | None, w_out: Tensor, b_out: Tensor | None, rows: Tensor) -> Tensor:
+        return functional.linear(self.shape.activate(functional.linear(rows, w_in, b_in)), w_out, b_out)
+
+    def _backend(self, pool: Tensor, plan: ExpertPlan) -> str:
+        wanted = fastest(pool, plan) if self.backend == "auto" else self.backend
+        runs = {"bmm": plan.each is not None, "grouped_mm": grouped_runs(self.shape, pool)}
+        return wanted if runs.get(wanted, True) else "loop"
 
 
 class ExpertModules(nn.ModuleList):
     """The same experts as modules with `nn.Linear` layers, `proj_in` and `proj_out`, for LoRA and quantisers."""
 
-    backend = "loop"
-
     def __init__(self, packed: Experts) -> None:
         super().__init__(ExpertModule(packed, index) for index in range(len(packed)))
         self.shape = packed.shape
+        self.backend = packed.backend
+        """For when they are packed again; modules run one after the other."""
 
     def forward(self, pool: Tensor, plan: ExpertPlan) -> Tensor:
         """As `Experts.forward`."""
         return _loop(self, pool, plan, pool.new_zeros(pool.shape, dtype=plan.weights.dtype))
 
-    def expert(self, index: int, rows: Tensor) -> Tensor:
-        """One expert alone."""
-        found: Tensor = self[index](rows)
-        return found
+    def alone(self) -> list[Any]:
+        """Every expert as a function."""
+        return list(self)
 
     def packed(self) -> Experts:
         """The packed form, with the weights as they are now.
@@ -170,25 +180,28 @@ class ExpertModules(nn.ModuleList):
         Raises:
             ValueError: layers that are no plain `nn.Linear` any more, such as an adapter's or a quantiser's.
         """
-        experts = Experts(len(self), self.shape)
         modules: list[Any] = list(self)
         for index, module in enumerate(modules):
             for name, linear in module.named_children():
                 if type(linear) is not nn.Linear:
+                    kind = f"{type(linear).__module__}.{type(linear).__qualname__}"
                     raise ValueError(
-                        f"expert {index} has a {type(linear).__name__} as {name}, which cannot be packed; fuse and "
+                        f"expert {index} has a {kind} as {name}, which cannot be packed; fuse and "
                         "unload adapters first, and leave quantised experts unpacked"
                     )
-        first = modules[0].proj_in.weight
-        experts.to(first.device, first.dtype)
-        with torch.no_grad():
-            for index, module in enumerate(modules):
-                experts.w_in[index].copy_(module.proj_in.weight)
-                experts.w_out[index].copy_(module.proj_out.weight)
-                if experts.b_in is not None and experts.b_out is not None:
-                    experts.b_in[index].copy_(module.proj_in.bias)
-                    experts.b_out[index].copy_(module.proj_out.bias)
-        return experts.requires_grad_(first.requires_grad).train(self.training)
+        with torch.device("meta"):
+            experts = Experts(len(self), self.shape)
+        first, last = [module.proj_in for module in modules], [module.proj_out for module in modules]
+        experts.w_in, experts.w_out = _stacked(first, "weight"), _stacked(last, "weight")
+        if self.shape.bias:
+            experts.b_in, experts.b_out = _stacked(first, "bias"), _stacked(last, "bias")
+        experts.backend = self.backend
+        return experts.train(self.training)
+
+
+def _stacked(layers: list[nn.Linear], name: str) -> nn.Parameter:
+    parts = [getattr(layer, name) for layer in layers]
+    return nn.Parameter(torch.stack([part.detach() for part in parts]), requires_grad=parts[0].requires_grad)
 
 
 class ExpertModule(nn.Module):
@@ -219,12 +232,12 @@ def _linear(weight: nn.Parameter, bias: nn.Parameter | None, index: int) -> nn.L
 def _loop(experts: Experts | ExpertModules, pool: Tensor, plan: ExpertPlan, output: Tensor) -> Tensor:
     """One expert after the other, on its tokens."""
     first = 0
-    for index, size in enumerate(plan.sizes()):
+    for expert, size in zip(experts.alone(), plan.sizes(), strict=True):
         if size:
             part = slice(first, first + size)
             tokens = plan.tokens[part]
-            computed = experts.expert(index, pool.index_select(0, tokens))
-            output = output.index_add(0, tokens, computed * plan.weights[part].unsqueeze(1))
+            computed = expert(pool.index_select(0, tokens))
+            output.index_add_(0, tokens, computed * plan.weights[part].unsqueeze(1))
             first += size
     return output
 
@@ -234,7 +247,7 @@ def _bmm(experts: Experts, pool: Tensor, plan: ExpertPlan, output: Tensor) -> Te
     rows = pool.index_select(0, plan.tokens).unflatten(0, (len(experts), -1))
     hidden = experts.shape.activate(_batched(rows, experts.w_in, experts.b_in))
     computed = _batched(hidden, experts.w_out, experts.b_out).flatten(0, 1)
-    return output.index_add(0, plan.tokens, computed * plan.weights.unsqueeze(1))
+    return output.index_add_(0, plan.tokens, computed * plan.weights.unsqueeze(1))
 
 
 def _batched(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -246,11 +259,10 @@ def _batched(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def _grouped(experts: Experts, pool: Tensor, plan: ExpertPlan, output: Tensor) -> Tensor:
     """All experts at once, for any numbers of tokens."""
-    dtype = torch.get_autocast_dtype(pool.device.type) if torch.is_autocast_enabled(pool.device.type) else pool.dtype
-    rows = pool.index_select(0, plan.tokens).to(dtype)
+    rows = pool.index_select(0, plan.tokens).to(_operand_dtype(pool))
     hidden = _groups(rows, experts.w_in, experts.b_in, plan)
     computed = _groups(experts.shape.activate(hidden), experts.w_out, experts.b_out, plan)
-    return output.index_add(0, plan.tokens, computed * plan.weights.unsqueeze(1))
+    return output.index_add_(0, plan.tokens, computed * plan.weights.unsqueeze(1))
 
 
 def _groups(rows: Tensor, weight: Tensor, bias: Tensor | None, plan: ExpertPlan) -> Tensor:
@@ -265,17 +277,29 @@ _RUN: dict[str, Callable[[Any, Tensor, ExpertPlan, Tensor], Tensor]] = {
 }
 
 
-def _grouped_pays(weight: Tensor, pool: Tensor) -> bool:
-    """Whether torch has one kernel for all groups here; elsewhere it runs them one by one, too."""
-    return (
-        pool.is_cuda
-        and pool.dtype == torch.bfloat16
-        and torch.cuda.get_device_capability(pool.device)[0] in (9, 10)
-        and grouped_runs(weight, pool)
-    )
+def fastest(pool: Tensor, plan: ExpertPlan) -> str:
+    """What `auto` takes, of `BACKENDS`; what does not run here becomes `loop` afterwards.
+
+    `grouped_mm` is one kernel for all groups only in bfloat16 on these GPUs; elsewhere torch runs them one by one, too.
+    """
+    if plan.each is not None:
+        return "bmm"
+    fused = pool.is_cuda and torch.cuda.get_device_capability(pool.device)[0] in (9, 10)
+    return "grouped_mm" if fused and _operand_dtype(pool) == torch.bfloat16 else "loop"
 
 
-def grouped_runs(weight: Tensor, pool: Tensor) -> bool:
-    """Whether `grouped_mm` takes these shapes and types."""
-    aligned = all(size * weight.element_size() % _ALIGNMENT == 0 for size in weight.shape[1:])
-    return aligned and pool.dtype in (torch.float32, torch.bfloat16, torch.float16)
+def grouped_runs(shape: ExpertShape, pool: Tensor) -> bool:
+    """Whether this torch has `grouped_mm` and it takes these shapes and types; compiled it takes bfloat16 only. Without
+    data there is nothing to run, and torch would not count it."""
+    if pool.is_meta or not hasattr(functional, "grouped_mm"):
+        return False
+    dtype = _operand_dtype(pool)
+    allowed = (torch.bfloat16,) if torch.compiler.is_compiling() else (torch.float32, torch.bfloat16, torch.float16)
+    return dtype in allowed and all(size * dtype.itemsize % _ALIGNMENT == 0 for size in (shape.dim, shape.inner_dim))
+
+
+def _operand_dtype(pool: Tensor) -> torch.dtype:
+    """Of matrix products: autocast's type where it is on, which leaves float64 alone."""
+    device = pool.device.type
+    casts = torch.is_autocast_enabled(device) and pool.dtype != torch.float64
+    return torch.get_autocast_dtype(device) if casts else pool.dtype

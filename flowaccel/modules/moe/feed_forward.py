@@ -17,6 +17,7 @@ from flowaccel.modules.moe.plans import ExpertPlan
 from flowaccel.modules.moe.routing import GATE, LOAD, PREDICTOR, ROUTING, Asked, Routed, invariance
 from flowaccel.modules.moe.settings import SELECTIONS, MoESettings
 from flowaccel.modules.moe.thresholds import Thresholds
+from flowaccel.modules.routers import without_autocast
 
 _PREDICTOR_STD = 0.02
 
@@ -70,6 +71,7 @@ class MoEFeedForward(nn.Module):
         self.budget: float | None = None
         self.aux_loss_scale = 1.0
         self.plan: ExpertPlan | None = None
+        self.pooled: tuple[int, int] | None = None
         self.aux_loss: Tensor | None = None
         self.overflow: Tensor | None = None
         self.reset_router()
@@ -87,6 +89,8 @@ class MoEFeedForward(nn.Module):
     """Factor on the gradient of the router's own loss: that which the rest of the loss is divided by."""
     plan: ExpertPlan | None
     """What the last call chose, without gradients."""
+    pooled: tuple[int, int] | None
+    """(B, L) of the last call."""
     aux_loss: Tensor | None
     """The router's own loss in the last call while training, with its weight and without gradient."""
     overflow: Tensor | None
@@ -131,22 +135,24 @@ class MoEFeedForward(nn.Module):
         """
         pool = hidden_states.reshape(-1, hidden_states.shape[-1])
         valid = self._valid(hidden_states, token_mask)
-        if valid is not None and not bool(valid.any()):
+        if self.training and valid is not None and not bool(valid.any()):
             return torch.zeros_like(hidden_states) if self.shared is None else self.shared(hidden_states)
-        with torch.autocast(pool.device.type, enabled=False):
+        with without_autocast(pool.device):
             routed = self.route(pool, hidden_states.shape[0] if hidden_states.dim() == 3 else 1, valid)
         plan = routed.plan
         output = self.settings.routed_scale * self.experts(pool, plan)
         if self.shared is not None:
             output = output + self.shared(pool)
         output = output.to(hidden_states.dtype)
-        if routed.loss is not None and torch.is_grad_enabled():
+        if self.training and routed.loss is not None and torch.is_grad_enabled():
             loss = self.settings.aux_weight * routed.loss
             output = _Injected.apply(output, loss, self.aux_loss_scale)
             self.aux_loss = loss.detach()
         if not hidden_states.is_meta:
             self.plan = ExpertPlan(plan.tokens, plan.experts, plan.weights.detach(), plan.counts, plan.each)
             self.overflow = routed.overflow
+            samples = hidden_states.shape[0] if hidden_states.dim() == 3 else 1
+            self.pooled = (samples, hidden_states.shape[-2])
         return output.reshape(hidden_states.shape)
 
     def route(self, pool: Tensor, samples: int, valid: Tensor | None = None) -> Routed:
@@ -154,8 +160,8 @@ class MoEFeedForward(nn.Module):
         dtype = torch.float64 if pool.dtype == torch.float64 else torch.float32
         given = pool.to(dtype)
         read = given if self.gate_hidden is None else nn.functional.gelu(_linear(self.gate_hidden, given))
-        predicted = None if self.capacity_predictor is None else _sequential(self.capacity_predictor, given.detach())
-        unfitted = self.thresholds.collecting and not self.thresholds.fitted
+        predicted = _sequential(self.capacity_predictor, given.detach()) if self._predicts else None
+        unfitted = self.thresholds.collecting and not self.thresholds.fitted(self.score_kind)
         choosing = self.training or pool.is_meta or unfitted
         asked = Asked(
             settings=self.settings,
@@ -176,6 +182,12 @@ class MoEFeedForward(nn.Module):
         elif self.training and torch.is_grad_enabled():
             self.thresholds.observe(routed.observed)
         return routed
+
+    @property
+    def _predicts(self) -> bool:
+        """Whether the capacity predictor is read."""
+        unread = self.selection == "gate_threshold" and not (self.training or self.thresholds.collecting)
+        return self.capacity_predictor is not None and not unread
 
     def _threshold(self, choosing: bool) -> Tensor | None:
         """In use: that of the scores that decide. While training: that of `expert_threshold`, once it is warm."""
@@ -198,8 +210,8 @@ class MoEFeedForward(nn.Module):
         return min(length, math.ceil(self.budget * length / self.settings.num_experts))
 
     def _valid(self, hidden_states: Tensor, token_mask: Tensor | None) -> Tensor | None:
-        if token_mask is None:
-            return None
+        if token_mask is None or token_mask.is_meta:
+            return None  # without data all tokens count
         if token_mask.shape != hidden_states.shape[:-1] or token_mask.dtype != torch.bool:
             raise ValueError(
                 f"token_mask must be bool of shape {tuple(hidden_states.shape[:-1])}, True for tokens that exist; got "
@@ -230,13 +242,17 @@ class MoEFeedForward(nn.Module):
 
     @classmethod
     def of(cls, dense: FeedForward, settings: MoESettings | dict[str, Any] | None = None) -> MoEFeedForward:
-        """Fresh experts of the shape of a dense feed-forward, on its device.
+        """Fresh experts of the shape of a dense feed-forward, on its device and of its type; what decides is float32.
 
         Raises:
             ValueError: settings that are not known, or an activation that experts do not have.
         """
-        device = dense.net[2].weight.device
-        return cls(MoESettings.of(settings), ExpertShape.of(dense)).to(device)
+        layer, weight = cls(MoESettings.of(settings), ExpertShape.of(dense)), dense.net[2].weight
+        layer.to(weight.device)
+        for part in (layer.experts, layer.shared):
+            if part is not None:
+                part.to(weight.dtype)
+        return layer
 
 
 def observed(settings: MoESettings) -> tuple[str, ...]:

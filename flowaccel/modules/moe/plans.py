@@ -103,7 +103,9 @@ def best_tokens_per_sample(weights: Tensor, rank: Tensor, samples: int, each: in
     return _even(weights, (places + first).transpose(0, 1).flatten(1))
 
 
-def best_experts(weights: Tensor, rank: Tensor, each: int, valid: Tensor | None = None) -> ExpertPlan:
+def best_experts(
+    weights: Tensor, rank: Tensor, each: int, valid: Tensor | None = None, *, normalised: bool = False
+) -> ExpertPlan:
     """Every token takes the `each` experts that rank highest.
 
     Args:
@@ -111,14 +113,17 @@ def best_experts(weights: Tensor, rank: Tensor, each: int, valid: Tensor | None 
         rank: (S, E).
         each: from 1 to E.
         valid: bool (S,), the tokens that take any; None for all.
+        normalised: scale the weights of a token so that they sum to 1.
     """
     experts = rank.topk(each, dim=1).indices
+    taken = weights.gather(1, experts)
+    if normalised:
+        taken = taken / (taken.sum(1, keepdim=True) + 1e-20)
     tokens = torch.arange(len(rank), device=rank.device)
     if valid is not None:
-        tokens, experts = tokens[valid], experts[valid]
+        tokens, experts, taken = tokens[valid], experts[valid], taken[valid]
     pairs = tokens.repeat_interleave(each, output_size=len(tokens) * each)
-    chosen = experts.flatten()
-    return _sorted(pairs, chosen, weights[pairs, chosen], rank.shape[1])
+    return _sorted(pairs, experts.flatten(), taken.flatten(), rank.shape[1])
 
 
 def best_pairs(weights: Tensor, rank: Tensor, pairs: int) -> ExpertPlan:

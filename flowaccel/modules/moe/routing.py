@@ -47,7 +47,7 @@ class Asked:
     valid: Tensor | None = None
     """bool (S,): the tokens that exist; None for all."""
     predicted: Tensor | None = None
-    """(S, E): logits of the capacity predictor, where the router has one."""
+    """(S, E): logits of the capacity predictor, where they are read."""
     threshold: Tensor | None = None
     """(E,): above which a score of `selection`'s kind is chosen."""
     selection: str = "predictor_mask"
@@ -95,10 +95,11 @@ class Routed:
 def diffmoe(asked: Asked) -> Routed:
     """Every expert takes the best tokens of the whole pool while training; in use, a threshold decides."""
     scores = asked.scores()
-    assert asked.predicted is not None
     if not asked.training:
         return _diffmoe_in_use(asked, scores)
     plan = best_tokens(scores, asked.existing(scores), asked.each)
+    if asked.predicted is None:  # counted without data, for a selection that does not read it
+        return Routed(plan)
     observed = {
         PREDICTOR: lowest_taken(asked.existing(asked.predicted).sigmoid(), asked.each),
         GATE: lowest_taken(asked.existing(scores), asked.each),
@@ -107,8 +108,7 @@ def diffmoe(asked: Asked) -> Routed:
 
 
 def _diffmoe_in_use(asked: Asked, scores: Tensor) -> Routed:
-    assert asked.predicted is not None
-    ranked = scores if asked.selection == "gate_threshold" else asked.predicted.sigmoid()
+    ranked = scores if asked.predicted is None else asked.predicted.sigmoid()
     if asked.selection != "gate_topk_count":
         return _above(asked, scores, ranked)
     counts = asked.existing(ranked).gt(_threshold(asked)).sum(0, keepdim=True)
@@ -118,8 +118,7 @@ def _diffmoe_in_use(asked: Asked, scores: Tensor) -> Routed:
 def token_choice(asked: Asked) -> Routed:
     """Every token takes its best experts."""
     scores = asked.scores()
-    top = int(asked.capacity)
-    plan = best_experts(_token_weights(scores, scores, asked), scores, top, asked.valid)
+    plan = _by_token(scores, scores, asked)
     return Routed(plan, balance_loss(scores, plan, asked) if asked.training else None)
 
 
@@ -133,7 +132,7 @@ def deepseek(asked: Asked) -> Routed:
         strength = grouped.topk(min(2, grouped.shape[2]), dim=2).values.sum(2)
         kept = torch.zeros_like(strength).scatter(1, strength.topk(asked.settings.top_groups, dim=1).indices, 1.0)
         rank = grouped.masked_fill(kept.unsqueeze(2) == 0, -torch.inf).flatten(1)
-    plan = best_experts(_token_weights(scores, rank, asked), rank, int(asked.capacity), asked.valid)
+    plan = _by_token(scores, rank, asked)
     return Routed(plan, observed={LOAD: plan.counts.to(scores.dtype)} if asked.training else {})
 
 
@@ -157,7 +156,9 @@ def expert_race(asked: Asked) -> Routed:
     pairs = max(1, int(asked.tokens * asked.capacity + 1e-9))
     plan = best_pairs(scores, asked.existing(scores), pairs)
     threshold = plan.weights.detach().min().expand(asked.settings.num_experts).clone()
-    return Routed(plan, similarity_loss(asked.logits, plan, asked.valid), {GATE: threshold})
+    # tensors without data are for counting multiply-adds, and those of the loss are no part of the network
+    loss = None if asked.logits.is_meta else similarity_loss(asked.logits, plan, asked.valid)
+    return Routed(plan, loss, {GATE: threshold})
 
 
 def expert_threshold(asked: Asked) -> Routed:
@@ -224,12 +225,8 @@ def similarity_loss(logits: Tensor, plan: ExpertPlan, valid: Tensor | None = Non
     return (weights * (scores.t() @ scores)).sum() / len(scores)
 
 
-def _token_weights(scores: Tensor, rank: Tensor, asked: Asked) -> Tensor:
-    """(S, E): the scores, where wanted scaled so that those of a token's experts sum to 1."""
-    if not asked.settings.normalised:
-        return scores
-    taken = scores.gather(1, rank.topk(int(asked.capacity), dim=1).indices)
-    return scores / (taken.sum(1, keepdim=True) + 1e-20)
+def _by_token(scores: Tensor, rank: Tensor, asked: Asked) -> ExpertPlan:
+    return best_experts(scores, rank, int(asked.capacity), asked.valid, normalised=asked.settings.normalised)
 
 
 def _threshold(asked: Asked) -> Tensor:

@@ -48,8 +48,8 @@ class MoESettings:
     score_fn: str | None = None
     """`softmax`, `sigmoid` or `identity` of the gate's logits; None takes the router's."""
     norm_topk: bool | None = None
-    """Scale the weights of a token so that they sum to 1, where every token takes equally many experts; None: only with
-    `deepseek`."""
+    """Scale the weights of a token so that they sum to 1, for the routers of `BY_TOKEN`; None: only with `deepseek`
+    and more than one. A single expert's weight would always be 1, and the gate learn nothing from the output."""
     routed_scale: float = 1.0
     """Factor on the output of the experts; DSMoE has 2.5."""
     shared_inner_dim: int | None = None
@@ -91,6 +91,10 @@ class MoESettings:
         if self.inference_selection != "predictor_mask" and self.router != "diffmoe":
             raise ValueError(f"inference_selection={self.inference_selection!r} is for router='diffmoe', got "
                              f"{self.router!r}")  # fmt: skip
+        if self.norm_topk and self.router not in BY_TOKEN:
+            raise ValueError(f"norm_topk=True is for the routers {list(BY_TOKEN)}, got router={self.router!r}")
+        if self.expert_groups != 1 and self.router != "deepseek":
+            raise ValueError(f"expert_groups={self.expert_groups!r} is for router='deepseek', got {self.router!r}")
         for name in ("inner_dim", "shared_inner_dim"):
             if getattr(self, name) is not None:
                 self._whole(name)
@@ -98,6 +102,12 @@ class MoESettings:
             self._whole(name)
         if not (_number(self.threshold_momentum) and 0 <= self.threshold_momentum < 1):
             raise ValueError(f"threshold_momentum must lie in [0, 1), got {self.threshold_momentum!r}")
+        if not (_number(self.routed_scale) and self.routed_scale > 0):
+            raise ValueError(f"routed_scale must be above 0, got {self.routed_scale!r}")
+        for name in ("aux_loss_weight", "bias_rate", "gate_init_std"):
+            value = getattr(self, name)
+            if value is not None and not (_number(value) and value >= 0):
+                raise ValueError(f"{name} must be at least 0, got {value!r}")
         if self.num_experts % self.expert_groups or self.top_groups > self.expert_groups:
             raise ValueError(
                 f"expert_groups must divide num_experts={self.num_experts} and top_groups be at most expert_groups, "
@@ -111,10 +121,11 @@ class MoESettings:
         if isinstance(self.layers, str):
             self._one_of("layers", LAYERS)
             return
-        object.__setattr__(self, "layers", tuple(self.layers))
-        if not self.layers or any(not isinstance(index, int) or index < 0 for index in self.layers):
-            raise ValueError(f"layers must name blocks by indices from 0, or be one of {list(LAYERS)}, got "
-                             f"{self.layers!r}")  # fmt: skip
+        given: Any = self.layers
+        whole = isinstance(given, (list, tuple)) and all(type(index) is int and index >= 0 for index in given)
+        if not whole or not given:
+            raise ValueError(f"layers must list blocks by indices from 0, or be one of {list(LAYERS)}, got {given!r}")
+        object.__setattr__(self, "layers", tuple(given))
 
     def _one_of(self, name: str, allowed: tuple[str, ...]) -> None:
         if getattr(self, name) not in allowed:
@@ -133,7 +144,8 @@ class MoESettings:
     @property
     def normalised(self) -> bool:
         """Whether the weights of a token sum to 1."""
-        return self.router == "deepseek" if self.norm_topk is None else self.norm_topk
+        several = self.router == "deepseek" and self.capacity > 1
+        return several if self.norm_topk is None else self.norm_topk
 
     @property
     def aux_weight(self) -> float:
@@ -146,23 +158,19 @@ class MoESettings:
         return self.router in ("diffmoe", "expert_race", "expert_threshold")
 
     def blocks(self, count: int) -> tuple[int, ...]:
-        """Which of `count` blocks have experts.
+        """Which of `count` blocks have experts, at least one.
 
         Raises:
-            ValueError: an index that is not there.
+            ValueError: an index that is not there, or a choice that is none.
         """
-        if not isinstance(self.layers, str):
-            if max(self.layers) >= count:
-                raise ValueError(f"layers must be below the number of blocks, {count}, got {list(self.layers)}")
-            return tuple(sorted(set(self.layers)))
-        named = {
-            "odd": range(1, count, 2),
-            "even": range(0, count, 2),
-            "all": range(count),
-            "deep_half": range(count // 2, count),
-            "first3_last1_dense": range(3, count - 1),
-        }
-        return tuple(named[self.layers])
+        if isinstance(self.layers, str):
+            chosen = named_blocks(self.layers, count)
+            if not chosen:
+                raise ValueError(f"layers={self.layers!r} chooses none of {count} blocks; name some by their indices")
+            return chosen
+        if max(self.layers) >= count:
+            raise ValueError(f"layers must be below the number of blocks, {count}, got {list(self.layers)}")
+        return tuple(sorted(set(self.layers)))
 
     @classmethod
     def of(cls, given: Self | dict[str, Any] | None) -> Self:
@@ -179,6 +187,18 @@ class MoESettings:
         if unknown:
             raise ValueError(f"moe_config: unknown {unknown}; allowed are {known}")
         return cls(**entries)
+
+
+def named_blocks(layers: str, count: int) -> tuple[int, ...]:
+    """Which of `count` blocks one of `LAYERS` means."""
+    named = {
+        "odd": range(1, count, 2),
+        "even": range(0, count, 2),
+        "all": range(count),
+        "deep_half": range(count // 2, count),
+        "first3_last1_dense": range(3, count - 1),
+    }
+    return tuple(named[layers])
 
 
 def _number(value: Any) -> bool:

@@ -18,8 +18,8 @@ CURVE_POINTS = 48
 class Thresholds(nn.Module):
     """The thresholds of one layer, one per expert, for every kind of score that can be compared with them.
 
-    Buffers, of every kind: `KIND` (E,) the threshold, `KIND_curve` (points, E) those of a row of capacities, NaN until
-    they are fitted; and `updates`, how often a threshold was set.
+    Buffers, of every kind: `KIND` (E,) the threshold, NaN where only other kinds were ever set, `KIND_curve`
+    (points, E) those of a row of capacities, NaN until they are fitted; and `updates`, how often a threshold was set.
 
     Args:
         experts: E.
@@ -35,14 +35,14 @@ class Thresholds(nn.Module):
         self.experts, self.momentum, self.joint = experts, momentum, joint
         self.kinds = tuple(kind for kind in observed if kind != "load")
         for kind in self.kinds:
-            self.register_buffer(kind, torch.zeros(experts))
-            self.register_buffer(f"{kind}_curve", torch.full((CURVE_POINTS, experts), torch.nan))
+            self.register_buffer(kind, torch.zeros(experts, dtype=torch.float32))
+            self.register_buffer(f"{kind}_curve", torch.full((CURVE_POINTS, experts), torch.nan, dtype=torch.float32))
         if self.kinds:
             self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
         self.collecting = False
         self._collected: dict[str, list[Tensor]] = {}
         self._pending: dict[str, tuple[Tensor, int]] = {}
-        self._fitted = False
+        self._fitted: set[str] = set()
         self._capacity: float | None = None
         self._held: dict[Any, Tensor] = {}
 
@@ -61,7 +61,7 @@ class Thresholds(nn.Module):
             if key not in self._held:
                 self._held[key] = self.at(kind, self._capacity)
             return self._held[key]
-        if not self.fitted:
+        if not self.fitted(kind):
             raise ValueError(
                 "the thresholds that choose experts were never fitted, and without them every token would take every "
                 "expert; train the network with flowaccel.training.moe.moe_step(network) after every optimiser step, "
@@ -82,17 +82,29 @@ class Thresholds(nn.Module):
         self._capacity = capacity
 
     @property
-    def fitted(self) -> bool:
-        """Whether there are thresholds; asks the device once."""
-        self._fitted = self._fitted or (bool(self.kinds) and not self.updates.is_meta and int(self.updates) > 0)
-        return self._fitted
+    def capacity(self) -> float | None:
+        """What `use` took last."""
+        return self._capacity
+
+    def fitted(self, kind: str) -> bool:
+        """Whether there are thresholds of a kind; asks the device until there are."""
+        if kind in self._fitted or kind not in self.kinds or self.updates.is_meta:
+            return kind in self._fitted
+        if int(self.updates) > 0 and not bool(getattr(self, kind).isnan().any()):
+            self._fitted.add(kind)
+        return kind in self._fitted
 
     def train(self, mode: bool = True) -> Thresholds:
         """As of every module; before use it asks the device whether there are thresholds."""
         super().train(mode)
         if not mode:
-            _ = self.fitted
+            for kind in self.kinds:
+                self.fitted(kind)
         return self
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        self._fitted, self._held = set(), {}
 
     def warm(self, updates: int) -> bool:
         """Whether they were set at least so many times; waits for the device."""
@@ -120,8 +132,9 @@ class Thresholds(nn.Module):
         for kind in moved:
             buffer: Tensor = getattr(self, kind)
             fresh = means[kind].to(buffer.dtype)
-            keep = torch.where(self.updates > 0, self.momentum, 0.0)  # the first one as it is
-            buffer.copy_(keep * buffer + (1 - keep) * fresh)
+            followed = self.momentum * buffer + (1 - self.momentum) * fresh
+            first = (self.updates == 0) | buffer.isnan()
+            buffer.copy_(torch.where(first, fresh, followed))
         if moved:
             self.updates += 1
         return means
@@ -139,17 +152,22 @@ class Thresholds(nn.Module):
         """Set thresholds from the scores that were collected: exact quantiles, for `capacity` and for the curve.
 
         Raises:
-            ValueError: nothing was collected.
+            ValueError: nothing was collected, or a capacity that is not above 0 and at most E.
         """
+        if not 0 < capacity <= self.experts:
+            raise ValueError(
+                f"capacity must be above 0 and at most the number of experts, {self.experts}, got {capacity}"
+            )
         if not self._collected:
             raise ValueError("no scores were collected: run the network while collecting")
         for kind, parts in self._collected.items():
             ranked = torch.cat(parts).float().sort(dim=0, descending=True).values
             if self.joint:
                 ranked = ranked.flatten().sort(descending=True).values.unsqueeze(1).expand(-1, self.experts)
-            getattr(self, kind).copy_(_at_share(ranked, capacity / self.experts))
             curve = [_at_share(ranked, point / self.experts) for point in self.capacities().tolist()]
             getattr(self, f"{kind}_curve").copy_(torch.stack(curve))
+            share = capacity / self.experts
+            getattr(self, kind).copy_(_at_share(ranked, share) if share < 1 else torch.tensor(-torch.inf))
         self._collected, self._held = {}, {}
         self.updates += 1
 
@@ -159,7 +177,7 @@ class Thresholds(nn.Module):
         return torch.linspace(math.log(LOWEST_CAPACITY), top, CURVE_POINTS, dtype=torch.float64).exp()
 
     def at(self, kind: str, capacity: float) -> Tensor:
-        """(E,): the fitted threshold of a capacity, between those of its neighbours.
+        """(E,): the fitted threshold of a capacity, between those of its neighbours; -inf where all are wanted.
 
         Raises:
             ValueError: nothing was fitted, or a capacity that no curve holds.
@@ -174,6 +192,8 @@ class Thresholds(nn.Module):
                 "there are no thresholds for other capacities yet; fit them with "
                 "flowaccel.training.moe.calibrate_thresholds(network, batches)"
             )
+        if capacity == self.experts:
+            return torch.full_like(curve[0], -torch.inf)
         points = self.capacities()
         above = min(max(1, int(torch.searchsorted(points, capacity))), len(points) - 1)
         low, high = points[above - 1].log(), points[above].log()
@@ -182,10 +202,11 @@ class Thresholds(nn.Module):
 
 
 def _at_share(ranked: Tensor, share: float) -> Tensor:
-    """(E,): the value that so great a share of `ranked` (N, E), descending, lies above."""
+    """(E,): the value that so great a share of `ranked` (N, E), descending, lies above; finite, so that there are
+    values between it and others."""
     place = round(share * len(ranked))
     if place >= len(ranked):
-        return torch.full_like(ranked[0], -torch.inf)
+        return ranked[-1].nextafter(torch.full_like(ranked[0], -torch.inf))
     if place == 0:
         return ranked[0]
     return (ranked[place - 1] + ranked[place]) / 2
