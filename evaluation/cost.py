@@ -34,18 +34,25 @@ def _attention_flops(query: Sequence[int], key: Sequence[int], value: Sequence[i
     return 2 * batch * heads * queries * key[-2] * (width + value[-1])
 
 
+def _grouped_flops(rows: Sequence[int], weights: Sequence[int], *_: Any, **__: Any) -> int:
+    """2 flops per multiply-add of rows (P, K) in groups with a weight (K, N) of (G, K, N) each."""
+    return 2 * rows[0] * rows[1] * weights[-1]
+
+
 def count_macs(fn: Callable[[], object]) -> int:
     """Run `fn` once and return its multiply-adds in matrix products, convolutions and attention.
 
     torch counts 2 flops per multiply-add; papers disagree on the factor 2, so the unit here is the multiply-add.
-    torch has no formula for attention on the CPU and would count it as 0; ours is passed to this one counter and not
-    registered, so other users of the counter see no change. Elementwise work counts as 0, and so do kernels that
+    torch has no formula for attention on the CPU, nor for groups of rows (`grouped_mm`, which experts run with), and
+    would count them as 0; ours are passed to this one counter and not registered, so other users of the counter see no
+    change. Elementwise work counts as 0, and so do kernels that
     torch's dispatcher does not see (custom operators, graphs already compiled): count the eager model.
 
     Source: torch.utils.flop_counter; the missing formula is pytorch#195460.
     """
     cpu_attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    counter = FlopCounterMode(display=False, custom_mapping={cpu_attention: _attention_flops})
+    formulas = {cpu_attention: _attention_flops, torch.ops.aten._grouped_mm: _grouped_flops}
+    counter = FlopCounterMode(display=False, custom_mapping=formulas)
     with counter:
         fn()
     return counter.get_total_flops() // 2

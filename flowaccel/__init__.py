@@ -12,6 +12,7 @@ from flowaccel.accelerators import FeatureCache as FeatureCache
 from flowaccel.accelerators import GuidanceInterval as GuidanceInterval
 from flowaccel.accelerators import GuidanceSkip as GuidanceSkip
 from flowaccel.accelerators import LevelCache as LevelCache
+from flowaccel.accelerators import MixtureOfExperts as MixtureOfExperts
 from flowaccel.accelerators import Sampler as Sampler
 from flowaccel.accelerators import StepSkip as StepSkip
 from flowaccel.accelerators import VelocityRefiner as VelocityRefiner
@@ -60,6 +61,7 @@ __all__ = [
     "GuidanceSkip",
     "LevelCache",
     "MissingExtraError",
+    "MixtureOfExperts",
     "Recipe",
     "RecipeConflictError",
     "Report",

@@ -13,13 +13,23 @@ from flowaccel.accelerators.guidance_skip import GuidanceSkip as GuidanceSkip
 from flowaccel.accelerators.level_cache import LEVELS as LEVELS
 from flowaccel.accelerators.level_cache import Level as Level
 from flowaccel.accelerators.level_cache import LevelCache as LevelCache
+from flowaccel.accelerators.mixture_of_experts import MixtureOfExperts as MixtureOfExperts
 from flowaccel.accelerators.sampler import Sampler as Sampler
 from flowaccel.accelerators.step_skip import StepSkip as StepSkip
 from flowaccel.accelerators.velocity_refiner import VelocityRefiner as VelocityRefiner
 
 ACCELERATORS: dict[str, type[Accelerator]] = {
     kind.name: kind
-    for kind in (Sampler, DynamicWidth, VelocityRefiner, FeatureCache, LevelCache, StepSkip, GuidanceSkip)
+    for kind in (
+        Sampler,
+        DynamicWidth,
+        MixtureOfExperts,
+        VelocityRefiner,
+        FeatureCache,
+        LevelCache,
+        StepSkip,
+        GuidanceSkip,
+    )
 }
 
 __all__ = [
@@ -36,6 +46,7 @@ __all__ = [
     "GuidanceSkip",
     "Level",
     "LevelCache",
+    "MixtureOfExperts",
     "Sampler",
     "StepSkip",
     "VelocityRefiner",

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
-from flowaccel.accelerators.base import Accelerator, Detach
-from flowaccel.accelerators.loading import beside, load_network
+from flowaccel.accelerators.base import Detach
+from flowaccel.accelerators.loading import load_network
 from flowaccel.accelerators.serial import component, learned
-from flowaccel.hooks import Call, Identity, Session, denoiser, exchange, session_of
-from flowaccel.models import WidthPlan, stock_class
+from flowaccel.accelerators.variants import Variant, put_in_place
+from flowaccel.hooks import Call, Identity, Session, denoiser, session_of
+from flowaccel.models import WidthPlan
 from flowaccel.models.dynamic import Dynamics, WidthAdapter
 from flowaccel.models.dynamic.adapter import WEIGHTS_FILE as ADAPTER_WEIGHTS
 
@@ -23,7 +24,7 @@ PLANS: dict[str, type[WidthPlan]] = {WidthPlan.name: WidthPlan}
 
 
 @dataclass(frozen=True)
-class DynamicWidth(Accelerator):
+class DynamicWidth(Variant):
     """Exchange the network for one that computes, at every timestep, only the heads and channels that its routers keep
     there, and, where it has token routers, sends only the tokens that these keep through its feed-forwards.
 
@@ -51,7 +52,8 @@ class DynamicWidth(Accelerator):
     """
 
     name: ClassVar[str] = "dynamic_width"
-    kind = "variant"
+    what = "dynamic network"
+    advice = "make one with flowaccel.models.make_dynamic, and train it with `flowaccel train width`"
 
     network: nn.Module | str | Path | None = learned(FOLDER, lambda folder: load_width(folder), default=None)
     plan: WidthPlan | None = component(PLANS, default=None)
@@ -61,13 +63,7 @@ class DynamicWidth(Accelerator):
     slice_memory: float = 1.0
 
     def __post_init__(self) -> None:
-        if not isinstance(self.network, (nn.Module, str, Path, type(None))):
-            raise TypeError(f"network must be a module, a folder or None, got {type(self.network).__name__}")
-        if isinstance(self.network, nn.Module) and not is_width(self.network):
-            raise TypeError(
-                f"network must have dynamic width, got a {type(self.network).__name__}; "
-                "make one with flowaccel.models.make_dynamic, and train it with `flowaccel train width`"
-            )
+        self.check_network()
         if self.plan is not None and not isinstance(self.plan, WidthPlan):
             raise TypeError(f"plan must be a WidthPlan or None, got {self.plan!r}")
         whole = isinstance(self.buckets, int) and not isinstance(self.buckets, bool)
@@ -82,31 +78,24 @@ class DynamicWidth(Accelerator):
         if isinstance(self.slice_memory, bool) or not self.slice_memory >= 0:
             raise ValueError(f"slice_memory must not be negative, got {self.slice_memory!r}")
 
-    @property
-    def networks(self) -> dict[str, nn.Module]:
-        """None: it is the pipeline's own network while it is attached."""
-        return {}
-
-    def loaded(self, pipe: Any) -> DynamicWidth:
-        """With the network as a module."""
-        return replace(self, network=self.resolve(pipe))
-
-    def resolve(self, pipe: Any = None) -> nn.Module:
-        """The network as a module, loaded if a folder was given."""
-        if isinstance(self.network, nn.Module):
-            return self.network
-        if self.network is not None:
-            return load_width(Path(self.network))
-        advice = "train one with `flowaccel train width`, or pass DynamicWidth(network=FOLDER)"
-        return load_width(beside(pipe, FOLDER, "dynamic network", advice))
+    @staticmethod
+    def is_form(network: nn.Module) -> bool:
+        """Whether a network has dynamic width, or makes one that has."""
+        return isinstance(network, WidthAdapter) or isinstance(getattr(network, "dynamic", None), Dynamics)
 
     def stand_in(self, pipe: Any) -> Any:
-        """The dynamic network, on the device of the pipeline's own and of its type."""
-        return variant_of(self.resolve(pipe), denoiser(pipe))
+        """The dynamic network, on the device of the pipeline's own and of its type.
+
+        Raises:
+            ValueError: it is a dynamic form of another network, or an adapter for one.
+        """
+        network, base = self.resolve(pipe), denoiser(pipe)
+        if isinstance(network, WidthAdapter):
+            return network.applied(base, Identity.of(base).config).eval()
+        return self.fitted_to(network, base)
 
     def attach(self, pipe: Any) -> Detach:
         """Exchange the network; undone by putting the old object back."""
-        base, session = denoiser(pipe), session_of(pipe)
         network = self.stand_in(pipe)
         dynamics: Dynamics = network.dynamic
         if self.plan is not None and self.plan.routers != dynamics.fingerprint:
@@ -116,15 +105,7 @@ class DynamicWidth(Accelerator):
             )
         dynamics.cache.bound(int(self.slice_memory * dynamics.weight_bytes))
         self._set_sites(dynamics)
-        put_back = exchange(pipe, base, network)
-        session.follow()
-        remove = session.on_call(_Runs(self, session, network))
-
-        def detach() -> None:
-            remove()
-            put_back()
-
-        return detach
+        return put_in_place(pipe, network, _Runs(self, session_of(pipe), network))
 
     def _set_sites(self, dynamics: Dynamics) -> None:
         paths = {site.path for site in dynamics.sites}
@@ -192,36 +173,6 @@ def network_times(convention: str, timesteps: tuple[float, ...], scheduler: Any)
     times = torch.tensor(timesteps)
     scale = scheduler.config.get("num_train_timesteps", 1000)
     return {"timestep": times, "sigma": times / scale, "one_minus_sigma": 1 - times / scale}[convention]
-
-
-def is_width(network: Any) -> bool:
-    """Whether a network has dynamic width, or makes one that has."""
-    return isinstance(network, WidthAdapter) or isinstance(getattr(network, "dynamic", None), Dynamics)
-
-
-def variant_of(network: Any, base: Any) -> Any:
-    """The dynamic network to put in the place of `base`, on its device and of its type.
-
-    Raises:
-        ValueError: it is a dynamic form of another network, or an adapter for one.
-    """
-    if isinstance(network, WidthAdapter):
-        return network.applied(base, Identity.of(base).config).eval()
-    stock = stock_class(network)
-    if stock is not type(base):
-        raise ValueError(
-            f"the dynamic network is a form of {stock.__name__}, and the pipeline has a {type(base).__name__}; train "
-            "one for this pipeline with `flowaccel train width`"
-        )
-    own = {name: value for name, value in network.config.items() if name != "dynamic_config"}
-    misfits = [
-        f"{name} is {own[name]}, must be {value}"
-        for name, value in base.config.items()
-        if not name.startswith("_") and name in own and own[name] != value
-    ]
-    if misfits:
-        raise ValueError(f"the dynamic network does not fit the pipeline: {'; '.join(misfits)}")
-    return network.place(base.device, base.dtype).eval()
 
 
 def _note(call: Call, dynamics: Dynamics, shares: list[float], cut: int) -> None:

@@ -118,6 +118,12 @@ def learned(folder: str, load: Callable[[Path], nn.Module], **options: Any) -> A
     return dataclasses.field(metadata={_LEARNED: Learned(folder, load)}, **options)
 
 
+def storage_of(kind: type, name: str) -> Learned:
+    """How the field `name` of a dataclass, which is `learned`, is stored."""
+    stored: Learned = kind.__dataclass_fields__[name].metadata[_LEARNED]  # type: ignore[attr-defined]
+    return stored
+
+
 def encode(value: Any, parts: dict[str, Part], path: str = "") -> dict[str, Any]:
     """The fields of a dataclass as JSON data.
 

@@ -11,7 +11,9 @@ from flowaccel.hooks.calls import REUSED as REUSED
 from flowaccel.hooks.calls import UNCOND as UNCOND
 from flowaccel.hooks.calls import Call as Call
 from flowaccel.hooks.calls import CallRecord as CallRecord
+from flowaccel.hooks.calls import Routed as Routed
 from flowaccel.hooks.calls import Run as Run
+from flowaccel.hooks.calls import mean_capacity as mean_capacity
 from flowaccel.hooks.exchange import exchange as exchange
 from flowaccel.hooks.families import FAMILIES as FAMILIES
 from flowaccel.hooks.families import BlockList as BlockList
@@ -23,6 +25,7 @@ from flowaccel.hooks.families import register_family as register_family
 from flowaccel.hooks.identity import Identity as Identity
 from flowaccel.hooks.macs import macs_by_module as macs_by_module
 from flowaccel.hooks.macs import shapes_of as shapes_of
+from flowaccel.hooks.session import CallAround as CallAround
 from flowaccel.hooks.session import Session as Session
 from flowaccel.hooks.session import close_session as close_session
 from flowaccel.hooks.session import open_session as open_session
@@ -42,9 +45,11 @@ __all__ = [
     "Block",
     "BlockList",
     "Call",
+    "CallAround",
     "CallRecord",
     "Family",
     "Identity",
+    "Routed",
     "Run",
     "Session",
     "Wrapped",
@@ -54,6 +59,7 @@ __all__ = [
     "exchange",
     "family_of",
     "macs_by_module",
+    "mean_capacity",
     "networks",
     "open_session",
     "register_family",

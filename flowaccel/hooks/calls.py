@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,6 +16,26 @@ COND, UNCOND, EXTRA = "cond", "uncond", "extra"
 """Branches, see `Call.branches`."""
 COMPUTED, REUSED = "computed", "reused"
 """What most calls did, see `CallRecord.what`."""
+
+
+@dataclass(frozen=True)
+class Routed:
+    """What experts were given in a network call. Places that a budget keeps for them and that hold no token count as
+    given: they are computed."""
+
+    rows: int
+    """Rows of the call that came by."""
+    tokens: int
+    """Tokens of these."""
+    pairs: int
+    """Pairs of a token and an expert."""
+    macs: int
+    """Multiply-adds of the experts."""
+
+    def __add__(self, other: Routed) -> Routed:
+        return Routed(
+            self.rows + other.rows, self.tokens + other.tokens, self.pairs + other.pairs, self.macs + other.macs
+        )
 
 
 @dataclass
@@ -51,6 +71,22 @@ class CallRecord:
     """Weights of parts of layers that were held beside the whole layers."""
     slices_cut: int = 0
     """Parts that were cut for this call and not held."""
+    routed: dict[str, Routed] = field(default_factory=dict)
+    """Of modules that do as much as routers give them, by name in the network; those that did not run are not there."""
+    overflow: int | None = None
+    """Pairs of a token and an expert that were chosen and left out for a budget, counted when the run has ended; None
+    without a budget."""
+
+    @property
+    def capacity(self) -> float | None:
+        """How many experts a token was given on average, where there are experts and they ran."""
+        return mean_capacity([self])
+
+
+def mean_capacity(records: Sequence[CallRecord]) -> float | None:
+    """How many experts a token was given on average in these calls, see `Routed`; None where none ran."""
+    given = [routed for record in records for routed in record.routed.values()]
+    return sum(routed.pairs for routed in given) / sum(routed.tokens for routed in given) if given else None
 
 
 @dataclass
@@ -79,6 +115,8 @@ class Run:
     ended: bool = False
     failed: bool = False
     """Whether an exception ended it."""
+    at_end: list[Callable[[], None]] = field(default_factory=list)
+    """What accelerators have to do once it has ended; `state` is gone by then."""
 
     @property
     def num_steps(self) -> int:
@@ -91,6 +129,8 @@ class Run:
             self.ended, self.failed = True, failed
             self.seconds = time.perf_counter() - self.started
             self.state.clear()
+            while self.at_end:
+                self.at_end.pop()()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Self
 
 import torch
 from diffusers.configuration_utils import FrozenDict
-from torch import nn
+from torch import Tensor, nn
 
 from flowaccel.models.twins import twin
 
@@ -54,8 +54,8 @@ class VariantMixin:
         """The stock network's arguments."""
         return {name: value for name, value in network.config.items() if name != cls.argument}
 
-    def routing(self) -> list[nn.Module]:
-        """The modules that decide what is computed."""
+    def routing(self) -> list[Tensor]:
+        """The parameters and buffers that decide what is computed."""
         raise NotImplementedError
 
     def place(self, device: Any, dtype: torch.dtype) -> Self:
@@ -63,7 +63,7 @@ class VariantMixin:
         the network.
         """
         network: Any = self
-        kept = {id(tensor) for part in self.routing() for tensor in (*part.parameters(), *part.buffers())}
+        kept = {id(tensor) for tensor in self.routing()}
         for tensor in (*network.parameters(), *network.buffers()):
             floating = tensor.is_floating_point() and id(tensor) not in kept
             tensor.data = tensor.data.to(device, dtype if floating else tensor.dtype)

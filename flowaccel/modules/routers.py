@@ -7,7 +7,7 @@ of float64, because a flipped gate changes the network.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -48,14 +48,20 @@ def widened(value: Tensor) -> Tensor:
     return value if value.dtype == torch.float64 else value.float()
 
 
+def without_autocast(device: torch.device) -> AbstractContextManager[None]:
+    """In it nothing is cast on a device, which may also be one that has no autocast, such as `meta`."""
+    kind = device.type
+    casts = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    off: AbstractContextManager[None] = torch.autocast(kind, enabled=False) if casts else nullcontext()
+    return off
+
+
 class _WideLinear(nn.Linear):
     """Computes in the type of its input, whatever its own is, also under autocast."""
 
     def forward(self, value: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.to(value.dtype)
-        kind = value.device.type
-        casts = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-        with torch.autocast(kind, enabled=False) if casts else nullcontext():
+        with without_autocast(value.device):
             return nn.functional.linear(value, self.weight.to(value.dtype), bias)
 
 

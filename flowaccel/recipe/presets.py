@@ -18,6 +18,7 @@ from flowaccel.accelerators import (
     GuidanceSkip,
     Level,
     LevelCache,
+    MixtureOfExperts,
     Sampler,
     VelocityRefiner,
     cache_preset,
@@ -39,6 +40,7 @@ _WITH_OPTIONS: dict[str, Callable[..., Accelerator]] = {
     "guidance_skip": GuidanceSkip,
     "guidance_interval": functools.partial(GuidanceSkip, "interval"),
     "dynamic_width": DynamicWidth,
+    "mixture_of_experts": MixtureOfExperts,
 }
 """Presets of one accelerator that take options, and what makes it of them."""
 
@@ -49,6 +51,7 @@ PRESETS = {
     **{name: preset.summary for name, preset in CACHE_PRESETS.items()},
     "guidance_skip": "Stop guiding an image once its conditional and unconditional predictions agree.",
     "dynamic_width": "The network with dynamic width that lies beside the pipeline's components, in `width`.",
+    "mixture_of_experts": "The network with experts that lies beside the pipeline's components, in `moe`.",
     "guidance_interval": "Guide in one part of the run only, by default its first half.",
     **{
         name: f"the cache calibrated for the model and steps, {speedup}x fewer computed calls; else a generic one"

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from flowaccel.hooks import COMPUTED, REUSED, CallRecord, Run, macs_by_module, session_of
+from flowaccel.hooks import COMPUTED, REUSED, CallRecord, Run, macs_by_module, mean_capacity, session_of
 from flowaccel.recipe.recipe import Recipe
 from flowaccel.recipe.verbs import recipe_of
 
@@ -65,7 +65,8 @@ class Report:
     macs: int | None
     """Multiply-adds that the networks did; None where they cannot be counted (compiled networks)."""
     macs_saved: int | None
-    """Multiply-adds that they would have done besides, had every call been computed."""
+    """Multiply-adds that they would have done besides, had every call been computed, and had experts taken as many
+    tokens as in training; negative where they did more."""
 
     @property
     def calls(self) -> list[CallRecord]:
@@ -125,6 +126,17 @@ class Report:
         """Parts of layers that were cut for a single call, because the room for slices was taken."""
         return sum(call.slices_cut for call in self.calls)
 
+    @property
+    def capacity(self) -> float | None:
+        """How many experts a token was given on average; None where there are none."""
+        return mean_capacity(self.calls)
+
+    @property
+    def overflow(self) -> int | None:
+        """Pairs of a token and an expert that were chosen and did not fit the budget; None without one."""
+        found = [call.overflow for call in self.calls if call.overflow is not None]
+        return sum(found) if found else None
+
     def rows(self, what: str) -> int:
         """Rows of those calls."""
         return sum(call.rows for call in self.calls if call.what == what)
@@ -147,6 +159,8 @@ class Report:
             lines.append(
                 f"Slices of layers: {self.slice_bytes / 1e6:.1f} MB held, {self.slices_cut} cut anew for want of room."
             )
+        if self.overflow is not None:
+            lines.append(f"Left out for the budget: {self.overflow} pairs of a token and an expert.")
         if self.failed:
             lines.append(f"The run ended early, after {len(self.steps)} of {self.num_steps} evaluations.")
         if self.unsaved is not None:
@@ -156,22 +170,28 @@ class Report:
     def _macs_share(self) -> str | None:
         if self.macs is None or self.macs_saved is None:
             return None
-        return f"{self.macs_saved / (self.macs + self.macs_saved):.0%} of the multiply-adds"
+        share = self.macs_saved / (self.macs + self.macs_saved)
+        if self.capacity is None:
+            return f"{share:.0%} of the multiply-adds"
+        compared = "multiply-adds than with all calls computed at the capacity of the training"
+        return f"{abs(share):.0%} {'fewer' if share >= 0 else 'more'} {compared}"
 
-    def _width(self) -> list[str]:
-        """What width left out, where nothing else was."""
+    def _within(self) -> list[str]:
+        """What calls left out within, where nothing else was."""
         widths = [call.width for call in self.calls if call.width is not None]
         macs = self._macs_share()
-        if not widths:
-            return []
-        return [f"Width {sum(widths) / len(widths):.0%} on average{'' if macs is None else f', {macs} left out'}."]
+        if self.capacity is not None:
+            experts = _experts(self.capacity, self.overflow)
+            return [f"{experts[0].upper()}{experts[1:]} on average{'' if macs is None else f', {macs}'}."]
+        left_out = "" if macs is None else f", {macs} left out"
+        return [f"Width {sum(widths) / len(widths):.0%} on average{left_out}."] if widths else []
 
     def _savings(self) -> list[str]:
         """What caches and guidance left out, in a line or two."""
         parts = [f"Reused: {self.hit_rate:.0%}"] if any(step.computed for step in self.steps) else []
         parts += [] if self.guided_rate is None else [f"{'not' if parts else 'Not'} guided: {1 - self.guided_rate:.0%}"]
         if not parts:
-            return self._width()
+            return self._within()
         macs = self._macs_share()
         macs = "" if macs is None else f", {macs}"
         seconds = "" if self.seconds_saved is None else f", about {self.seconds_saved:.3f} s"
@@ -197,7 +217,13 @@ def _letters(images: Sequence[bool], letters: str, what: str) -> str:
 def _describe(call: CallRecord) -> str:
     network = "" if call.network == "transformer" else f" on {call.network}"
     width = "" if call.width is None else f", width {call.width:.0%}"
-    return f"{'+'.join(call.branches)} {call.what}{network}{width}"
+    experts = "" if call.capacity is None else f", {_experts(call.capacity, call.overflow)}"
+    return f"{'+'.join(call.branches)} {call.what}{network}{width}{experts}"
+
+
+def _experts(capacity: float, overflow: int | None) -> str:
+    """What was computed: with a budget, that is room for as many, whether it was taken or not."""
+    return f"{'' if overflow is None else 'room for '}{capacity:.2f} experts a token"
 
 
 def report(pipe: Any) -> Report:
@@ -234,6 +260,7 @@ def _macs(run: Run) -> dict[str, int | None]:
         for record in run.records:
             if record.network == name:
                 left_out = int(sum(counts.get(path, 0) * number for path, number in record.not_run.items()))
+                left_out += sum(counts.get(path, 0) * r.rows - r.macs * rows for path, r in record.routed.items())
                 saved += left_out // rows
                 done += (counts[""] * record.rows - left_out) // rows if record.what in _BY_NETWORK else 0
     return {"macs": done, "macs_saved": saved}

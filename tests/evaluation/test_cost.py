@@ -58,6 +58,11 @@ def test_linear_and_convolution() -> None:
     assert count_macs(lambda: nn.Conv2d(2, 4, 3, padding=1)(torch.randn(1, 2, 8, 8))) == 4 * 8 * 8 * 2 * 9
 
 
+def test_groups_of_rows_are_counted() -> None:
+    rows, weights, ends = torch.randn(20, 16), torch.randn(3, 16, 32), torch.tensor([8, 8, 20], dtype=torch.int32)
+    assert count_macs(lambda: nn.functional.grouped_mm(rows, weights, offs=ends)) == 20 * 16 * 32
+
+
 def test_work_that_is_left_out_is_not_counted() -> None:
     assert count_macs(lambda: None) == 0
 

@@ -42,9 +42,9 @@ class DynamicMixin(VariantMixin):
         """None takes the defaults."""
         return DynamicSettings.of(given)
 
-    def routing(self) -> list[nn.Module]:
-        """The routers: a flipped gate changes the network."""
-        return [self.dynamic]
+    def routing(self) -> list[Tensor]:
+        """Those of the routers: a flipped gate changes the network."""
+        return [*self.dynamic.parameters(), *self.dynamic.buffers()]
 
     def install(self, settings: DynamicSettings) -> None:
         """Add the routers and wire them."""

@@ -53,10 +53,15 @@ class MoEMixin(VariantMixin):
             dense: FeedForward = getattr(blocks[index], FEED_FORWARD)
             setattr(blocks[index], FEED_FORWARD, MoEFeedForward.of(dense, settings))
 
-    def routing(self) -> list[nn.Module]:
-        """Gates, capacity predictors and thresholds."""
+    def routing(self) -> list[Tensor]:
+        """Those of gates, capacity predictors and thresholds, and selection biases."""
         network: Any = self
-        return [part for layer in moe_layers(network).values() for part in layer.router_parts]
+        return [
+            tensor
+            for layer in moe_layers(network).values()
+            for name, tensor in (*layer.named_parameters(), *layer.named_buffers())
+            if name.partition(".")[0] in self._keep_in_fp32_modules
+        ]
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         """As diffusers'.

@@ -46,6 +46,11 @@ class ExpertShape:
         """Of the first layer: twice the hidden width where one half gates the other."""
         return self.inner_dim * (2 if self.activation_fn in GATED else 1)
 
+    @property
+    def macs(self) -> int:
+        """Multiply-adds of its matrix products for one token."""
+        return self.rows * self.dim + self.dim * self.inner_dim
+
     def activate(self, hidden: Tensor) -> Tensor:
         """(..., rows) -> (..., H); of gated ones the first half is the value, as in diffusers."""
         if self.activation_fn in PLAIN:
@@ -133,7 +138,8 @@ class Experts(nn.Module):
 
     def _backend(self, pool: Tensor, plan: ExpertPlan) -> str:
         if self.backend != "auto":
-            runs = {"bmm": plan.each is not None, "grouped_mm": grouped_runs(self.w_in, pool)}
+            grouped = not pool.is_meta and grouped_runs(self.w_in, pool)  # torch does not count it
+            runs = {"bmm": plan.each is not None, "grouped_mm": grouped}
             return self.backend if runs.get(self.backend, True) else "loop"
         if plan.each is not None:
             return "bmm"

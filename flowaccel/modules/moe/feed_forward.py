@@ -17,6 +17,7 @@ from flowaccel.modules.moe.plans import ExpertPlan
 from flowaccel.modules.moe.routing import GATE, LOAD, PREDICTOR, ROUTING, Asked, Routed, invariance
 from flowaccel.modules.moe.settings import SELECTIONS, MoESettings
 from flowaccel.modules.moe.thresholds import Thresholds
+from flowaccel.modules.routers import without_autocast
 
 _PREDICTOR_STD = 0.02
 
@@ -70,6 +71,7 @@ class MoEFeedForward(nn.Module):
         self.budget: float | None = None
         self.aux_loss_scale = 1.0
         self.plan: ExpertPlan | None = None
+        self.pooled: tuple[int, int] | None = None
         self.aux_loss: Tensor | None = None
         self.overflow: Tensor | None = None
         self.reset_router()
@@ -87,6 +89,8 @@ class MoEFeedForward(nn.Module):
     """Factor on the gradient of the router's own loss: that which the rest of the loss is divided by."""
     plan: ExpertPlan | None
     """What the last call chose, without gradients."""
+    pooled: tuple[int, int] | None
+    """(B, L) of the last call."""
     aux_loss: Tensor | None
     """The router's own loss in the last call while training, with its weight and without gradient."""
     overflow: Tensor | None
@@ -133,7 +137,7 @@ class MoEFeedForward(nn.Module):
         valid = self._valid(hidden_states, token_mask)
         if valid is not None and not bool(valid.any()):
             return torch.zeros_like(hidden_states) if self.shared is None else self.shared(hidden_states)
-        with torch.autocast(pool.device.type, enabled=False):
+        with without_autocast(pool.device):
             routed = self.route(pool, hidden_states.shape[0] if hidden_states.dim() == 3 else 1, valid)
         plan = routed.plan
         output = self.settings.routed_scale * self.experts(pool, plan)
@@ -147,6 +151,8 @@ class MoEFeedForward(nn.Module):
         if not hidden_states.is_meta:
             self.plan = ExpertPlan(plan.tokens, plan.experts, plan.weights.detach(), plan.counts, plan.each)
             self.overflow = routed.overflow
+            samples = hidden_states.shape[0] if hidden_states.dim() == 3 else 1
+            self.pooled = (samples, hidden_states.shape[-2])
         return output.reshape(hidden_states.shape)
 
     def route(self, pool: Tensor, samples: int, valid: Tensor | None = None) -> Routed:

