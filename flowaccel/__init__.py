@@ -12,6 +12,8 @@ from flowaccel.accelerators import FeatureCache as FeatureCache
 from flowaccel.accelerators import GuidanceInterval as GuidanceInterval
 from flowaccel.accelerators import GuidanceSkip as GuidanceSkip
 from flowaccel.accelerators import LevelCache as LevelCache
+from flowaccel.accelerators import Mediators as Mediators
+from flowaccel.accelerators import MediatorSchedule as MediatorSchedule
 from flowaccel.accelerators import MixtureOfExperts as MixtureOfExperts
 from flowaccel.accelerators import Sampler as Sampler
 from flowaccel.accelerators import StepSkip as StepSkip
@@ -60,6 +62,8 @@ __all__ = [
     "GuidanceInterval",
     "GuidanceSkip",
     "LevelCache",
+    "MediatorSchedule",
+    "Mediators",
     "MissingExtraError",
     "MixtureOfExperts",
     "Recipe",

@@ -13,6 +13,8 @@ from flowaccel.accelerators.guidance_skip import GuidanceSkip as GuidanceSkip
 from flowaccel.accelerators.level_cache import LEVELS as LEVELS
 from flowaccel.accelerators.level_cache import Level as Level
 from flowaccel.accelerators.level_cache import LevelCache as LevelCache
+from flowaccel.accelerators.mediator_schedule import MediatorSchedule as MediatorSchedule
+from flowaccel.accelerators.mediators import Mediators as Mediators
 from flowaccel.accelerators.mixture_of_experts import MixtureOfExperts as MixtureOfExperts
 from flowaccel.accelerators.sampler import Sampler as Sampler
 from flowaccel.accelerators.step_skip import StepSkip as StepSkip
@@ -24,6 +26,7 @@ ACCELERATORS: dict[str, type[Accelerator]] = {
         Sampler,
         DynamicWidth,
         MixtureOfExperts,
+        Mediators,
         VelocityRefiner,
         FeatureCache,
         LevelCache,
@@ -46,6 +49,8 @@ __all__ = [
     "GuidanceSkip",
     "Level",
     "LevelCache",
+    "MediatorSchedule",
+    "Mediators",
     "MixtureOfExperts",
     "Sampler",
     "StepSkip",

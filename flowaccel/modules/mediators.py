@@ -10,7 +10,7 @@ Shapes: B rows, N = H * W tokens of an image (row by row) after E extra ones, n 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Self
 
 import torch
@@ -165,7 +165,7 @@ class GridAttention(nn.Module, AttentionModuleMixin):
                 f"hidden_states must have {expected} tokens, {self.extra} extra ones and a grid of {self.grid[0]} x "
                 f"{self.grid[1]}, got {hidden_states.shape[1]}"
             )
-        self._check_backend()
+        self.check_backend()
         attended: Tensor = self.processor(self, hidden_states)
         return self.to_out[0](attended)
 
@@ -238,7 +238,8 @@ class GridAttention(nn.Module, AttentionModuleMixin):
         """What `tables` returned, with 0 for the extra tokens."""
         raise NotImplementedError
 
-    def _check_backend(self) -> None:
+    def check_backend(self) -> None:
+        """Raise a ValueError if the attention backend would leave the biases out."""
         backend = getattr(self.processor, "_attention_backend", None)
         name = getattr(backend, "value", backend)
         if self.tables is not None and name is not None and name not in TAKES_BIAS:
@@ -311,6 +312,14 @@ class MediatorAttention(GridAttention):
 
     count: int
     """How many mediators are used."""
+    groups: Callable[[], Mapping[int, Tensor]] | None = None
+    """Where rows use different numbers: gives the indices of the input's rows that use each, all rows in all."""
+    ran: list[tuple[int, int]] | None = None
+    """Where it is a list: gets (mediators, rows) of all that is computed."""
+
+    def attention_macs(self, count: int) -> int:
+        """Multiply-adds of a row's two attentions with so many mediators: what depends on their number."""
+        return 4 * count * (self.extra + self.grid[0] * self.grid[1]) * self.heads * self.head_dim
 
     def use(self, count: int) -> None:
         """Set how many mediators are used.
@@ -318,10 +327,14 @@ class MediatorAttention(GridAttention):
         Raises:
             ValueError: a number that there are no biases for; without biases, no square or too many.
         """
+        self.check(count)
+        self.count = count
+
+    def check(self, count: int) -> None:
+        """Raise the ValueError of `use`, if it would."""
         mediator_side(count, self.grid)
         if self.mediator_biases is not None and count not in self.counts:
             raise ValueError(f"there are biases for {list(self.counts)} mediators, got {count}")
-        self.count = count
 
     @property
     def tables(self) -> nn.Module | None:
@@ -330,6 +343,21 @@ class MediatorAttention(GridAttention):
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, attend: Attend) -> Tensor:
         """Mediators read the values, and queries read what they read."""
+        if self.groups is None:
+            return self._through(query, key, value, attend)
+        groups, count = self.groups(), self.count
+        found = []
+        try:
+            for self.count, rows in groups.items():
+                found.append(self._through(query[rows], key[rows], value[rows], attend))
+        finally:
+            self.count = count
+        joined, order = torch.cat(found), torch.cat(list(groups.values())).to(query.device)
+        return torch.empty_like(joined).index_copy(0, order, joined)
+
+    def _through(self, query: Tensor, key: Tensor, value: Tensor, attend: Attend) -> Tensor:
+        if self.ran is not None:
+            self.ran.append((self.count, len(query)))
         reading, asking = self.biases(query) or (None, None)
         query, key, value, mediators = self.split(query, key, value, self.pooled(query))
         read = attend(mediators, key, value, reading)

@@ -44,7 +44,7 @@ class MediatorSiTTransformer2DModel(VariantMixin, SiTTransformer2DModel):
         for index in settings.blocks(len(blocks)):
             blocks[index].attn = mediated(blocks[index].attn, (self.grid_size, self.grid_size), settings)
 
-    def routing(self) -> list[nn.Module]:
+    def routing(self) -> list[Tensor]:
         """Nothing that decides has weights."""
         return []
 
