@@ -7,7 +7,19 @@ import sys
 
 import typer
 
-from flowaccel.cli import calibrate, compare, convert, demo, evaluate, generate, plan, recipes, stats, train, zoo
+from flowaccel.cli import (
+    calibrate,
+    compare,
+    convert,
+    demo,
+    evaluate,
+    generate,
+    plan,
+    recipes,
+    stats,
+    train_mediators,
+    zoo,
+)
 
 app = typer.Typer(
     name="flowaccel",
@@ -27,7 +39,7 @@ app.command("stats")(stats.stats)
 app.command("export-npz")(stats.export)
 app.command("convert")(convert.convert)
 app.command("recipes")(recipes.recipes)
-app.add_typer(train.app, name="train")
+app.add_typer(train_mediators.app, name="train")  # that of `train`, and one command more
 app.add_typer(zoo.app, name="zoo")
 
 

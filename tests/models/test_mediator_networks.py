@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import tiny
-from flowaccel.errors import CheckpointError
+from flowaccel.errors import CheckpointError, UnsupportedModelError
 from flowaccel.hooks import macs_by_module
 from flowaccel.models.mediators import MediatorSettings, MediatorSiTTransformer2DModel, mediator_layers, set_mediators
 from flowaccel.models.sit import SiTAttention, SiTAttnProcessor
@@ -65,6 +65,12 @@ def test_full_attention_with_biases_at_zero_is_the_softmax_network() -> None:
     control = MediatorSiTTransformer2DModel.from_base(base, MediatorSettings(counts=None))
     assert kinds(control) == [SoftmaxGridAttention] * BLOCKS and not mediator_layers(control)
     torch.testing.assert_close(call(control), call(base), atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("other", [network(), tiny.sd3_pipeline().transformer], ids=["with mediators", "SD3"])
+def test_only_the_stock_network_can_be_made_over(other: Any) -> None:
+    with pytest.raises(UnsupportedModelError, match=r"put into a SiTTransformer2DModel, got a (MediatorSiT|SD3)"):
+        MediatorSiTTransformer2DModel.from_base(other)
 
 
 def test_without_settings_it_is_the_stock_network() -> None:

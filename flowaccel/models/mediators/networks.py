@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
+from flowaccel.errors import UnsupportedModelError
 from flowaccel.models.mediators.official import read_mediators, write_mediators
 from flowaccel.models.mediators.settings import MediatorSettings
 from flowaccel.models.official import load_converted
@@ -59,8 +60,13 @@ class MediatorSiTTransformer2DModel(VariantMixin, SiTTransformer2DModel):
             settings: which attention, and how many mediators.
 
         Raises:
+            UnsupportedModelError: another network, or another form of it.
             ValueError: settings that are not known or do not fit.
         """
+        if type(base) is not cls.stock:
+            raise UnsupportedModelError(
+                f"mediators are put into a {cls.stock.__name__}, got a {type(base).__name__}; give the stock network"
+            )
         network = cls.around(base)
         cls.install(network, MediatorSettings.of(settings))
         with torch.no_grad():
