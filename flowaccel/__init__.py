@@ -7,6 +7,7 @@ from diffusers import SchedulerMixin as SchedulerMixin
 
 from flowaccel.accelerators import Accelerator as Accelerator
 from flowaccel.accelerators import AdaptiveGuidance as AdaptiveGuidance
+from flowaccel.accelerators import AgentAttention as AgentAttention
 from flowaccel.accelerators import DynamicWidth as DynamicWidth
 from flowaccel.accelerators import FeatureCache as FeatureCache
 from flowaccel.accelerators import GuidanceInterval as GuidanceInterval
@@ -50,6 +51,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Accelerator",
     "AdaptiveGuidance",
+    "AgentAttention",
     "CheckpointError",
     "DigitsClassifier",
     "DynamicWidth",

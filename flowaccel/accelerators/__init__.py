@@ -1,5 +1,6 @@
 """What a user switches on: one file each."""
 
+from flowaccel.accelerators.agent_attention import AgentAttention as AgentAttention
 from flowaccel.accelerators.base import Accelerator as Accelerator
 from flowaccel.accelerators.cache_presets import CACHE_PRESETS as CACHE_PRESETS
 from flowaccel.accelerators.cache_presets import cache_preset as cache_preset
@@ -28,6 +29,7 @@ ACCELERATORS: dict[str, type[Accelerator]] = {
         MixtureOfExperts,
         Mediators,
         VelocityRefiner,
+        AgentAttention,
         FeatureCache,
         LevelCache,
         StepSkip,
@@ -41,6 +43,7 @@ __all__ = [
     "LEVELS",
     "Accelerator",
     "AdaptiveGuidance",
+    "AgentAttention",
     "Calibration",
     "DynamicWidth",
     "FeatureCache",

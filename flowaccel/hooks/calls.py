@@ -80,6 +80,8 @@ class CallRecord:
 
     mediators: tuple[int, ...] = ()
     """Per image of the call, how many mediators attention goes through, where it does and any of it ran."""
+    agents: tuple[str, ...] = ()
+    """Names in the network of the attention layers that ran with agents in the place of full attention."""
     spared: int = 0
     """Multiply-adds that modules which ran did less than they are counted with, where an accelerator sets by row how
     much they do; negative where they did more."""

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from flowaccel.accelerators import AgentAttention
 from flowaccel.hooks import COMPUTED, REUSED, CallRecord, Run, macs_by_module, mean_capacity, session_of
 from flowaccel.recipe.recipe import Recipe
 from flowaccel.recipe.verbs import recipe_of
@@ -196,6 +197,8 @@ class Report:
         if self.mediators is not None:
             return [f"{self.mediators:.1f} mediators on average{'' if macs is None else f', {macs}'}."]
         left_out = "" if macs is None else f", {macs} left out"
+        if with_agents := sum(bool(call.agents) for call in self.calls):
+            return [f"Agents in the place of full attention in {with_agents} of {len(self.calls)} calls{left_out}."]
         return [f"Width {sum(widths) / len(widths):.0%} on average{left_out}."] if widths else []
 
     def _savings(self) -> list[str]:
@@ -229,8 +232,9 @@ def _letters(images: Sequence[bool], letters: str, what: str) -> str:
 def _describe(call: CallRecord) -> str:
     network = "" if call.network == "transformer" else f" on {call.network}"
     width = "" if call.width is None else f", width {call.width:.0%}"
+    agents = f", agents in {len(call.agents)} layers" if call.agents else ""
     experts = "" if call.capacity is None else f", {_experts(call.capacity, call.overflow)}"
-    return f"{'+'.join(call.branches)} {call.what}{network}{width}{experts}{_mediators(call.mediators)}"
+    return f"{'+'.join(call.branches)} {call.what}{network}{width}{experts}{_mediators(call.mediators)}{agents}"
 
 
 def _mediators(images: Sequence[int]) -> str:
@@ -307,7 +311,7 @@ def _unsaved(recipe: Recipe, records: Sequence[CallRecord]) -> str | None:
         return "no network call was seen; compiled blocks call the network in ways that are not observed"
     if not recipe.accelerators:
         return "the recipe is empty"
-    if all(accelerator.kind != "hook" for accelerator in recipe.accelerators):
+    if all(part.kind != "hook" or isinstance(part, AgentAttention) for part in recipe.accelerators):
         return "the recipe saves steps or the work within a call, not calls"
     names = ", ".join(repr(accelerator.name) for accelerator in recipe.accelerators)
     return f"{names} had every call computed"
