@@ -17,6 +17,7 @@ from flowaccel.cli import (
     plan,
     recipes,
     stats,
+    train,
     train_mediators,
     zoo,
 )
@@ -39,7 +40,8 @@ app.command("stats")(stats.stats)
 app.command("export-npz")(stats.export)
 app.command("convert")(convert.convert)
 app.command("recipes")(recipes.recipes)
-app.add_typer(train_mediators.app, name="train")  # that of `train`, and one command more
+train.app.command("mediators")(train_mediators.mediators)
+app.add_typer(train.app, name="train")
 app.add_typer(zoo.app, name="zoo")
 
 

@@ -22,7 +22,7 @@ from flowaccel.cli.common import (
     say,
 )
 from flowaccel.cli.common import progress as progress_bar
-from flowaccel.cli.train import app, known_data, training_data
+from flowaccel.cli.train import known_data, training_data
 from flowaccel.models.mediators import MediatorSettings, MediatorSiTTransformer2DModel
 from flowaccel.pipelines import SiTPipeline
 from flowaccel.recipe import Recipe
@@ -35,7 +35,6 @@ METHODS = ("retrofit", "scratch")
 FEATURE_WEIGHT = 0.5
 
 
-@app.command("mediators")
 def mediators(
     pipe: PipeArgument,
     out: Annotated[Path, typer.Option(help="Folder for the recipe with the network; a started one is resumed.")],
