@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from flowaccel.gates.base import mean_abs, relative_change
+from flowaccel.gates.base import mean_abs, mean_square, relative_change
 
 Levels = tuple[tuple[float, int], ...]
 METRICS, DECIDES = ("mae", "mse"), ("image", "batch")
@@ -176,11 +176,7 @@ class Switching:
 
 def measured(before: Tensor, after: Tensor, metric: str) -> Tensor:
     """(units, ...) twice -> (units,) how far apart they are, see `MediatorSchedule.metric`."""
-    difference = after - before
-    if metric == "mae":
-        return mean_abs(difference)
-    flat = difference.flatten(1)
-    return torch.linalg.vector_norm(flat, dim=1, dtype=torch.float32).square() / flat.shape[1]
+    return (mean_abs if metric == "mae" else mean_square)(after - before)
 
 
 def _levels(name: str, given: Any) -> Levels:
