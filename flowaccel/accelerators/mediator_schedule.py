@@ -43,7 +43,8 @@ class MediatorSchedule:
             the images, and is what `distance` comes to with a stochastic sampler, t = 1 - ratio^2.
         distance: the paper's rule, for stochastic samplers: pairs of a ratio and a number, such as ((0.85, 16),
             (0.7, 64)). The number becomes 16 after a step that moved the image by less than 0.85 times what the steps
-            in the beginning did on average. Ratios do not rise; several levels may be passed in one step.
+            in the beginning did on average. Ratios do not rise; several levels may be passed in one step. Every
+            evaluation counts as a step, so that samplers with several of them (Heun) are not what it was made for.
         change: a rule for deterministic samplers too, where the images' steps tell next to nothing: pairs of a
             threshold and a number, such as ((0.1, 16),). The number becomes 16 after a step at which the velocity was
             more than 0.1 from that of the step before, mean(abs(v - before)) / mean(abs(v)), with guidance. It
