@@ -443,7 +443,7 @@ def test_recipes_and_names(tmp_path: Path) -> None:
     with accelerated(pipe, "mediators:start=1,distance=[[0.99,4],[0.97,16]],first=1,decide=image"):
         images(pipe, 1)
         assert numbers(pipe)[-1] == (16,)
-    with pytest.raises(ValueError, match="preset 'mediators': .* unexpected keyword argument 'tokens'"):
+    with pytest.raises(ValueError, match=r"preset 'mediators': .* unexpected keyword argument 'tokens'"):
         accelerate(pipe, "mediators:tokens=4")
     with pytest.raises(RecipeConflictError, match="made for a SiTTransformer2DModel"):
         accelerate(tiny.sit_pipeline(num_layers=2), again)
