@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from flowaccel.gates.base import mean_abs, relative_change
+from flowaccel.gates.base import mean_abs, mean_square, relative_change
 
 Levels = tuple[tuple[float, int], ...]
 METRICS, DECIDES = ("mae", "mse"), ("image", "batch")
@@ -43,7 +43,8 @@ class MediatorSchedule:
             the images, and is what `distance` comes to with a stochastic sampler, t = 1 - ratio^2.
         distance: the paper's rule, for stochastic samplers: pairs of a ratio and a number, such as ((0.85, 16),
             (0.7, 64)). The number becomes 16 after a step that moved the image by less than 0.85 times what the steps
-            in the beginning did on average. Ratios do not rise; several levels may be passed in one step.
+            in the beginning did on average. Ratios do not rise; several levels may be passed in one step. Every
+            evaluation counts as a step, so that samplers with several of them (Heun) are not what it was made for.
         change: a rule for deterministic samplers too, where the images' steps tell next to nothing: pairs of a
             threshold and a number, such as ((0.1, 16),). The number becomes 16 after a step at which the velocity was
             more than 0.1 from that of the step before, mean(abs(v - before)) / mean(abs(v)), with guidance. It
@@ -176,11 +177,7 @@ class Switching:
 
 def measured(before: Tensor, after: Tensor, metric: str) -> Tensor:
     """(units, ...) twice -> (units,) how far apart they are, see `MediatorSchedule.metric`."""
-    difference = after - before
-    if metric == "mae":
-        return mean_abs(difference)
-    flat = difference.flatten(1)
-    return torch.linalg.vector_norm(flat, dim=1, dtype=torch.float32).square() / flat.shape[1]
+    return (mean_abs if metric == "mae" else mean_square)(after - before)
 
 
 def _levels(name: str, given: Any) -> Levels:

@@ -90,12 +90,17 @@ class Mediators(Variant):
         with ExitStack() as undo:
             for layer in layers.values():
                 undo.callback(setattr, layer, "count", layer.count)
-                layer.count = most(layer)
-            runs = _Runs(self, session_of(pipe), network, layers)
+                layer.count = self._most(layer)
+            runs = _Runs(self.schedule, session_of(pipe), network, layers)
             undo.callback(put_in_place(pipe, network, runs))
             if self.schedule is not None and self.schedule.fixed is None:
                 undo.callback(session_of(pipe).on_step(runs.observe))
             return undo.pop_all().close
+
+    def _most(self, layer: MediatorAttention) -> int:
+        if self.schedule is not None:
+            return max(self.schedule.counts)
+        return layer.counts[-1] if self.count is None else self.count
 
     def _check(self, network: nn.Module, layers: Mapping[str, MediatorAttention]) -> None:
         given = "count" if self.count is not None else "schedule"
@@ -113,18 +118,18 @@ class Mediators(Variant):
                 module.check_backend()
 
 
-def most(layer: MediatorAttention) -> int:
-    """The largest number of mediators that a layer was made for: it is counted with that many."""
-    return layer.counts[-1]
-
-
 class _Runs:
     """What stands around the network's calls: sets every row's number of mediators, and watches the steps."""
 
     def __init__(
-        self, config: Mediators, session: Session, network: nn.Module, layers: Mapping[str, MediatorAttention]
+        self,
+        schedule: MediatorSchedule | None,
+        session: Session,
+        network: nn.Module,
+        layers: Mapping[str, MediatorAttention],
     ) -> None:
-        self.config, self.session, self.network, self.layers = config, session, network, list(layers.values())
+        self.schedule, self.session, self.network, self.layers = schedule, session, network, list(layers.values())
+        self.most = self.layers[0].count if self.layers else 0  # what is set between calls, and counted with
 
     def __call__(self, proceed: Callable[..., Any], call: Call) -> Any:
         if call.module is not self.network or not self.layers:
@@ -138,19 +143,18 @@ class _Runs:
 
     def _counts(self, call: Call) -> tuple[int, ...]:
         """Per image, or one for all."""
-        schedule = self.config.schedule
-        if schedule is None:
-            return (self.config.count or most(self.layers[0]),)
-        if schedule.fixed is not None:
-            scale = self.session.pipe.scheduler.config.get("num_train_timesteps", 1000)
-            return (schedule.at(1 - call.timestep / scale),)
-        return self._switching.counts
+        if self.schedule is None:
+            return (self.most,)
+        if self.schedule.fixed is None:
+            return self._switching.counts
+        scale = self.session.pipe.scheduler.config.get("num_train_timesteps", 1000)
+        return (self.schedule.at(1 - call.timestep / scale),)
 
     @property
     def _switching(self) -> Switching:
-        run, schedule = self.session.run, self.config.schedule
-        assert run is not None and schedule is not None
-        found: Switching = run.state.setdefault(self, Switching(schedule))
+        run = self.session.run
+        assert run is not None and self.schedule is not None
+        found: Switching = run.state.setdefault(self, Switching(self.schedule))
         return found
 
     def observe(self, velocity: Tensor, sample: Tensor, result: Tensor) -> None:
@@ -167,17 +171,17 @@ class _Runs:
         for layer in self.layers:
             layer.ran = []
             layer.groups = (lambda: groups(call.run.only)) if mixed else None
-            layer.count = most(layer) if mixed else rows[0]
+            layer.count = self.most if mixed else rows[0]
         try:
             yield
         finally:
             for layer in self.layers:
-                layer.ran, layer.groups, layer.count = None, None, most(layer)
+                layer.ran, layer.groups, layer.count = None, None, self.most
 
     def _note(self, call: Call, rows: Sequence[int]) -> None:
         ran = [(layer, count, number) for layer in self.layers for count, number in layer.ran or ()]
         for layer, count, number in ran:
-            call.record.spared += number * (layer.attention_macs(most(layer)) - layer.attention_macs(count))
+            call.record.spared += number * (layer.attention_macs(self.most) - layer.attention_macs(count))
         if ran:
             images = dict(zip(call.row_images, rows, strict=True))
             call.record.mediators = tuple(images[image] for image in sorted(images))

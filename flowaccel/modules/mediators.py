@@ -238,9 +238,9 @@ class GridAttention(nn.Module, AttentionModuleMixin):
         """What `tables` returned, with 0 for the extra tokens."""
         raise NotImplementedError
 
-    def check_backend(self) -> None:
-        """Raise a ValueError if the attention backend would leave the biases out."""
-        backend = getattr(self.processor, "_attention_backend", None)
+    def check_backend(self, backend: Any = None) -> None:
+        """Raise a ValueError if an attention backend, by default the one that is set, would leave the biases out."""
+        backend = backend or getattr(self.processor, "_attention_backend", None)
         name = getattr(backend, "value", backend)
         if self.tables is not None and name is not None and name not in TAKES_BIAS:
             raise ValueError(

@@ -67,7 +67,8 @@ class Report:
     """Multiply-adds that the networks did; None where they cannot be counted (compiled networks)."""
     macs_saved: int | None
     """Multiply-adds that they would have done besides, had every call been computed, and had experts taken as many
-    tokens as in training, and attention gone through the most mediators; negative where they did more."""
+    tokens as in training, and attention always gone through the most mediators of the recipe; negative where they did
+    more."""
 
     @property
     def calls(self) -> list[CallRecord]:
@@ -181,7 +182,7 @@ class Report:
         if self.capacity is not None:
             compared = "at the capacity of the training"
         elif self.mediators is not None:
-            compared = "with the most mediators that the network was made for"
+            compared = "with the most mediators"
         else:
             return f"{share:.0%} of the multiply-adds"
         fewer = "fewer" if share >= 0 else "more"
@@ -195,7 +196,7 @@ class Report:
             experts = _experts(self.capacity, self.overflow)
             return [f"{experts[0].upper()}{experts[1:]} on average{'' if macs is None else f', {macs}'}."]
         if self.mediators is not None:
-            return [f"{self.mediators:.1f} mediators on average{'' if macs is None else f', {macs}'}."]
+            return [f"{self.mediators:.1f} mediators on average{f', {macs}' if self.macs_saved else ''}."]
         left_out = "" if macs is None else f", {macs} left out"
         if with_agents := sum(bool(call.agents) for call in self.calls):
             return [f"Agents in the place of full attention in {with_agents} of {len(self.calls)} calls{left_out}."]

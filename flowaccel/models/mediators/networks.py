@@ -45,6 +45,17 @@ class MediatorSiTTransformer2DModel(VariantMixin, SiTTransformer2DModel):
         for index in settings.blocks(len(blocks)):
             blocks[index].attn = mediated(blocks[index].attn, (self.grid_size, self.grid_size), settings)
 
+    def set_attention_backend(self, backend: str) -> None:
+        """As diffusers'.
+
+        Raises:
+            ValueError: a backend that cannot add the position biases.
+        """
+        for module in self.modules():
+            if isinstance(module, GridAttention):
+                module.check_backend(backend)
+        super().set_attention_backend(backend)
+
     def routing(self) -> list[Tensor]:
         """Nothing that decides has weights."""
         return []
