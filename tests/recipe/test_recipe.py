@@ -116,7 +116,8 @@ def test_every_preset_in_the_table_works(tmp_path: Path) -> None:
     MediatorSiTTransformer2DModel.from_base(pipe.transformer).save_pretrained(tmp_path / "mediators")
     pipe.register_to_config(_name_or_path=str(tmp_path))  # variants look for their networks beside the components
     untouched = image(pipe)
-    for name in PRESETS:
+    elsewhere = {"agent_attention"}  # not for this network: tests/accelerators/test_agent_attention.py
+    for name in PRESETS.keys() - elsewhere:
         with accelerated(pipe, name.replace("BLOCKS", "H2P3")):
             assert torch.isfinite(image(pipe)).all()
     assert torch.equal(image(pipe), untouched)
