@@ -49,6 +49,7 @@ from flowaccel.modules.moe import moe_layers, set_moe_capacity, set_moe_selectio
 from flowaccel.pipelines import load_pipeline
 from flowaccel.recipe import Recipe
 from flowaccel.samplers.paths import LINEAR, flow_loss
+from flowaccel.training.moe import realised_capacity
 from flowaccel.training.zoo_moe import TRAININGS, train_moe
 
 matplotlib.use("Agg")
@@ -252,20 +253,16 @@ def grid() -> list[float]:
     return [(index + 0.5) / TIMES for index in range(TIMES)]
 
 
-@torch.no_grad()
 def realised(network: Any, selection: str, asked: float) -> float:
     """Experts per token over images that were not trained on, at times spread evenly."""
-    data, found = digits("reference"), []
+    data = digits("reference")
+    states = [noised(data.images, t, place) for place, t in enumerate(grid())]
     set_moe_selection(network, selection)
     set_moe_capacity(network, None if asked == 1.0 else asked)
-    for place, t in enumerate(grid()):
-        states, _, times = noised(data.images, t, place)
-        network(states, times, data.labels)
-        pool = states.shape[0] * network.pos_embed.shape[1]
-        found += [layer.plan.pairs / pool for layer in moe_layers(network).values()]
+    found = realised_capacity(network, [(state, times, data.labels) for state, _, times in states])
     set_moe_selection(network, "predictor_mask")
     set_moe_capacity(network, None)
-    return sum(found) / len(found)
+    return sum(found.values()) / len(found)
 
 
 @torch.no_grad()

@@ -60,7 +60,7 @@ class MixtureOfExperts(Variant):
 
     name: ClassVar[str] = "mixture_of_experts"
     what = "network with experts"
-    advice = "make one with flowaccel.models.upcycle_to_moe, and train it with flowaccel.training.moe"
+    advice = "train one with `flowaccel train moe`, or make one with flowaccel.models.upcycle_to_moe"
 
     network: nn.Module | str | Path | None = learned(FOLDER, lambda folder: load_moe(folder), default=None)
     capacity: float | None = None
@@ -129,12 +129,8 @@ class MixtureOfExperts(Variant):
                 f"budget is for routers that choose by thresholds; {path} has router={router!r}, with which shapes are "
                 f"known without, got {self.budget}"
             )
-        # the call raises if there are no thresholds; all 0 are those that a checkpoint has none for
-        if layer.settings.thresholded and not bool(layer.thresholds(layer.score_kind).any()):
-            raise ValueError(
-                f"selection={layer.selection!r} needs thresholds, and those of {path} are all 0, never fitted; fit "
-                "them with flowaccel.training.moe.calibrate_thresholds(network, batches), or choose another selection"
-            )
+        if layer.settings.thresholded:
+            layer.thresholds(layer.score_kind)  # raises where there are none
 
 
 def _by_batch(selection: str) -> str:

@@ -147,6 +147,7 @@ def _layers(network: nn.Module) -> dict[str, MoEFeedForward]:
 def _collecting(layers: list[MoEFeedForward]) -> Iterator[None]:
     try:
         for layer in layers:
+            layer.thresholds.discard()
             layer.thresholds.collecting = True
         yield
     finally:

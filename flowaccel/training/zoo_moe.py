@@ -8,17 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from flowaccel import zoo
 from flowaccel.accelerators import MixtureOfExperts
 from flowaccel.data import digits
 from flowaccel.models import MoESiTTransformer2DModel, SiTTransformer2DModel, upcycle_to_moe
-from flowaccel.modules.moe import MoESettings, moe_layers
+from flowaccel.modules.moe import MoESettings
 from flowaccel.pipelines import load_pipeline
 from flowaccel.training.flow import FlowObjective, shift_augment
 from flowaccel.training.loop import LoopConfig, Progress, train
-from flowaccel.training.moe import EXPERTS, MoEObjective, calibrate_thresholds, drawn_batches, prepare_training
+from flowaccel.training.moe import PREDICTOR, MoEObjective, expert_rates, prepare_training, settle
 from flowaccel.training.zoo_width import save_variant
 
 EXPERT_COUNT = 8
@@ -30,7 +29,7 @@ FRESH_LOOP = LoopConfig(
     warmup=100,
     cosine=True,
     weight_decay=0.01,
-    clip_apart=("capacity_predictor",),
+    clip_apart=(PREDICTOR,),
     ema_decay=0.995,
     save_every=100,
     seed=0,
@@ -40,9 +39,8 @@ UPCYCLE_LOOP = LoopConfig(
     learning_rate=1e-3,
     warmup=20,
     cosine=True,
-    # the dense weights are trained already
-    rate_scales={EXPERTS: 1.0, "ff.gate": 1.0, "capacity_predictor": 1.0, "": 0.25},
-    clip_apart=("capacity_predictor",),
+    rate_scales=expert_rates(0.25),
+    clip_apart=(PREDICTOR,),
     ema_decay=0.99,
     save_every=100,
     seed=0,
@@ -106,13 +104,8 @@ def train_moe(network: Any, training: Training, work: Path, loop: LoopConfig) ->
     goal = objective(network, training)
     settings = None if training.moe is None else asdict(MoESettings.of(training.moe))
     yield from train(network, goal, loop, work, settings)
-    fit_thresholds(network, goal, loop.seed)
-
-
-def fit_thresholds(network: nn.Module, goal: MoEObjective, seed: int) -> None:
-    """Fit them to what the network is trained on, if it has any."""
-    if any(layer.settings.thresholded for layer in moe_layers(network).values()):
-        calibrate_thresholds(network, drawn_batches(goal.objective, CALIBRATION_BATCHES, seed))
+    if training.moe is not None:
+        settle(network, goal.objective, batches=CALIBRATION_BATCHES, seed=loop.seed)
 
 
 def build_moe(out: Path) -> Iterator[tuple[str, Progress, int]]:

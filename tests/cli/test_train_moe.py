@@ -15,11 +15,13 @@ import tiny
 from flowaccel import MixtureOfExperts, Recipe, accelerate, zoo
 from flowaccel.cli import app
 from flowaccel.cli import train as train_command
+from flowaccel.data import digits
 from flowaccel.data.shapes import SPLITS
 from flowaccel.modules.moe import MoESettings, moe_layers
 from flowaccel.pipelines import load_pipeline
 from flowaccel.training.ddpm import DDPMObjective
 from flowaccel.training.flow import FlowObjective
+from flowaccel.training.moe import drawn_batches, realised_capacity
 
 FAST = [
     "--experts",
@@ -312,7 +314,7 @@ def test_a_pipeline_with_prompts(
             "capacity must be a whole number with router='token_choice', where every token takes equally many experts",
         ),
         (["--router", "token_choice", "--ramp", "3"], "--full-steps and --ramp are for routers with which tokens"),
-        (["--router", "expert_race"], "method='copies' needs weights that sum to 1, and expert_race has plain logits"),
+        (["--router", "expert_race"], "method='copies' needs weights that sum to 1, and router='expert_race' has"),
         (["--moe", "inner_dim=16"], "method='copies' makes experts as wide as the dense feed-forward"),
         (["--layers", "many"], "layers must be one of ['odd', 'even'"),
         (["--layers", "1,7"], "layers must be below the number of blocks, 2, got [1, 7]"),
@@ -369,3 +371,14 @@ def test_schedulers_and_pipelines_that_it_is_not_for(dit: DiTPipeline, monkeypat
     for method in ("refiner", "width"):
         message = fails("train", method, "dit", "--out", "out", "--device", "cpu")
         assert "a SiTPipeline or a StableDiffusion3Pipeline, got a DiTPipeline" in message
+
+
+def test_the_recipe_of_the_zoo() -> None:
+    common = ["generate", "zoo:sit-digits", "--classes", "3", "--device", "cpu", "--steps", "2"]
+    ran = CliRunner().invoke(app, [*common, "--recipe", "zoo:sit-digits-moe", "--report", "--out", "sparse"])
+    assert ran.exit_code == 0 and "recipe 'sit-digits-moe'" in ran.stderr and "experts a token" in ran.stderr
+    network = Recipe.from_pretrained(zoo.recipe_folder("sit-digits-moe")).accelerators[0].resolve()  # type: ignore[attr-defined]
+    data = digits("reference")
+    drawn = FlowObjective(data=data, null_label=network.null_label, batch_size=256)
+    found = realised_capacity(network, drawn_batches(drawn, 4, seed=0))
+    assert sum(found.values()) / len(found) == pytest.approx(1, abs=0.05)

@@ -278,3 +278,20 @@ def test_two_processes_have_the_mean_of_both(tmp_path: Path) -> None:
 def assert_state_close(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     for name, value in expected.items():
         torch.testing.assert_close(actual[name], value, equal_nan=True)
+
+
+def test_scores_of_large_calls_are_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flowaccel.modules.moe.thresholds.MOST_COLLECTED", 500)
+    layer = moe_layer("diffmoe").eval()
+    hidden = tokens(4, 512)
+    layer.thresholds.collecting = True
+    with torch.no_grad():
+        layer(hidden)
+        layer(hidden)
+    kept = layer.thresholds._collected["predictor"]
+    assert [len(scores) for scores in kept] == [500, 500] and not torch.equal(*kept)
+    layer.thresholds.collecting = False
+    layer.thresholds.fit(1.0)
+    with torch.no_grad():
+        layer(hidden)
+    assert layer.plan is not None and 0.85 < layer.plan.pairs / 2048 < 1.15

@@ -255,6 +255,17 @@ def test_calibration_asks_for_what_it_needs() -> None:
     assert made.training, "it is put back also when it fails"
 
 
+def test_a_calibration_that_failed_leaves_nothing_behind() -> None:
+    """Scores of other inputs would count in the next one."""
+    expected, made = network(), network()
+    batches, others = drawn_batches(flow(), 3, 3), drawn_batches(flow(), 3, 8)
+    calibrate_thresholds(expected, batches, passes=1)
+    with pytest.raises(ValueError, match="hidden_states must have shape"):
+        calibrate_thresholds(made, [*others, (torch.zeros(1, 3), *others[0][1:])])
+    calibrate_thresholds(made, batches, passes=1)
+    assert equal(buffers(made), buffers(expected))
+
+
 def test_realised_capacity_counts_pairs_and_changes_nothing() -> None:
     made = network("token_choice", capacity=3, layers="all")
     batches = drawn_batches(flow(batch_size=5), 2, 3)

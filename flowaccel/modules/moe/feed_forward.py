@@ -113,12 +113,6 @@ class MoEFeedForward(nn.Module):
         the whole `batch`."""
         return invariance(self.settings.router, self.selection)
 
-    @property
-    def router_parts(self) -> list[nn.Module]:
-        """What decides; it is kept in float32."""
-        parts = (self.gate, self.gate_hidden, self.capacity_predictor, self.thresholds)
-        return [part for part in parts if part is not None]
-
     def forward(self, hidden_states: Tensor, *args: Any, token_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
         """Run every token through its experts.
 

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 LOWEST_CAPACITY = 0.05
 CURVE_POINTS = 48
+MOST_COLLECTED = 4096
+"""Tokens of a call whose scores are kept: enough for quantiles, and little memory in large networks."""
 
 
 class Thresholds(nn.Module):
@@ -140,13 +142,21 @@ class Thresholds(nn.Module):
         return means
 
     def collect(self, asked: Asked, valid: Tensor | None) -> None:
-        """Keep the scores (S, E) of a call for `fit`."""
+        """Keep the scores (S, E) of a call for `fit`; of at most `MOST_COLLECTED` tokens, drawn at random."""
         scores = {"gate": asked.scores()}
         if asked.predicted is not None:
             scores["predictor"] = asked.predicted.sigmoid()
         for kind in self.kinds:
             found = scores[kind].detach()
-            self._collected.setdefault(kind, []).append(found if valid is None else found[valid])
+            found = found if valid is None else found[valid]
+            if len(found) > MOST_COLLECTED:
+                generator = torch.Generator().manual_seed(len(self._collected.get(kind, ())))
+                found = found[torch.randperm(len(found), generator=generator)[:MOST_COLLECTED].to(found.device)]
+            self._collected.setdefault(kind, []).append(found)
+
+    def discard(self) -> None:
+        """Forget scores that were collected, and not fitted because something failed."""
+        self._collected = {}
 
     def fit(self, capacity: float) -> None:
         """Set thresholds from the scores that were collected: exact quantiles, for `capacity` and for the curve.
