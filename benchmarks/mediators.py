@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pairs import compared, pairs_table
 from rich.console import Console
 
 from flowaccel import Mediators, MediatorSchedule, zoo
@@ -22,7 +23,6 @@ from flowaccel.cli.common import progress
 from flowaccel.evaluation import (
     Classes,
     Protocol,
-    compare_rows,
     console_table,
     count_macs,
     environment,
