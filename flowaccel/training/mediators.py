@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flowaccel.models.mediators import mediator_layers, set_mediators
+from flowaccel.models.mediators import set_mediators
 from flowaccel.training.labelled import LabelledBatch, LabelledObjective
 
 
@@ -43,7 +43,17 @@ class MediatorObjective:
             raise ValueError(f"feature_weight must not be negative, got {self.feature_weight}")
 
     def __call__(self, network: nn.Module, generator: torch.Generator) -> Tensor:
-        """A scalar."""
+        """A scalar.
+
+        Raises:
+            ValueError: gradient checkpointing with several numbers, where backward would compute with the last one.
+        """
+        inner: Any = getattr(network, "module", network)
+        if len(self.counts) > 1 and inner.is_gradient_checkpointing:
+            raise ValueError(
+                f"gradient checkpointing computes again with the last number of mediators, and a step has "
+                f"{list(self.counts)}; switch it off, or train one number"
+            )
         batch = self.objective.draw(generator, next(network.parameters()).device)
         parts = [_part(batch, place, len(self.counts)) for place in range(len(self.counts))]
         total = batch.t.new_zeros((), dtype=torch.float32)
@@ -87,15 +97,3 @@ def features(network: nn.Module, blocks: str) -> Iterator[list[Tensor]]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-def trained_counts(network: nn.Module) -> tuple[int, ...]:
-    """The numbers of mediators that a network has biases for.
-
-    Raises:
-        ValueError: no mediators.
-    """
-    layers = mediator_layers(network)
-    if not layers:
-        raise ValueError("the network has no mediator attention")
-    return next(iter(layers.values())).counts
