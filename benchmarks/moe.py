@@ -26,7 +26,7 @@ from typing import Any
 
 import matplotlib
 import torch
-from pairs import compared, pairs_table
+from _pairs import compared, pairs_table
 from rich.console import Console
 from scipy.stats import spearmanr
 from torch import Tensor
@@ -59,7 +59,7 @@ RESULTS = Path(__file__).parent / "results"
 STEPS, FEWER, FEW = 10, (2, 3, 4, 5), 4
 BATCH = 25
 """Images of a timed call."""
-KNOB = (0.5, 0.75, 1.25, 1.5, 2.0)
+KNOB = (0.5, 0.75, 1.5, 2.0)
 TIMES = 10
 MODEL = "diffmoe"
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, Self
 
+from flowaccel.modules.config import settings_from
 from flowaccel.modules.routers import TAU, TOKEN_BIAS, WIDTH_BIAS
 
 
@@ -45,11 +46,4 @@ class DynamicSettings:
         Raises:
             ValueError: an entry that is not known.
         """
-        if isinstance(given, cls):
-            return given
-        known = [field.name for field in fields(cls)]
-        entries: dict[str, Any] = dict(given or {})  # type: ignore[arg-type]
-        unknown = sorted(set(entries) - set(known))
-        if unknown:
-            raise ValueError(f"dynamic_config: unknown {unknown}; allowed are {known}")
-        return cls(**entries)
+        return settings_from(cls, given, "dynamic_config")

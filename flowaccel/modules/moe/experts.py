@@ -25,6 +25,8 @@ PLAIN: dict[str, Callable[[Tensor], Tensor]] = {
 }
 """diffusers' names of activations."""
 BACKENDS = ("auto", "loop", "bmm", "grouped_mm")
+_BMM_ROWS = 256
+"""Tokens of an expert up to which `bmm` is faster on the CPU: measured to be so at 128, and not at 512."""
 _ALIGNMENT = 16
 """Bytes that rows of grouped_mm's operands must be multiples of."""
 
@@ -281,9 +283,10 @@ def fastest(pool: Tensor, plan: ExpertPlan) -> str:
     """What `auto` takes, of `BACKENDS`; what does not run here becomes `loop` afterwards.
 
     `grouped_mm` is one kernel for all groups only in bfloat16 on these GPUs; elsewhere torch runs them one by one, too.
+    On the CPU the hidden layer of one expert stays in the cache, that of all does not (`benchmarks/moe_layer.py`).
     """
     if plan.each is not None:
-        return "bmm"
+        return "loop" if pool.device.type == "cpu" and plan.each > _BMM_ROWS else "bmm"
     fused = pool.is_cuda and torch.cuda.get_device_capability(pool.device)[0] in (9, 10)
     return "grouped_mm" if fused and _operand_dtype(pool) == torch.bfloat16 else "loop"
 

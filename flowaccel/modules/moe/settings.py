@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, Literal, Self, get_args
+
+from flowaccel.modules.config import settings_from
 
 RouterName = Literal[
     "diffmoe", "token_choice", "expert_choice", "dit_moe", "expert_race", "deepseek", "expert_threshold"
@@ -179,14 +181,7 @@ class MoESettings:
         Raises:
             ValueError: an entry that is not known.
         """
-        if isinstance(given, cls):
-            return given
-        known = [field.name for field in fields(cls)]
-        entries: dict[str, Any] = dict(given or {})  # type: ignore[arg-type]
-        unknown = sorted(set(entries) - set(known))
-        if unknown:
-            raise ValueError(f"moe_config: unknown {unknown}; allowed are {known}")
-        return cls(**entries)
+        return settings_from(cls, given, "moe_config")
 
 
 def named_blocks(layers: str, count: int) -> tuple[int, ...]:
