@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pairs import compared, pairs_table
+from _pairs import compared, pairs_table
 from rich.console import Console
 
 from flowaccel import Mediators, MediatorSchedule, zoo

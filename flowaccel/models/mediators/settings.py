@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, Self
+
+from flowaccel.modules.config import settings_from
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,11 +58,4 @@ class MediatorSettings:
         Raises:
             ValueError: an entry that is not known.
         """
-        if isinstance(given, cls):
-            return given
-        known = [field.name for field in fields(cls)]
-        entries: dict[str, Any] = dict(given or {})  # type: ignore[arg-type]
-        unknown = sorted(set(entries) - set(known))
-        if unknown:
-            raise ValueError(f"mediator_config: unknown {unknown}; allowed are {known}")
-        return cls(**entries)
+        return settings_from(cls, given, "mediator_config")
