@@ -7,11 +7,14 @@ from diffusers import SchedulerMixin as SchedulerMixin
 
 from flowaccel.accelerators import Accelerator as Accelerator
 from flowaccel.accelerators import AdaptiveGuidance as AdaptiveGuidance
+from flowaccel.accelerators import AgentAttention as AgentAttention
 from flowaccel.accelerators import DynamicWidth as DynamicWidth
 from flowaccel.accelerators import FeatureCache as FeatureCache
 from flowaccel.accelerators import GuidanceInterval as GuidanceInterval
 from flowaccel.accelerators import GuidanceSkip as GuidanceSkip
 from flowaccel.accelerators import LevelCache as LevelCache
+from flowaccel.accelerators import Mediators as Mediators
+from flowaccel.accelerators import MediatorSchedule as MediatorSchedule
 from flowaccel.accelerators import MixtureOfExperts as MixtureOfExperts
 from flowaccel.accelerators import Sampler as Sampler
 from flowaccel.accelerators import StepSkip as StepSkip
@@ -48,6 +51,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Accelerator",
     "AdaptiveGuidance",
+    "AgentAttention",
     "CheckpointError",
     "DigitsClassifier",
     "DynamicWidth",
@@ -60,6 +64,8 @@ __all__ = [
     "GuidanceInterval",
     "GuidanceSkip",
     "LevelCache",
+    "MediatorSchedule",
+    "Mediators",
     "MissingExtraError",
     "MixtureOfExperts",
     "Recipe",

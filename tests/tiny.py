@@ -11,11 +11,14 @@ import torch
 from diffusers import (
     AutoencoderKL,
     AutoencoderKLWan,
+    DDIMScheduler,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     FluxTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
     WanPipeline,
     WanTransformer3DModel,
 )
@@ -97,6 +100,49 @@ def autoencoder(latent_channels: int = 4) -> AutoencoderKL:
         use_quant_conv=False,
         use_post_quant_conv=False,
     ).eval()
+
+
+def unet_pipeline(seed: int = 0, **config: Any) -> StableDiffusionPipeline:
+    """A stock `StableDiffusionPipeline` without a text encoder: 16x16 images, with attention on 8x8 and 4x4 places."""
+    torch.manual_seed(seed)
+    sizes = {
+        "sample_size": 8,
+        "block_out_channels": (8, 16),
+        "layers_per_block": 1,
+        "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        "cross_attention_dim": CONTEXT,
+        "attention_head_dim": 2,
+        "norm_num_groups": 2,
+    }
+    unet = UNet2DConditionModel(**{**sizes, **config}).eval()
+    random_weights(unet, seed)
+    pipe = StableDiffusionPipeline(
+        vae=autoencoder(),
+        text_encoder=None,
+        tokenizer=None,
+        unet=unet,
+        scheduler=DDIMScheduler(steps_offset=1, clip_sample=False),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def unet_arguments(batch: int = 1, steps: int = 5, scale: float = 4.0, seed: int = 3) -> dict[str, Any]:
+    """Arguments of a call; image i depends on i and `seed` alone."""
+    return {
+        "prompt_embeds": torch.stack([embedding(TOKENS, CONTEXT, seed + i) for i in range(batch)]),
+        "negative_prompt_embeds": embedding(TOKENS, CONTEXT, 40).expand(batch, -1, -1),
+        "guidance_scale": scale,
+        "num_inference_steps": steps,
+        "height": 16,
+        "width": 16,
+        "generator": [torch.Generator().manual_seed(seed + i) for i in range(batch)],
+        "output_type": "pt",
+    }
 
 
 def sd3_pipeline(seed: int = 0, **config: Any) -> StableDiffusion3Pipeline:

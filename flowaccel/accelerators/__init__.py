@@ -1,5 +1,6 @@
 """What a user switches on: one file each."""
 
+from flowaccel.accelerators.agent_attention import AgentAttention as AgentAttention
 from flowaccel.accelerators.base import Accelerator as Accelerator
 from flowaccel.accelerators.cache_presets import CACHE_PRESETS as CACHE_PRESETS
 from flowaccel.accelerators.cache_presets import cache_preset as cache_preset
@@ -13,6 +14,8 @@ from flowaccel.accelerators.guidance_skip import GuidanceSkip as GuidanceSkip
 from flowaccel.accelerators.level_cache import LEVELS as LEVELS
 from flowaccel.accelerators.level_cache import Level as Level
 from flowaccel.accelerators.level_cache import LevelCache as LevelCache
+from flowaccel.accelerators.mediator_schedule import MediatorSchedule as MediatorSchedule
+from flowaccel.accelerators.mediators import Mediators as Mediators
 from flowaccel.accelerators.mixture_of_experts import MixtureOfExperts as MixtureOfExperts
 from flowaccel.accelerators.sampler import Sampler as Sampler
 from flowaccel.accelerators.step_skip import StepSkip as StepSkip
@@ -24,7 +27,9 @@ ACCELERATORS: dict[str, type[Accelerator]] = {
         Sampler,
         DynamicWidth,
         MixtureOfExperts,
+        Mediators,
         VelocityRefiner,
+        AgentAttention,
         FeatureCache,
         LevelCache,
         StepSkip,
@@ -38,6 +43,7 @@ __all__ = [
     "LEVELS",
     "Accelerator",
     "AdaptiveGuidance",
+    "AgentAttention",
     "Calibration",
     "DynamicWidth",
     "FeatureCache",
@@ -46,6 +52,8 @@ __all__ = [
     "GuidanceSkip",
     "Level",
     "LevelCache",
+    "MediatorSchedule",
+    "Mediators",
     "MixtureOfExperts",
     "Sampler",
     "StepSkip",

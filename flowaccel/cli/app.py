@@ -7,7 +7,20 @@ import sys
 
 import typer
 
-from flowaccel.cli import calibrate, compare, convert, demo, evaluate, generate, plan, recipes, stats, train, zoo
+from flowaccel.cli import (
+    calibrate,
+    compare,
+    convert,
+    demo,
+    evaluate,
+    generate,
+    plan,
+    recipes,
+    stats,
+    train,
+    train_mediators,
+    zoo,
+)
 
 app = typer.Typer(
     name="flowaccel",
@@ -27,6 +40,7 @@ app.command("stats")(stats.stats)
 app.command("export-npz")(stats.export)
 app.command("convert")(convert.convert)
 app.command("recipes")(recipes.recipes)
+train.app.command("mediators")(train_mediators.mediators)
 app.add_typer(train.app, name="train")
 app.add_typer(zoo.app, name="zoo")
 

@@ -119,7 +119,7 @@ def refiner(
     Example: flowaccel train refiner zoo:sit-digits --out my-refiner --steps 2000 --batch-size 64 --learning-rate 1e-3
     """
     with friendly_errors(" The last checkpoint is kept; the same command goes on from there."):
-        known = _known_data(data)
+        known = known_data(data)
         pipeline = open_pipeline(pipe, device)
         images, wrap = training_data(pipe, pipeline, known)
         teacher = wrap(pipeline.transformer.eval().requires_grad_(False))
@@ -230,7 +230,7 @@ def width(
         options = {"density": density, "controller": controller, "distill_weight": distill}
         plan = plan_training(style, routers=_given(given), objective=_given(options), rest=rest, steps=steps)
         pipeline = open_pipeline(pipe, device)
-        images, wrap = training_data(pipe, pipeline, _known_data(data))
+        images, wrap = training_data(pipe, pipeline, known_data(data))
         base = pipeline.transformer.eval()
         torch.manual_seed(seed)
         settings = DynamicSettings(tokens=tokens, groups=groups, **plan.routers)
@@ -352,7 +352,7 @@ def moe(
         named = _given({"router": router, "num_experts": experts, "capacity": capacity, "layers": _blocks(layers)})
         settings = _moe_settings(named, moe_entry)
         pipeline = open_pipeline(pipe, device)
-        images, wrap = training_data(pipe, pipeline, _known_data(data), (*FLOW_PIPELINES, DiTPipeline))
+        images, wrap = training_data(pipe, pipeline, known_data(data), (*FLOW_PIPELINES, DiTPipeline))
         torch.manual_seed(seed)
         network = _sparse_network(pipeline.transformer.eval(), settings, method)
         prepare_training(network)
@@ -516,7 +516,8 @@ def _given(options: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
 
 
-def _known_data(name: str) -> str:
+def known_data(name: str) -> str:
+    """The name of an embedded data set; raises ValueError for another."""
     if name not in DATASETS:
         raise ValueError(f"--data must be one of {sorted(DATASETS)}, got {name!r}")
     return name
@@ -555,9 +556,8 @@ def training_data(
     """
     if not isinstance(pipeline, kinds):
         *others, last = (f"a {kind.__name__}" for kind in kinds)
-        raise UnsupportedModelError(
-            f"this trains parts of {', '.join(others)} or {last}, got a {type(pipeline).__name__}"
-        )
+        listed = f"{', '.join(others)} or {last}" if others else last
+        raise UnsupportedModelError(f"this trains parts of {listed}, got a {type(pipeline).__name__}")
     data = DATASETS[data_set]("generator")
     if not isinstance(pipeline, StableDiffusion3Pipeline):
         if not isinstance(data, ImageSet):

@@ -95,9 +95,19 @@ def check_threshold(threshold: float) -> None:
 
 
 def mean_abs(tensor: Tensor) -> Tensor:
-    """(units, ...) -> (units,) mean of the absolute values, in float32."""
+    """(units, ...) -> (units,) mean of the absolute values, in float32 or, if they are, in float64."""
     flat = tensor.flatten(1)
-    return torch.linalg.vector_norm(flat, ord=1, dim=1, dtype=torch.float32) / flat.shape[1]
+    return torch.linalg.vector_norm(flat, ord=1, dim=1, dtype=_precise(flat)) / flat.shape[1]
+
+
+def mean_square(tensor: Tensor) -> Tensor:
+    """(units, ...) -> (units,) mean of the squares, in the type of `mean_abs`."""
+    flat = tensor.flatten(1)
+    return torch.linalg.vector_norm(flat, dim=1, dtype=_precise(flat)).square() / flat.shape[1]
+
+
+def _precise(tensor: Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)
 
 
 def relative_change(new: Tensor, old: Tensor) -> Tensor:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -77,6 +78,14 @@ class CallRecord:
     """Pairs of a token and an expert that were chosen and left out for a budget, counted when the run has ended; None
     without a budget."""
 
+    mediators: tuple[int, ...] = ()
+    """Per image of the call, how many mediators attention goes through, where it does and any of it ran."""
+    agents: tuple[str, ...] = ()
+    """Names in the network of the attention layers that ran with agents in the place of full attention."""
+    spared: int = 0
+    """Multiply-adds that modules which ran did less than they are counted with, where an accelerator sets by row how
+    much they do; negative where they did more."""
+
     @property
     def capacity(self) -> float | None:
         """How many experts a token was given on average, where there are experts and they ran."""
@@ -112,6 +121,8 @@ class Run:
     """Of every network's first call: the network, its arguments without their data, and its rows."""
     started: float = field(default_factory=time.perf_counter)
     seconds: float = 0.0
+    only: tuple[int, ...] | None = None
+    """See `Call.only`; None outside of it."""
     ended: bool = False
     failed: bool = False
     """Whether an exception ended it."""
@@ -197,6 +208,17 @@ class Call:
         """
         controlled = any("control" in name and value is not None for name, value in self.arguments.items())
         return not self.family.derived and not controlled
+
+    @contextmanager
+    def only(self, rows: Tensor) -> Iterator[None]:
+        """Within, the network or its blocks run for some rows of this call alone, so that what does not treat all rows
+        alike can tell which they are: `rows` are their indices.
+        """
+        outer, self.run.only = self.run.only, tuple(rows.tolist())
+        try:
+            yield
+        finally:
+            self.run.only = outer
 
     def narrowed(self, rows: Tensor) -> Call:
         """This call for some of its rows only: `rows` are their ascending indices, on the CPU. Where the call does not

@@ -13,6 +13,7 @@ from flowaccel.models.dynamic import make_dynamic as make_dynamic
 from flowaccel.models.features import DigitsClassifier as DigitsClassifier
 from flowaccel.models.features import FeatureClassifier as FeatureClassifier
 from flowaccel.models.features import ShapesClassifier as ShapesClassifier
+from flowaccel.models.mediators import MediatorSiTTransformer2DModel as MediatorSiTTransformer2DModel
 from flowaccel.models.moe import MoEDiTTransformer2DModel as MoEDiTTransformer2DModel
 from flowaccel.models.moe import MoEFluxTransformer2DModel as MoEFluxTransformer2DModel
 from flowaccel.models.moe import MoESD3Transformer2DModel as MoESD3Transformer2DModel
@@ -32,6 +33,7 @@ __all__ = [
     "DynamicSiTTransformer2DModel",
     "FeatureClassifier",
     "FlowConvention",
+    "MediatorSiTTransformer2DModel",
     "MoEDiTTransformer2DModel",
     "MoEFluxTransformer2DModel",
     "MoESD3Transformer2DModel",

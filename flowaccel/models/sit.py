@@ -170,7 +170,9 @@ class SiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapter
         self.reset_parameters()
 
     def _position_table(self, dim: int) -> Tensor:
-        return get_2d_sincos_pos_embed(dim, self.grid_size, output_type="pt").float().unsqueeze(0)
+        # diffusers would squeeze every grid into 16 places; SiT counts tokens
+        table = get_2d_sincos_pos_embed(dim, self.grid_size, base_size=self.grid_size, output_type="pt")
+        return table.float().unsqueeze(0)
 
     def reset_parameters(self) -> None:
         """SiT's initialisation: xavier everywhere, zero gates and zero output, so that a fresh network returns 0."""

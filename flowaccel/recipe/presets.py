@@ -7,6 +7,7 @@ import functools
 import json
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,10 +15,13 @@ from flowaccel.accelerators import (
     CACHE_PRESETS,
     LEVELS,
     Accelerator,
+    AgentAttention,
     DynamicWidth,
     GuidanceSkip,
     Level,
     LevelCache,
+    Mediators,
+    MediatorSchedule,
     MixtureOfExperts,
     Sampler,
     VelocityRefiner,
@@ -34,13 +38,25 @@ def _sampler(name: str, **options: Any) -> Sampler:
     return Sampler(name, options)
 
 
+def _mediators(**options: Any) -> Mediators:
+    """What is no field of the accelerator belongs to its schedule."""
+    own = {field.name for field in fields(Mediators)}
+    given = {name: value for name, value in options.items() if name in own}
+    schedule = {name: value for name, value in options.items() if name not in own}
+    if schedule:
+        given["schedule"] = MediatorSchedule(**schedule)
+    return Mediators(**given)
+
+
 _WITH_OPTIONS: dict[str, Callable[..., Accelerator]] = {
     **{name: functools.partial(_sampler, name) for name in SAMPLERS if name != "flowturbo"},
     **{name: functools.partial(cache_preset, name) for name in CACHE_PRESETS},
     "guidance_skip": GuidanceSkip,
     "guidance_interval": functools.partial(GuidanceSkip, "interval"),
+    "agent_attention": AgentAttention,
     "dynamic_width": DynamicWidth,
     "mixture_of_experts": MixtureOfExperts,
+    "mediators": _mediators,
 }
 """Presets of one accelerator that take options, and what makes it of them."""
 
@@ -50,8 +66,10 @@ PRESETS = {
     "flowturbo-BLOCKS": "FlowTurbo with BLOCKS such as H2P4R2; append -consistent or -single for other refiner steps",
     **{name: preset.summary for name, preset in CACHE_PRESETS.items()},
     "guidance_skip": "Stop guiding an image once its conditional and unconditional predictions agree.",
+    "agent_attention": "Self-attention of UNets and DiT through pooled queries in the first steps, at high resolution.",
     "dynamic_width": "The network with dynamic width that lies beside the pipeline's components, in `width`.",
     "mixture_of_experts": "The network with experts that lies beside the pipeline's components, in `moe`.",
+    "mediators": "The network with mediators that lies beside the pipeline's components, in `mediators`.",
     "guidance_interval": "Guide in one part of the run only, by default its first half.",
     **{
         name: f"the cache calibrated for the model and steps, {speedup}x fewer computed calls; else a generic one"
@@ -100,7 +118,7 @@ def preset(name: str) -> Recipe:
 def _with_options(name: str, text: str) -> Accelerator:
     """`threshold=0.1,parity` after the colon; values are JSON, or else text."""
     options: dict[str, Any] = {}
-    for part in re.split(r",(?![^\[]*\])", text) if text else ():
+    for part in _separate(text) if text else ():
         key, equals, value = part.partition("=")
         if not key.isidentifier():
             raise ValueError(f"options of {name!r} look like threshold=0.1,max_run=3,parity, got {text!r}")
@@ -109,6 +127,18 @@ def _with_options(name: str, text: str) -> Accelerator:
         return _WITH_OPTIONS[name](**options)
     except TypeError as error:
         raise ValueError(f"preset {name!r}: {error}") from error
+
+
+def _separate(text: str) -> list[str]:
+    """At commas that stand in no brackets."""
+    parts, depth = [""], 0
+    for letter in text:
+        depth += (letter == "[") - (letter == "]")
+        if letter == "," and not depth:
+            parts.append("")
+        else:
+            parts[-1] += letter
+    return parts
 
 
 def _value(text: str) -> Any:

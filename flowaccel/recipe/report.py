@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from flowaccel.accelerators import AgentAttention
 from flowaccel.hooks import COMPUTED, REUSED, CallRecord, Run, macs_by_module, mean_capacity, session_of
 from flowaccel.recipe.recipe import Recipe
 from flowaccel.recipe.verbs import recipe_of
@@ -66,7 +67,8 @@ class Report:
     """Multiply-adds that the networks did; None where they cannot be counted (compiled networks)."""
     macs_saved: int | None
     """Multiply-adds that they would have done besides, had every call been computed, and had experts taken as many
-    tokens as in training; negative where they did more."""
+    tokens as in training, and attention always gone through the most mediators of the recipe; negative where they did
+    more."""
 
     @property
     def calls(self) -> list[CallRecord]:
@@ -132,6 +134,12 @@ class Report:
         return mean_capacity(self.calls)
 
     @property
+    def mediators(self) -> float | None:
+        """How many mediators attention went through, on average over images and calls; None where there are none."""
+        found = [number for call in self.calls for number in call.mediators]
+        return sum(found) / len(found) if found else None
+
+    @property
     def overflow(self) -> int | None:
         """Pairs of a token and an expert that were chosen and did not fit the budget; None without one."""
         found = [call.overflow for call in self.calls if call.overflow is not None]
@@ -171,10 +179,14 @@ class Report:
         if self.macs is None or self.macs_saved is None:
             return None
         share = self.macs_saved / (self.macs + self.macs_saved)
-        if self.capacity is None:
+        if self.capacity is not None:
+            compared = "at the capacity of the training"
+        elif self.mediators is not None:
+            compared = "with the most mediators"
+        else:
             return f"{share:.0%} of the multiply-adds"
-        compared = "multiply-adds than with all calls computed at the capacity of the training"
-        return f"{abs(share):.0%} {'fewer' if share >= 0 else 'more'} {compared}"
+        fewer = "fewer" if share >= 0 else "more"
+        return f"{abs(share):.0%} {fewer} multiply-adds than with all calls computed {compared}"
 
     def _within(self) -> list[str]:
         """What calls left out within, where nothing else was."""
@@ -183,7 +195,11 @@ class Report:
         if self.capacity is not None:
             experts = _experts(self.capacity, self.overflow)
             return [f"{experts[0].upper()}{experts[1:]} on average{'' if macs is None else f', {macs}'}."]
+        if self.mediators is not None:
+            return [f"{self.mediators:.1f} mediators on average{f', {macs}' if self.macs_saved else ''}."]
         left_out = "" if macs is None else f", {macs} left out"
+        if with_agents := sum(bool(call.agents) for call in self.calls):
+            return [f"Agents in the place of full attention in {with_agents} of {len(self.calls)} calls{left_out}."]
         return [f"Width {sum(widths) / len(widths):.0%} on average{left_out}."] if widths else []
 
     def _savings(self) -> list[str]:
@@ -217,8 +233,17 @@ def _letters(images: Sequence[bool], letters: str, what: str) -> str:
 def _describe(call: CallRecord) -> str:
     network = "" if call.network == "transformer" else f" on {call.network}"
     width = "" if call.width is None else f", width {call.width:.0%}"
+    agents = f", agents in {len(call.agents)} layers" if call.agents else ""
     experts = "" if call.capacity is None else f", {_experts(call.capacity, call.overflow)}"
-    return f"{'+'.join(call.branches)} {call.what}{network}{width}{experts}"
+    return f"{'+'.join(call.branches)} {call.what}{network}{width}{experts}{_mediators(call.mediators)}{agents}"
+
+
+def _mediators(images: Sequence[int]) -> str:
+    """How many mediators each image had; where they are many and differ, from how many to how many."""
+    if len(set(images)) > 1 and len(images) > _LETTERS:
+        return f", {min(images)} to {max(images)} mediators"
+    numbers = images if len(set(images)) > 1 else images[:1]
+    return f", {' '.join(map(str, numbers))} mediators" if numbers else ""
 
 
 def _experts(capacity: float, overflow: int | None) -> str:
@@ -261,6 +286,7 @@ def _macs(run: Run) -> dict[str, int | None]:
             if record.network == name:
                 left_out = int(sum(counts.get(path, 0) * number for path, number in record.not_run.items()))
                 left_out += sum(counts.get(path, 0) * r.rows - r.macs * rows for path, r in record.routed.items())
+                left_out += record.spared * rows
                 saved += left_out // rows
                 done += (counts[""] * record.rows - left_out) // rows if record.what in _BY_NETWORK else 0
     return {"macs": done, "macs_saved": saved}
@@ -286,7 +312,7 @@ def _unsaved(recipe: Recipe, records: Sequence[CallRecord]) -> str | None:
         return "no network call was seen; compiled blocks call the network in ways that are not observed"
     if not recipe.accelerators:
         return "the recipe is empty"
-    if all(accelerator.kind != "hook" for accelerator in recipe.accelerators):
+    if all(part.kind != "hook" or isinstance(part, AgentAttention) for part in recipe.accelerators):
         return "the recipe saves steps or the work within a call, not calls"
     names = ", ".join(repr(accelerator.name) for accelerator in recipe.accelerators)
     return f"{names} had every call computed"

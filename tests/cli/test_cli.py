@@ -40,6 +40,7 @@ COMMANDS = (
     "convert",
     "recipes",
     "train refiner",
+    "train mediators",
     "train moe",
     "train width",
     "plan",

@@ -11,6 +11,7 @@ from torch import Tensor
 from flowaccel.accelerators.caching.history import Value
 from flowaccel.accelerators.caching.runtime import Cache, Moment, Proceed, Rules, not_run, packer, tensor_of
 from flowaccel.accelerators.caching.scopes import Output
+from flowaccel.hooks import Call
 
 
 class OutputCache(Cache):
@@ -34,11 +35,17 @@ class OutputCache(Cache):
             return output
         forecast = self._shifted(moment, _only(history.predict(call.timestep)), 1)
         if len(rows):
-            found = tensor_of(proceed(call.take(rows) if call.gathers else None))
-            found = found if call.gathers else found[rows.to(found.device)]
+            found = self._computed(proceed, call, rows)
             self._store(moment, found, rows)
             forecast = forecast.index_copy(0, rows.to(found.device), found)
         return self._packed(forecast)
+
+    def _computed(self, proceed: Proceed, call: Call, rows: Tensor) -> Tensor:
+        if not call.gathers:
+            found = tensor_of(proceed())
+            return found[rows.to(found.device)]
+        with call.only(rows):
+            return tensor_of(proceed(call.take(rows)))
 
     def _store(self, moment: Moment, output: Tensor, rows: Tensor | None) -> None:
         feature = self._shifted(moment, output, -1, rows)

@@ -72,9 +72,16 @@ class _Pass:
             not_run(call.record, block.path, call.rows - len(self._rows))
         if not len(self._rows):
             return self._stand_in(block) if block.index == first else block.pack(block.hidden, block.encoder)
-        output = proceed(block.take(self._rows, call.rows)) if self._gathered else proceed()
+        output = self._compute(proceed, block)
         self._show_middle(block, output, self._rows if self._gathered else None)
         return self._leave(block, output) if block.index == end - 1 else output
+
+    def _compute(self, proceed: Proceed, block: Block) -> Any:
+        if not self._gathered:
+            return proceed()
+        assert self._rows is not None
+        with self._moment.call.only(self._moment.computing):
+            return proceed(block.take(self._rows, self._moment.call.rows))
 
     def _middle(self, block: Block) -> tuple[int, int]:
         probe = self._moment.rules.gate.probe

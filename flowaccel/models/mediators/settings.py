@@ -1,0 +1,61 @@
+"""Which attention of a network goes through mediators, as plain data."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+from flowaccel.modules.config import settings_from
+
+
+@dataclass(frozen=True, kw_only=True)
+class MediatorSettings:
+    """How mediators are built (Attention Mediators, arXiv 2408.05710).
+
+    Raises:
+        ValueError: a value out of its range.
+    """
+
+    counts: tuple[int, ...] | None = (16,)
+    """The numbers of mediators that one network can run with, squares. None is full attention with the same biases and
+    convolution, which mediators are fairly compared with."""
+    layers: tuple[int, ...] | None = None
+    """Blocks whose attention goes through mediators, by index from 0; None for all."""
+    use_bias: bool = True
+    """Whether position biases are learned."""
+    use_dwc: bool = True
+    """Whether a depthwise convolution of the values is added."""
+
+    def __post_init__(self) -> None:
+        for name in ("counts", "layers"):
+            given = getattr(self, name)
+            if given is None:
+                continue
+            if isinstance(given, str) or not isinstance(given, Sequence) or not given:
+                raise ValueError(f"{name} must be a sequence of whole numbers, got {given!r}")
+            lowest = 1 if name == "counts" else 0
+            if any(isinstance(value, bool) or not isinstance(value, int) or value < lowest for value in given):
+                raise ValueError(f"{name} must hold whole numbers of at least {lowest}, got {list(given)}")
+            object.__setattr__(self, name, tuple(sorted(set(given))))
+
+    def blocks(self, count: int) -> tuple[int, ...]:
+        """Which of `count` blocks have mediators.
+
+        Raises:
+            ValueError: an index that is not there.
+        """
+        if self.layers is None:
+            return tuple(range(count))
+        if max(self.layers) >= count:
+            raise ValueError(f"layers must be below the number of blocks, {count}, got {list(self.layers)}")
+        return self.layers
+
+    @classmethod
+    def of(cls, given: Self | dict[str, Any] | None) -> Self:
+        """From a configuration.
+
+        Raises:
+            ValueError: an entry that is not known.
+        """
+        return settings_from(cls, given, "mediator_config")
