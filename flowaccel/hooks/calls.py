@@ -78,8 +78,9 @@ class CallRecord:
     """Pairs of a token and an expert that were chosen and left out for a budget, counted when the run has ended; None
     without a budget."""
 
-    mediators: tuple[int, ...] = ()
-    """Per image of the call, how many mediators attention goes through, where it does and any of it ran."""
+    mediators: tuple[float, ...] = ()
+    """Per image of the call, how many mediators attention goes through, where it does and any of it ran; the mean over
+    the network's layers where each has a number of its own."""
     agents: tuple[str, ...] = ()
     """Names in the network of the attention layers that ran with agents in the place of full attention."""
     spared: int = 0
