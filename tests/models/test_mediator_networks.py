@@ -317,7 +317,7 @@ def test_half_precision(tmp_path: Path) -> None:
             {"counts": (4, 16), "layers": (2, 0), "per_layer": True},
             r"layers must rise where per_layer gives each its number, got \[2, 0\]",
         ),
-        ({"mediators": 4}, r"mediator_config: unknown \['mediators'\]; allowed are \['counts', 'layers', 'use_bias'"),
+        ({"mediators": 4}, r"mediator_config: unknown \['mediators'\]; allowed are \['counts', 'layers', 'per_layer'"),
     ],
 )
 def test_wrong_configurations(config: dict[str, Any], said: str) -> None:
