@@ -28,17 +28,22 @@ def randomized(network: nn.Module, seed: int) -> nn.Module:
 
 
 def timed(
-    calls: Mapping[str, Call], arguments: argparse.Namespace, within: Mapping[str, Any] | None = None
+    calls: Mapping[str, Call],
+    arguments: argparse.Namespace,
+    within: Mapping[str, Any] | None = None,
+    max_warmup: int = 5,
 ) -> dict[str, dict[str, Any]]:
     """Every call against the first: the speed-up that is realised, that of the multiply-adds, and their quotient.
 
-    `within` are contexts, by name, to make every call in.
+    `within` are contexts, by name, to make every call in; rounds of warm-up end when they agree, or after `max_warmup`.
     """
     macs = {}
     for name, call in calls.items():
         with (within or {}).get(name, nullcontext)():
             macs[name] = count_macs(call)
-    timings = measure_latency(calls, rounds=arguments.rounds, device=arguments.device, within=within)
+    timings = measure_latency(
+        calls, rounds=arguments.rounds, max_warmup=max_warmup, device=arguments.device, within=within
+    )
     first = next(iter(calls))
     found = {}
     for name, timing in timings.items():
