@@ -19,6 +19,8 @@ from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import Tensor, nn
 from torch.nn import functional
 
+from flowaccel.modules.grids import as_image, as_tokens
+
 TABLE = 7
 """Side of the coarse position tables."""
 _STD = 0.02
@@ -210,12 +212,12 @@ class GridAttention(nn.Module, AttentionModuleMixin):
     def local(self, value: Tensor) -> Tensor:
         """(B, E + N, D): every token's 3x3 neighbourhood, nothing for extra tokens."""
         assert self.dwc is not None
-        blurred = self.dwc(self.image(value)).flatten(2).transpose(1, 2)
+        blurred = as_tokens(self.dwc(self.image(value)))
         return functional.pad(blurred, (0, 0, self.extra, 0))
 
     def image(self, tokens: Tensor) -> Tensor:
         """(B, E + N, D) -> (B, D, H, W) without the extra tokens."""
-        return tokens[:, self.extra :].transpose(1, 2).unflatten(2, self.grid)
+        return as_image(tokens[:, self.extra :], self.grid)
 
     def biases(self, like: Tensor) -> tuple[Tensor, ...] | None:
         """Those in use, (1, M, ...) with places for the extra tokens, in the type of `like`; held unless they learn."""
@@ -232,7 +234,8 @@ class GridAttention(nn.Module, AttentionModuleMixin):
         return held[1]
 
     def _fold(self, tables: Callable[[], Any], like: Tensor) -> tuple[Tensor, ...]:
-        return tuple(bias.to(like.dtype) for bias in self.padded(tables()))
+        # fused kernels of GPUs take no mask whose last axis is strided
+        return tuple(bias.to(like.dtype).contiguous() for bias in self.padded(tables()))
 
     def padded(self, found: Any) -> tuple[Tensor, ...]:
         """What `tables` returned, with 0 for the extra tokens."""
@@ -371,4 +374,4 @@ class MediatorAttention(GridAttention):
     def pooled(self, query: Tensor) -> Tensor:
         """The mediators (B, n, D): means of the queries (B, E + N, D) over cells of the image."""
         side = mediator_side(self.count, self.grid)
-        return functional.adaptive_avg_pool2d(self.image(query), side).flatten(2).transpose(1, 2)
+        return as_tokens(functional.adaptive_avg_pool2d(self.image(query), side))

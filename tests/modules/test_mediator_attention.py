@@ -17,7 +17,14 @@ import tiny
 from flowaccel.evaluation import count_macs
 from flowaccel.hooks import macs_by_module
 from flowaccel.models.sit import SiTAttnProcessor
-from flowaccel.modules.mediators import TAKES_BIAS, GridAttention, MediatorAttention, SoftmaxGridAttention
+from flowaccel.modules.grids import as_tokens
+from flowaccel.modules.mediators import (
+    TAKES_BIAS,
+    GridAttention,
+    GridAttnProcessor,
+    MediatorAttention,
+    SoftmaxGridAttention,
+)
 
 DIM, HEADS = 32, 4
 
@@ -151,6 +158,32 @@ def test_full_attention_with_biases_and_convolution(options: Any) -> None:
     if module.dwc is not None:
         output[:, extra:] += module.dwc(module.image(value.flatten(2))).flatten(2).transpose(1, 2)
     close(module(x), module.to_out[0](output))
+
+
+class Layouts(GridAttnProcessor):
+    """Notes the last strides of all that attention gets."""
+
+    def __init__(self) -> None:
+        self.last: list[int] = []
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
+        self.last += [part.stride(-1) for part in (query, key, value, bias) if part is not None]
+        return super().attend(query, key, value, bias)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("options", [{}, {"extra": 2}])
+@pytest.mark.parametrize("count", [4, 16])
+def test_fused_attention_gets_layouts_that_it_takes(rows: int, options: Any, count: int) -> None:
+    """Its kernels take no axis of channels, and on GPUs no last axis of a mask, that is strided."""
+    module = layer(counts=(count,), **options)
+    module.set_processor(noted := Layouts())
+    module(tokens(module, rows))
+    assert noted.last == [1] * 8
+    assert module.dwc is not None
+    image = module.dwc(module.image(tokens(module, rows)))
+    assert as_tokens(image).is_contiguous()  # what is added to attention
 
 
 # --- biases that are held
