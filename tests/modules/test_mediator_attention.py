@@ -13,6 +13,7 @@ from diffusers.models.attention_dispatch import AttentionBackendName
 from torch import Tensor, nn
 from torch.nn import functional
 
+import fake_xformers
 import tiny
 from flowaccel.evaluation import count_macs
 from flowaccel.hooks import macs_by_module
@@ -345,6 +346,24 @@ def test_backends_that_add_the_biases(kind: Any, backend: str) -> None:
     before = module(x)
     module.set_attention_backend(backend)
     close(module(x), before, 1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", [MediatorAttention, SoftmaxGridAttention])
+@torch.no_grad()
+def test_xformers_is_given_masks_as_it_takes_them(
+    kind: Any, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whole ones for every row and head, whose rows lie straight in memory, whatever the numbers of tokens."""
+    op = fake_xformers.Op()
+    fake_xformers.put_in_place(monkeypatch, op)
+    module = layer((5, 5), (9,), kind=kind, extra=1).to(dtype)
+    x = tokens(module).to(dtype)
+    before = module(x)
+    module.set_attention_backend("xformers")
+    close(module(x), before, 1e-5 if dtype == torch.float32 else 0.05)
+    both = [(2, HEADS, 9, 26), (2, HEADS, 26, 9)]
+    assert op.seen == (both if kind is MediatorAttention else [(2, HEADS, 26, 26)])
 
 
 def test_backends_that_take_biases_are_known_to_diffusers() -> None:
