@@ -19,7 +19,7 @@ import torch
 from _pairs import compared, pairs_table
 from rich.console import Console
 
-from flowaccel import Mediators, MediatorSchedule, zoo
+from flowaccel import Mediators, zoo
 from flowaccel.cli.common import progress
 from flowaccel.evaluation import (
     Classes,
@@ -33,14 +33,13 @@ from flowaccel.models import SiTTransformer2DModel
 from flowaccel.models.mediators import MediatorSiTTransformer2DModel
 from flowaccel.pipelines import load_pipeline
 from flowaccel.recipe import Recipe
-from flowaccel.training.zoo_mediators import TRAININGS, fresh_network, train_fresh
+from flowaccel.training.zoo_mediators import DYNAMIC, TRAININGS, fresh_network, train_fresh
 from flowaccel.training.zoo_moe import FRESH_LOOP
 
 RESULTS = Path(__file__).parent / "results"
 STEPS, FEWER, FEW = 10, (2, 3, 4, 5), 4
 BATCH = 25
 """Images of a timed call."""
-DYNAMIC = MediatorSchedule(fixed=((0.0, 4), (0.5, 16)))
 
 
 def main() -> None:

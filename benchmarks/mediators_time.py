@@ -48,7 +48,8 @@ LAYER_COUNTS, MODEL_COUNTS = (16, 64, 256), (4, 16, 64)
 SMALL = {"num_layers": 12, "num_attention_heads": 6, "attention_head_dim": 64}
 """SiT-S/2."""
 STEPS, FEWER = 5, (4, 3)
-STRIDES, SHARES = (2, 4, 8), (0.4, 1.0)
+AGENTS = ((2, 0.4), (4, 0.4), (8, 0.4), (4, 1.0))
+"""Stride, and the share of the steps."""
 UNTRAINED = "weights are random: errors say nothing about models that were trained"
 QUICK = {"sides": (4, 8), "rounds": 2, "width": 32, "heads": 4}
 
@@ -269,13 +270,12 @@ def agents_measured(pipe: Any, given: dict[str, Any], arguments: argparse.Namesp
     fewest = min_tokens(pipe)
     calls: dict[str, Call] = {"untouched": functools.partial(sampled, STEPS)}
     within: dict[str, Any] = {}
-    for stride in STRIDES:
-        for share in SHARES:
-            name = f"stride {stride}, first {share:g}"
-            calls[name] = calls["untouched"]
-            within[name] = functools.partial(
-                accelerated, pipe, AgentAttention(stride=stride, first=share, min_tokens=fewest)
-            )
+    for stride, share in AGENTS:
+        name = f"stride {stride}, first {share:g}"
+        calls[name] = calls["untouched"]
+        within[name] = functools.partial(
+            accelerated, pipe, AgentAttention(stride=stride, first=share, min_tokens=fewest)
+        )
     calls |= {f"{steps} steps": functools.partial(sampled, steps) for steps in FEWER}
     found = timed(calls, arguments, within, max_warmup=0)  # the first calls are enough for what takes seconds
     expected, first = first_output(pipe, calls["untouched"])

@@ -197,3 +197,11 @@ def test_other_pipelines_are_refused() -> None:
     tiny.sd3_pipeline().save_pretrained("sd3")
     said = fails(*train("sd3", "out"))
     assert "this trains parts of a SiTPipeline, got a StableDiffusion3Pipeline" in said
+
+
+def test_the_recipe_of_the_zoo() -> None:
+    """4 mediators in the first half of a run, then 16."""
+    command = ["generate", "zoo:sit-digits", "--classes", "3", "--device", "cpu", "--steps", "2", "--out", "digits"]
+    ran = CliRunner().invoke(app, [*command, "--recipe", "zoo:sit-digits-mediators", "--report"])
+    assert ran.exit_code == 0 and "recipe 'sit-digits-mediators'" in ran.stderr
+    assert "4 mediators" in ran.stderr and "16 mediators" in ran.stderr
