@@ -2,7 +2,7 @@
 
     python benchmarks/mediators_time.py --stage layers   # one layer of attention, about 5 minutes on two CPU cores
     python benchmarks/mediators_time.py --stage models   # the whole of SiT-S/2, about 6 minutes
-    python benchmarks/mediators_time.py --stage agents   # pipelines of stock networks, about an hour
+    python benchmarks/mediators_time.py --stage agents   # pipelines of stock networks, half an hour
     python benchmarks/mediators_time.py --stage models --sides 128   # 16384 tokens, half an hour and 3 GB
     python benchmarks/mediators_time.py --device cuda --dtype bfloat16 --sides 16 32 64 128
     python benchmarks/mediators_time.py --quick          # seconds: whether it runs
