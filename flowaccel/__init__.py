@@ -12,6 +12,7 @@ from flowaccel.accelerators import DynamicWidth as DynamicWidth
 from flowaccel.accelerators import FeatureCache as FeatureCache
 from flowaccel.accelerators import GuidanceInterval as GuidanceInterval
 from flowaccel.accelerators import GuidanceSkip as GuidanceSkip
+from flowaccel.accelerators import LearnedPolicy as LearnedPolicy
 from flowaccel.accelerators import LevelCache as LevelCache
 from flowaccel.accelerators import Mediators as Mediators
 from flowaccel.accelerators import MediatorSchedule as MediatorSchedule
@@ -63,6 +64,7 @@ __all__ = [
     "FlowaccelError",
     "GuidanceInterval",
     "GuidanceSkip",
+    "LearnedPolicy",
     "LevelCache",
     "MediatorSchedule",
     "Mediators",

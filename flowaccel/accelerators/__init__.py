@@ -11,6 +11,7 @@ from flowaccel.accelerators.feature_cache import FeatureCache as FeatureCache
 from flowaccel.accelerators.guidance import AdaptiveGuidance as AdaptiveGuidance
 from flowaccel.accelerators.guidance import GuidanceInterval as GuidanceInterval
 from flowaccel.accelerators.guidance_skip import GuidanceSkip as GuidanceSkip
+from flowaccel.accelerators.learned_policy import LearnedPolicy as LearnedPolicy
 from flowaccel.accelerators.level_cache import LEVELS as LEVELS
 from flowaccel.accelerators.level_cache import Level as Level
 from flowaccel.accelerators.level_cache import LevelCache as LevelCache
@@ -33,6 +34,7 @@ ACCELERATORS: dict[str, type[Accelerator]] = {
         FeatureCache,
         LevelCache,
         StepSkip,
+        LearnedPolicy,
         GuidanceSkip,
     )
 }
@@ -50,6 +52,7 @@ __all__ = [
     "GridCalibration",
     "GuidanceInterval",
     "GuidanceSkip",
+    "LearnedPolicy",
     "Level",
     "LevelCache",
     "MediatorSchedule",

@@ -78,6 +78,8 @@ class CallRecord:
     """Pairs of a token and an expert that were chosen and left out for a budget, counted when the run has ended; None
     without a budget."""
 
+    times: tuple[float | None, ...] = ()
+    """Per image, its timestep where images have times of their own; None where it is done and idle."""
     mediators: tuple[int, ...] = ()
     """Per image of the call, how many mediators attention goes through, where it does and any of it ran."""
     agents: tuple[str, ...] = ()
@@ -126,6 +128,8 @@ class Run:
     ended: bool = False
     failed: bool = False
     """Whether an exception ended it."""
+    stopped: bool = False
+    """See `stop`."""
     at_end: list[Callable[[], None]] = field(default_factory=list)
     """What accelerators have to do once it has ended; `state` is gone by then."""
 
@@ -133,6 +137,10 @@ class Run:
     def num_steps(self) -> int:
         """How many evaluations the run is going to make (guidance does not count twice)."""
         return len(self.timesteps) - (self.begin or 0)
+
+    def stop(self) -> None:
+        """The present step is the last one, sooner than planned: all images are done."""
+        self.stopped = True
 
     def end(self, failed: bool = False) -> None:
         """Forget all state; what was recorded stays for the report. Idempotent."""

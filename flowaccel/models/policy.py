@@ -4,6 +4,7 @@ arXiv 2509.22323; its step head alone is TPDM, arXiv 2412.01243).
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -97,7 +98,11 @@ class AccelerationPolicy(ModelMixin, ConfigMixin):
         super().__init__()
         check_levels(levels)
         _check_sparsity(SPARSE in levels, sparsity)
-        for name, value, lowest in (("max_reuse", max_reuse, 1), ("smallest", smallest, 1), ("max_steps", max_steps, 1)):
+        for name, value, lowest in (
+            ("max_reuse", max_reuse, 1),
+            ("smallest", smallest, 1),
+            ("max_steps", max_steps, 1),
+        ):
             if value is not None and value < lowest:
                 raise ValueError(f"{name} must be at least {lowest}, got {value}")
         dense = logits_of(_DENSE_SHARE, *[(1 - _DENSE_SHARE) / len(sparsity)] * len(sparsity)) if sparsity else ()
@@ -145,7 +150,7 @@ def check_levels(levels: Sequence[str]) -> None:
 
 
 def _check_sparsity(head: bool, sparsity: Sequence[float]) -> None:
-    falls = all(later < earlier for earlier, later in zip(sparsity, sparsity[1:], strict=False))
+    falls = all(later < earlier for earlier, later in itertools.pairwise(sparsity))
     if not falls or any(not 0 < share < 1 for share in sparsity):
         raise ValueError(f"sparsity must hold shares in (0, 1) that fall, such as (0.75, 0.6, 0.5), got {sparsity!r}")
     if bool(sparsity) != head:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -42,10 +43,10 @@ class DecisionHead(nn.Module):
         self.conv2 = nn.Conv2d(width, width, 3, stride=2, padding=1)
         self.fc1 = nn.Linear(width, width)
         self.fc2 = nn.Linear(width, len(bias))
-        for module in self.modules():
-            if isinstance(module, (nn.Conv2d, nn.Linear)):
-                nn.init.normal_(module.weight, std=_STD)
-                nn.init.zeros_(module.bias)
+        layers: tuple[Any, ...] = (self.conv1, self.modulation, self.conv2, self.fc1, self.fc2)
+        for layer in layers:
+            nn.init.normal_(layer.weight, std=_STD)
+            nn.init.zeros_(layer.bias)
         with torch.no_grad():
             self.fc2.bias.copy_(torch.tensor(bias))
 
