@@ -80,6 +80,8 @@ class CallRecord:
 
     times: tuple[float | None, ...] = ()
     """Per image, its timestep where images have times of their own; None where it is done and idle."""
+    sparsity: tuple[int, ...] = ()
+    """Per image, the level of sparse attention, 0 for dense; empty where nobody sets it by image."""
     mediators: tuple[int, ...] = ()
     """Per image of the call, how many mediators attention goes through, where it does and any of it ran."""
     agents: tuple[str, ...] = ()
