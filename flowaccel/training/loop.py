@@ -26,6 +26,7 @@ from flowaccel.training.labelled import LabelledObjective
 logger = logging.getLogger(__name__)
 
 _PARTS = ("parameter", "ema", "exp_avg", "exp_avg_sq")
+_KEPT = "kept."
 _PLAIN = (bool, int, float, str, type(None))
 
 Loss = Callable[[nn.Module, torch.Generator], Tensor]
@@ -45,6 +46,21 @@ class Following(Protocol):
 
     def stepped(self, network: nn.Module) -> None:
         """Called when the weights have moved."""
+
+
+@runtime_checkable
+class Keeping(Protocol):
+    """An objective with a state of its own, which a resumed run needs."""
+
+    def kept(self) -> dict[str, Tensor]:
+        """The state; saved with the model's."""
+
+    def put_back(self, kept: dict[str, Tensor]) -> None:
+        """Take over what `kept` returned.
+
+        Raises:
+            ValueError: it is that of another objective.
+        """
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,7 +153,8 @@ def train(
     optimizer = torch.optim.AdamW(_groups(model, config), lr=config.learning_rate, weight_decay=config.weight_decay)
     ema = EMAModel(trainable, decay=config.ema_decay)
     settings = _as_saved({**_settings(config), **_objective_settings(loss), **(also or {})})
-    start = _resume(folder, model, optimizer, ema, settings)
+    keeping = loss if isinstance(loss, Keeping) else None
+    start = _resume(folder, model, optimizer, ema, settings, keeping)
     prepared, optimizer = accelerator.prepare(model, optimizer)
     ema.to(accelerator.device)
     prepared.train()
@@ -162,7 +179,7 @@ def train(
         ema.step(trainable)
         done = step + 1
         if accelerator.is_main_process and (done % config.save_every == 0 or done == config.steps):
-            _save(folder, model, optimizer, ema, done, settings)
+            _save(folder, model, optimizer, ema, done, settings, keeping)
             if done in config.keep:
                 shutil.copyfile(folder / "state.safetensors", folder / f"state-{done}.safetensors")
         yield Progress(step=done, loss=value.item(), learning_rate=config.rate_at(step))
@@ -232,8 +249,10 @@ def _save(
     ema: EMAModel,
     step: int,
     settings: dict[str, Any],
+    keeping: Keeping | None,
 ) -> None:
     tensors: dict[str, Tensor] = _buffers(model)
+    tensors |= {_KEPT + name: value for name, value in (keeping.kept() if keeping else {}).items()}
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     state = optimizer.state_dict()["state"]
     for index, (parameter, shadow) in enumerate(zip(parameters, ema.shadow_params, strict=True)):
@@ -270,6 +289,7 @@ def _resume(
     optimizer: torch.optim.Optimizer,
     ema: EMAModel,
     settings: dict[str, Any],
+    keeping: Keeping | None,
 ) -> int:
     """Load the state in `folder` if there is one; the number of steps already done."""
     path = folder / "state.safetensors"
@@ -284,6 +304,7 @@ def _resume(
     buffers = _buffers(model)
     wanted = {f"{index}.{part}": value.shape for index, value in enumerate(parameters) for part in _PARTS}
     wanted |= {name: value.shape for name, value in buffers.items()}
+    kept = {name.removeprefix(_KEPT): tensors.pop(name) for name in list(tensors) if name.startswith(_KEPT)}
     if {name: value.shape for name, value in tensors.items()} != wanted:
         raise CheckpointError(f"{folder} holds a run of another network; use another --out")
     with torch.no_grad():
@@ -302,6 +323,11 @@ def _resume(
     }
     optimizer.load_state_dict({"state": adam, "param_groups": optimizer.state_dict()["param_groups"]})
     ema.optimization_step = meta["ema_steps"]
+    if keeping is not None:
+        try:
+            keeping.put_back(kept)
+        except ValueError as error:
+            raise CheckpointError(f"{folder} holds a run of another objective ({error}); use another --out") from error
     logger.info("resumed %s at step %d", folder, meta["step"])
     return int(meta["step"])
 
