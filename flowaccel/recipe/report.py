@@ -34,6 +34,11 @@ class StepReport:
         return tuple(any(image) for image in zip(*images, strict=False))
 
     @property
+    def times(self) -> tuple[float | None, ...]:
+        """Per image, its own timestep, None where it is done; empty where all have the scheduler's."""
+        return next((call.times for call in self.calls if call.times), ())
+
+    @property
     def guided(self) -> tuple[bool, ...]:
         """Per image, whether it was guided; empty where no accelerator decides that."""
         return next((call.guided for call in self.calls if call.guided), ())
@@ -74,6 +79,13 @@ class Report:
     def calls(self) -> list[CallRecord]:
         """All network calls in order."""
         return [call for step in self.steps for call in step.calls]
+
+    @property
+    def paths(self) -> tuple[tuple[tuple[float, bool], ...], ...]:
+        """Per image, its timesteps and whether its blocks were computed there; empty where a policy chose no times."""
+        steps = [zip(step.times, step.computed, strict=True) for step in self.steps if step.times]
+        images = zip(*steps, strict=True)
+        return tuple(tuple((time, ran) for time, ran in image if time is not None) for image in images)
 
     def count(self, what: str) -> int:
         """Network calls that were `what`: `computed`, `reused`, `refined` and so on."""
@@ -159,9 +171,9 @@ class Report:
         ]
         for step in self.steps:
             calls = ", ".join(_describe(call) for call in step.calls) + _pattern(step)
-            lines.append(
-                f"{step.step:>4}  {step.timestep:>9.2f}  {step.sigma:>7.4f}  {1000 * step.seconds:>8.2f}  {calls}"
-            )
+            where = f"{'by image':>18}" if step.times else f"{step.timestep:>9.2f}  {step.sigma:>7.4f}"
+            lines.append(f"{step.step:>4}  {where}  {1000 * step.seconds:>8.2f}  {calls}")
+        lines += _walked(self.paths)
         lines += self._savings()
         if self.slice_bytes or self.slices_cut:
             lines.append(
@@ -218,8 +230,27 @@ class Report:
         ]
 
 
+def _walked(paths: Sequence[Sequence[tuple[float, bool]]]) -> list[str]:
+    """Where a policy led the images; of many, only in how many steps."""
+    if not paths:
+        return []
+    steps = [len(path) for path in paths]
+    computed = [sum(ran for _, ran in path) for path in paths]
+    if len(paths) > _LETTERS:
+        means = f"{sum(steps) / len(steps):.1f} steps on average, {sum(computed) / len(computed):.1f} computed"
+        return [f"{min(steps)} to {max(steps)} steps an image, {means}."]
+    return [
+        f"image {image}: {len(path)} steps, {computed[image]} computed: "
+        + " ".join(f"{time:.0f}{'' if ran else 'r'}" for time, ran in path)
+        for image, path in enumerate(paths)
+    ]
+
+
 def _pattern(step: StepReport) -> str:
     """Which images were computed, and which guided."""
+    if step.times and len(step.times) <= _LETTERS:
+        pairs = zip(step.times, step.computed, strict=True)
+        return "  " + "".join("." if time is None else "C" if on else "r" for time, on in pairs)
     return _letters(step.computed, "Cr", "images") + _letters(step.guided, "G-", "guided")
 
 
@@ -270,7 +301,7 @@ def report(pipe: Any) -> Report:
         steps=tuple(_steps(run)),
         seconds=run.seconds,
         failed=run.failed,
-        unsaved=_unsaved(recipe, run.records),
+        unsaved=None if run.stopped else _unsaved(recipe, run.records),
         **_macs(run),
     )
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +16,9 @@ from torch import Tensor, nn
 
 from flowaccel.errors import CheckpointError
 from flowaccel.evaluation import Conditions, sample_generator
+from flowaccel.hooks import Block, Call, session_of
 from flowaccel.models import AccelerationPolicy
+from flowaccel.recipe import Recipe, accelerated
 from flowaccel.training.policy_objective import (
     PolicyStats,
     additive_reward,
@@ -94,6 +96,25 @@ def references(
     found = torch.cat(made).contiguous()
     save_file({"images": found}, path)
     return found
+
+
+def condition_width(pipe: Any, task: Task) -> int:
+    """Width of the embedding that modulates the blocks of a pipeline's network; it makes one step of one image.
+
+    Raises:
+        UnsupportedModelError: there is none.
+    """
+    found: list[int] = []
+
+    def look(proceed: Callable[..., Any], call: Call, block: Block) -> Any:
+        if block.index == 0:
+            found.append(block.condition.shape[1])
+        return proceed()
+
+    with accelerated(pipe, Recipe()), torch.no_grad():
+        session_of(pipe).on_block(look)
+        replace(task, steps=2).generate(pipe, [0])
+    return found[0]
 
 
 def fidelity(images: Tensor, untouched: Tensor) -> Tensor:
