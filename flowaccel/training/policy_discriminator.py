@@ -143,6 +143,8 @@ class ClipDiscriminator(Discriminator):
     """
 
     resizes = True
+    shift: Tensor
+    scale: Tensor
 
     def __init__(self, tower: Any, preprocessing: Preprocessing, width: int = 64, blocks: int = 12) -> None:
         super().__init__()

@@ -123,11 +123,12 @@ def test_of_a_clip_only_adapters_and_head_learn(clip: Path) -> None:
 def test_only_the_last_blocks_have_adapters(clip: Path) -> None:
     found = load_features(f"clip:{clip}")
     tower: Any = found.module
-    tower.vision_model.encoder.layers.extend(copy.deepcopy(list(tower.vision_model.encoder.layers) * 3))
+    layers = tower.vision_model.encoder.layers
+    layers.extend([copy.deepcopy(layers[0]) for _ in range(3)])
     assert found.preprocessing is not None
     network = ClipDiscriminator(tower, found.preprocessing, blocks=2)
     assert len(network.adapters) == 2
-    assert [bool(layer._forward_hooks) for layer in tower.vision_model.encoder.layers] == [False, False, True, True]
+    assert [bool(layer._forward_hooks) for layer in layers] == [False, False, True, True]
 
 
 def test_of_features_only_the_head_learns() -> None:
