@@ -19,6 +19,7 @@ from flowaccel.evaluation import Conditions, sample_generator
 from flowaccel.hooks import Block, Call, session_of
 from flowaccel.models import AccelerationPolicy
 from flowaccel.recipe import Recipe, accelerated
+from flowaccel.training.policy_discriminator import DiscriminatorTraining
 from flowaccel.training.policy_objective import (
     PolicyStats,
     additive_reward,
@@ -196,7 +197,7 @@ class PolicyObjective:
         settings: PolicySettings,
         untouched: Tensor,
         total: int,
-        discriminator: Any = None,
+        discriminator: DiscriminatorTraining | None = None,
         seed: int = 0,
     ) -> None:
         self.pipe, self.task, self.reward, self.settings = pipe, task, reward, settings
@@ -221,7 +222,8 @@ class PolicyObjective:
         if self.discriminator is not None:
             realism = self.discriminator.score(rollout.images)
             score = score + settings.realism * realism
-            self.discriminator.learn(self.untouched[chosen], rollout.images, generator)
+            self.discriminator.add(rollout.images, torch.tensor(ids))
+            self.discriminator.update()
         done = rollout.executed
         cost = equivalent_steps(done.image, done.reused, done.level, len(ids), policy.config.costs)
         rewards = self._rewards(score, cost).view(settings.groups, settings.group_size)
@@ -257,14 +259,16 @@ class PolicyObjective:
             return additive_reward(score, cost, self.settings.price)
         return discounted_reward(score, cost, self.settings.discount)
 
-    def kept(self) -> dict[str, Tensor]:
+    def save(self, folder: Path) -> None:
         """What a resumed run needs of the discriminator."""
-        found: dict[str, Tensor] = {} if self.discriminator is None else self.discriminator.kept()
-        return found
-
-    def put_back(self, kept: dict[str, Tensor]) -> None:
-        """Take it over; raises a ValueError for that of another one."""
-        if bool(kept) != (self.discriminator is not None):
-            raise ValueError("one of the two has a discriminator, and the other has none")
         if self.discriminator is not None:
-            self.discriminator.put_back(kept)
+            self.discriminator.save(folder)
+
+    def resume(self, folder: Path) -> None:
+        """Take it over.
+
+        Raises:
+            CheckpointError: there is none.
+        """
+        if self.discriminator is not None and not self.discriminator.resume(folder):
+            raise CheckpointError(f"{folder} holds no discriminator; the run had none, use another --out")

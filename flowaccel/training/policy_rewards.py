@@ -167,7 +167,7 @@ def _clip_score(network: FeatureNetwork) -> tuple[Score, float]:
 def _pick_score(network: FeatureNetwork) -> tuple[Score, float]:
     encoder = load_clip(None, network).encode_text
     assert encoder is not None  # load_clip sees to it
-    weight = float(encoder.model.logit_scale.exp())
+    weight = float(encoder.model.logit_scale.detach().exp())
     return _alignment(network, weight), weight
 
 

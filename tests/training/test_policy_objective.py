@@ -312,7 +312,7 @@ def test_entropy_is_of_choices_and_not_of_jumps() -> None:
         actor(level, choices[level].features, choices[level].condition).softmax(dim=1) for level in (CACHE, SPARSE)
     ]
     rows = torch.cat([-(share * share.log()).sum(dim=1) for share in shares])
-    assert stats.entropy == pytest.approx(float(rows.mean()), rel=1e-5)
+    assert stats.entropy == pytest.approx(float(rows.detach().mean()), rel=1e-5)
     assert float((plain - with_bonus).detach()) == pytest.approx(0.5 * stats.entropy, rel=1e-4)
     jumps, only = policy_loss(actor, {STEP: choices[STEP]}, {STEP: old[STEP]}, worth, entropy=0.5)
     assert only.entropy == 0 and torch.isfinite(jumps)
