@@ -18,6 +18,7 @@ from flowaccel.accelerators import Mediators as Mediators
 from flowaccel.accelerators import MediatorSchedule as MediatorSchedule
 from flowaccel.accelerators import MixtureOfExperts as MixtureOfExperts
 from flowaccel.accelerators import Sampler as Sampler
+from flowaccel.accelerators import SparseAttention as SparseAttention
 from flowaccel.accelerators import StepSkip as StepSkip
 from flowaccel.accelerators import VelocityRefiner as VelocityRefiner
 from flowaccel.accelerators import cache_preset as cache_preset
@@ -78,6 +79,7 @@ __all__ = [
     "SiTInpaintPipeline",
     "SiTPipeline",
     "SiTTransformer2DModel",
+    "SparseAttention",
     "StepSkip",
     "UnsupportedModelError",
     "VelocityRefiner",

@@ -19,6 +19,7 @@ from flowaccel.accelerators.mediator_schedule import MediatorSchedule as Mediato
 from flowaccel.accelerators.mediators import Mediators as Mediators
 from flowaccel.accelerators.mixture_of_experts import MixtureOfExperts as MixtureOfExperts
 from flowaccel.accelerators.sampler import Sampler as Sampler
+from flowaccel.accelerators.sparse_attention import SparseAttention as SparseAttention
 from flowaccel.accelerators.step_skip import StepSkip as StepSkip
 from flowaccel.accelerators.velocity_refiner import VelocityRefiner as VelocityRefiner
 
@@ -31,6 +32,7 @@ ACCELERATORS: dict[str, type[Accelerator]] = {
         Mediators,
         VelocityRefiner,
         AgentAttention,
+        SparseAttention,
         FeatureCache,
         LevelCache,
         StepSkip,
@@ -59,6 +61,7 @@ __all__ = [
     "Mediators",
     "MixtureOfExperts",
     "Sampler",
+    "SparseAttention",
     "StepSkip",
     "VelocityRefiner",
     "cache_preset",

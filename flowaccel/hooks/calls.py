@@ -86,6 +86,10 @@ class CallRecord:
     """Per image of the call, how many mediators attention goes through, where it does and any of it ran."""
     agents: tuple[str, ...] = ()
     """Names in the network of the attention layers that ran with agents in the place of full attention."""
+    sparse_layers: tuple[str, ...] = ()
+    """Names in the network of the attention layers that left out query-key pairs."""
+    pairs: tuple[int, int] = (0, 0)
+    """Pairs of a query and a key that these computed, and that full attention would have."""
     spared: int = 0
     """Multiply-adds that modules which ran did less than they are counted with, where an accelerator sets by row how
     much they do; negative where they did more."""

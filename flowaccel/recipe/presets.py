@@ -24,6 +24,7 @@ from flowaccel.accelerators import (
     MediatorSchedule,
     MixtureOfExperts,
     Sampler,
+    SparseAttention,
     VelocityRefiner,
     cache_preset,
 )
@@ -54,6 +55,7 @@ _WITH_OPTIONS: dict[str, Callable[..., Accelerator]] = {
     "guidance_skip": GuidanceSkip,
     "guidance_interval": functools.partial(GuidanceSkip, "interval"),
     "agent_attention": AgentAttention,
+    "sparse_attention": SparseAttention,
     "dynamic_width": DynamicWidth,
     "mixture_of_experts": MixtureOfExperts,
     "mediators": _mediators,
@@ -67,6 +69,7 @@ PRESETS = {
     **{name: preset.summary for name, preset in CACHE_PRESETS.items()},
     "guidance_skip": "Stop guiding an image once its conditional and unconditional predictions agree.",
     "agent_attention": "Self-attention of UNets and DiT through pooled queries in the first steps, at high resolution.",
+    "sparse_attention": "Attention of SD3, FLUX and SiT without the blocks of least attention, at high resolution.",
     "dynamic_width": "The network with dynamic width that lies beside the pipeline's components, in `width`.",
     "mixture_of_experts": "The network with experts that lies beside the pipeline's components, in `moe`.",
     "mediators": "The network with mediators that lies beside the pipeline's components, in `mediators`.",

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from flowaccel.accelerators import AgentAttention
+from flowaccel.accelerators import AgentAttention, SparseAttention
 from flowaccel.hooks import COMPUTED, REUSED, CallRecord, Run, macs_by_module, mean_capacity, session_of
 from flowaccel.recipe.recipe import Recipe
 from flowaccel.recipe.verbs import recipe_of
@@ -212,6 +212,11 @@ class Report:
         left_out = "" if macs is None else f", {macs} left out"
         if with_agents := sum(bool(call.agents) for call in self.calls):
             return [f"Agents in the place of full attention in {with_agents} of {len(self.calls)} calls{left_out}."]
+        if sparse := [call.pairs for call in self.calls if call.sparse_layers]:
+            share = sum(done for done, _ in sparse) / sum(full for _, full in sparse)
+            return [
+                f"Sparse attention in {len(sparse)} of {len(self.calls)} calls, {share:.0%} of its pairs{left_out}."
+            ]
         return [f"Width {sum(widths) / len(widths):.0%} on average{left_out}."] if widths else []
 
     def _savings(self) -> list[str]:
@@ -265,8 +270,13 @@ def _describe(call: CallRecord) -> str:
     network = "" if call.network == "transformer" else f" on {call.network}"
     width = "" if call.width is None else f", width {call.width:.0%}"
     agents = f", agents in {len(call.agents)} layers" if call.agents else ""
+    sparse = _sparse(call) if call.sparse_layers else ""
     experts = "" if call.capacity is None else f", {_experts(call.capacity, call.overflow)}"
-    return f"{'+'.join(call.branches)} {call.what}{network}{width}{experts}{_mediators(call.mediators)}{agents}"
+    return f"{'+'.join(call.branches)} {call.what}{network}{width}{experts}{_mediators(call.mediators)}{agents}{sparse}"
+
+
+def _sparse(call: CallRecord) -> str:
+    return f", {call.pairs[0] / call.pairs[1]:.0%} of the pairs in {len(call.sparse_layers)} layers"
 
 
 def _mediators(images: Sequence[int]) -> str:
@@ -343,7 +353,7 @@ def _unsaved(recipe: Recipe, records: Sequence[CallRecord]) -> str | None:
         return "no network call was seen; compiled blocks call the network in ways that are not observed"
     if not recipe.accelerators:
         return "the recipe is empty"
-    if all(part.kind != "hook" or isinstance(part, AgentAttention) for part in recipe.accelerators):
+    if all(part.kind != "hook" or isinstance(part, (AgentAttention, SparseAttention)) for part in recipe.accelerators):
         return "the recipe saves steps or the work within a call, not calls"
     names = ", ".join(repr(accelerator.name) for accelerator in recipe.accelerators)
     return f"{names} had every call computed"
