@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 from _pairs import compared, pairs_table
+from _speed import randomized, show, timed, write
 from rich.console import Console
 from torch import Tensor
 
@@ -35,12 +36,9 @@ from flowaccel.evaluation import (
     Classes,
     Protocol,
     console_table,
-    count_macs,
-    environment,
     evaluate,
     load_results,
     markdown_table,
-    measure_latency,
 )
 from flowaccel.evaluation.figures import pareto_png
 from flowaccel.models import DynamicSiTTransformer2DModel, make_dynamic
@@ -209,12 +207,8 @@ PAIRS = (
 
 def random_network(layers: int, arguments: argparse.Namespace, *, tokens: bool) -> Any:
     """SiT of the width of XL/2 with random weights, dynamic in width and, if wanted, tokens."""
-    torch.manual_seed(arguments.seed)
-    network = SiTTransformer2DModel(**{**XL, "num_layers": layers})
-    with torch.no_grad():
-        for parameter in network.parameters():
-            parameter.copy_(0.02 * torch.randn(parameter.shape))
-    network = network.to(arguments.device, getattr(torch, arguments.dtype)).eval()
+    network = randomized(SiTTransformer2DModel(**{**XL, "num_layers": layers}), arguments.seed)
+    network.to(arguments.device, getattr(torch, arguments.dtype))
     network = make_dynamic(network, {"tokens": tokens})
     return network.requires_grad_(False)
 
@@ -263,26 +257,6 @@ def whole_call(network: Any, data: tuple[Tensor, ...]) -> Callable[[], Tensor]:
     return call
 
 
-def timed(calls: dict[str, Callable[[], Any]], arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """Every call against the first: the speed-up that is realised, that of the multiply-adds, and their quotient."""
-    macs = {name: count_macs(call) for name, call in calls.items()}
-    timings = measure_latency(calls, rounds=arguments.rounds, device=arguments.device)
-    first = next(iter(calls))
-    found = {}
-    for name, timing in timings.items():
-        speedup = timings[first].ratio_to(timing)
-        ideal = macs[first] / macs[name]
-        found[name] = {
-            "ms": 1000 * timing.median,
-            "speedup": speedup.value,
-            "ci95": list(speedup.ci95),
-            "ideal": ideal,
-            "realised_over_ideal": speedup.value / ideal,
-            "throttled": timing.throttled,
-        }
-    return found
-
-
 def layers_stage(arguments: argparse.Namespace) -> None:
     """One block, its width and its tokens at several shares; where gathering tokens begins to pay."""
     network = random_network(1, arguments, tokens=True)
@@ -301,7 +275,7 @@ def layers_stage(arguments: argparse.Namespace) -> None:
         )
         found.append({"rows": rows, "tokens": rows * 256, "calls": timed(calls, arguments)})
         show(f"one block of SiT-XL/2, {rows} rows of 256 tokens", found[-1]["calls"])
-    write(arguments, "layers", found)
+    write(arguments, "width", "layers", rows=found)
 
 
 def block_call(
@@ -349,26 +323,7 @@ def model_stage(arguments: argparse.Namespace) -> None:
         network.dynamic.cache.clear()
         found.append(entry)
         show(f"SiT-XL/2 with {arguments.layers} layers, {2 * images} rows", entry["calls"])
-    write(arguments, "model", found)
-
-
-def show(title: str, calls: dict[str, dict[str, Any]]) -> None:
-    print(title)
-    for name, call in calls.items():
-        print(
-            f"  {name:<22} {call['ms']:9.2f} ms  {call['speedup']:.2f}x [{call['ci95'][0]:.2f}, {call['ci95'][1]:.2f}]"
-            f"  ideal {call['ideal']:.2f}x  realised/ideal {call['realised_over_ideal']:.2f}"
-            f"{'  (slowed down while timed)' if call['throttled'] else ''}"
-        )
-
-
-def write(arguments: argparse.Namespace, name: str, rows: list[dict[str, Any]]) -> None:
-    data = {"environment": environment(torch.device(arguments.device)), "dtype": arguments.dtype, "rows": rows}
-    (arguments.out / f"{name}.json").write_text(json.dumps(data, indent=1) + "\n")
-    if arguments.record:
-        RESULTS.mkdir(exist_ok=True)
-        kind = torch.device(arguments.device).type
-        shutil.copyfile(arguments.out / f"{name}.json", RESULTS / f"width_{name}_{kind}.json")
+    write(arguments, "width", "model", rows=found)
 
 
 STAGES: dict[str, Callable[[argparse.Namespace], None]] = {

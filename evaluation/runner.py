@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from flowaccel import Recipe, accelerated, is_accelerated
 from flowaccel.data import AttributeSet
 
+from .attention import chosen_attention
 from .attributes import attribute_match, load_attributes
 from .baselines import NATIVE, calibrated, check_native, native
 from .call_arguments import check_arguments, parameters
@@ -149,7 +150,7 @@ def _measure(run: _Run) -> Results:
     results: Results = {
         "schema": SCHEMA_VERSION,
         "protocol": _describe(run),
-        "environment": environment(run.pipe.device) | {"world_size": run.world.size},
+        "environment": _environment(run),
         "rows": [
             _row(run, row, cost, costs[0], timings, metrics[row.name]) | _baseline_entry(run, row, apart)
             for row, cost in zip(run.rows, costs, strict=True)
@@ -449,6 +450,12 @@ def _baseline_entry(run: _Run, row: RowSpec, apart: dict[str, tuple[Timing, Timi
             f"cost measured in batches of {protocol.latency_batch}."
         )
     return entry | ({"remark": " ".join(remarks)} if remarks else {})
+
+
+def _environment(run: _Run) -> dict[str, Any]:
+    chosen = chosen_attention(run.pipe)
+    own = {"world_size": run.world.size} | ({} if chosen is None else {"attention": chosen})
+    return environment(run.pipe.device) | own
 
 
 def _describe(run: _Run) -> Any:  # the schema's Protocol

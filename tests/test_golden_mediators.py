@@ -98,6 +98,7 @@ def test_configuration_is_read_from_the_weights() -> None:
     assert config.mediator_config == {
         "counts": (MODEL.config["mediator_num"],),
         "layers": None,
+        "per_layer": False,
         "use_bias": True,
         "use_dwc": True,
     }

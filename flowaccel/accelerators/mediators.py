@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any, ClassVar
 
 import torch
@@ -18,7 +19,12 @@ from flowaccel.accelerators.mediator_schedule import MediatorSchedule, Switching
 from flowaccel.accelerators.serial import component, learned
 from flowaccel.accelerators.variants import Variant, put_in_place
 from flowaccel.hooks import Call, Session, denoiser, session_of
-from flowaccel.models.mediators import MediatorSiTTransformer2DModel, mediator_layers
+from flowaccel.models.mediators import (
+    MediatorSiTTransformer2DModel,
+    check_mediators,
+    mediator_layers,
+    set_mediators,
+)
 from flowaccel.modules.mediators import GridAttention, MediatorAttention
 
 FOLDER = "mediators"
@@ -37,7 +43,8 @@ class Mediators(Variant):
             components. Without `schedule` and `count` it may be the form with full attention, which mediators are
             fairly compared with.
         schedule: how many mediators at which step.
-        count: how many mediators at all steps. With neither, the most that the network was made for.
+        count: how many mediators at all steps. With neither, the most that each layer was made for: its own number in a
+            network with one per layer.
 
     Raises:
         TypeError: a network or schedule that is none.
@@ -90,29 +97,23 @@ class Mediators(Variant):
         with ExitStack() as undo:
             for layer in layers.values():
                 undo.callback(setattr, layer, "count", layer.count)
-                layer.count = self._most(layer)
+            set_mediators(network, self.count if self.schedule is None else max(self.schedule.counts))
             runs = _Runs(self.schedule, session_of(pipe), network, layers)
             undo.callback(put_in_place(pipe, network, runs))
             if self.schedule is not None and self.schedule.fixed is None:
                 undo.callback(session_of(pipe).on_step(runs.observe))
             return undo.pop_all().close
 
-    def _most(self, layer: MediatorAttention) -> int:
-        if self.schedule is not None:
-            return max(self.schedule.counts)
-        return layer.counts[-1] if self.count is None else self.count
-
     def _check(self, network: nn.Module, layers: Mapping[str, MediatorAttention]) -> None:
         given = "count" if self.count is not None else "schedule"
         wanted = (self.count,) if self.count is not None else self.schedule.counts if self.schedule is not None else ()
         if wanted and not layers:
             raise ValueError(f"{given} is for networks with mediators, and this one has none; leave it out")
-        for layer in layers.values():
-            for count in wanted:
-                try:
-                    layer.check(count)
-                except ValueError as error:
-                    raise ValueError(f"{given} asks for {count} mediators: {error}") from error
+        for count in wanted:
+            try:
+                check_mediators(network, count)
+            except ValueError as error:
+                raise ValueError(f"{given} asks for {count} mediators: {error}") from error
         for module in network.modules():
             if isinstance(module, GridAttention):
                 module.check_backend()
@@ -128,23 +129,23 @@ class _Runs:
         network: nn.Module,
         layers: Mapping[str, MediatorAttention],
     ) -> None:
-        self.schedule, self.session, self.network, self.layers = schedule, session, network, list(layers.values())
-        self.most = self.layers[0].count if self.layers else 0  # what is set between calls, and counted with
+        self.schedule, self.session, self.network = schedule, session, network
+        self.most = {layer: layer.count for layer in layers.values()}  # what is set between calls, and counted with
 
     def __call__(self, proceed: Callable[..., Any], call: Call) -> Any:
-        if call.module is not self.network or not self.layers:
+        if call.module is not self.network or not self.most:
             return proceed()
         counts = self._counts(call)
-        rows = tuple(counts[image % len(counts)] for image in call.row_images)
+        rows = tuple(counts[image % len(counts)] for image in call.row_images) if counts else ()
         with self._set(call, rows):
             output = proceed()
             self._note(call, rows)
         return output
 
     def _counts(self, call: Call) -> tuple[int, ...]:
-        """Per image, or one for all."""
+        """Per image, or one for all; none where layers keep what is set."""
         if self.schedule is None:
-            return (self.most,)
+            return ()
         if self.schedule.fixed is None:
             return self._switching.counts
         scale = self.session.pipe.scheduler.config.get("num_train_timesteps", 1000)
@@ -168,23 +169,29 @@ class _Runs:
     def _set(self, call: Call, rows: tuple[int, ...]) -> Iterator[None]:
         mixed = len(set(rows)) > 1
         groups = functools.cache(functools.partial(_grouped, rows))
-        for layer in self.layers:
+        for layer, most in self.most.items():
             layer.ran = []
             layer.groups = (lambda: groups(call.run.only)) if mixed else None
-            layer.count = self.most if mixed else rows[0]
+            layer.count = rows[0] if rows and not mixed else most
         try:
             yield
         finally:
-            for layer in self.layers:
-                layer.ran, layer.groups, layer.count = None, None, self.most
+            for layer, most in self.most.items():
+                layer.ran, layer.groups, layer.count = None, None, most
 
     def _note(self, call: Call, rows: Sequence[int]) -> None:
-        ran = [(layer, count, number) for layer in self.layers for count, number in layer.ran or ()]
+        ran = [(layer, count, number) for layer in self.most for count, number in layer.ran or ()]
         for layer, count, number in ran:
-            call.record.spared += number * (layer.attention_macs(self.most) - layer.attention_macs(count))
+            call.record.spared += number * (layer.attention_macs(self.most[layer]) - layer.attention_macs(count))
         if ran:
-            images = dict(zip(call.row_images, rows, strict=True))
+            numbers: Sequence[float] = rows or [_average(self.most.values())] * len(call.row_images)
+            images = dict(zip(call.row_images, numbers, strict=True))
             call.record.mediators = tuple(images[image] for image in sorted(images))
+
+
+def _average(numbers: Collection[int]) -> float:
+    """Their mean, whole where they are equal."""
+    return next(iter(numbers)) if len(set(numbers)) == 1 else fmean(numbers)
 
 
 def _grouped(rows: Sequence[int], only: tuple[int, ...] | None) -> dict[int, Tensor]:

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Self
 
 from torch import nn
 
+from flowaccel.accelerators.attention import attend_like
 from flowaccel.accelerators.base import Accelerator, Detach
 from flowaccel.accelerators.loading import beside
 from flowaccel.accelerators.serial import storage_of
@@ -99,15 +100,18 @@ class Variant(Accelerator):
 
 
 def put_in_place(pipe: Any, network: nn.Module, around: CallAround) -> Detach:
-    """Put a network in the place of the pipeline's own, and `around` about its calls; if that fails, nothing is
-    changed. Undone by putting the old object back.
+    """Put a network in the place of the pipeline's own, with the attention backend that was chosen for that, and
+    `around` about its calls; if that fails, nothing is changed. Undone by putting back the old object, and the backend
+    that the network had.
 
     Raises:
+        ValueError: the network cannot compute attention by that backend.
         RecipeConflictError: the network is another accelerated pipeline's.
     """
-    session = session_of(pipe)
+    session, base = session_of(pipe), denoiser(pipe)
     with ExitStack() as undo:
-        undo.callback(exchange(pipe, denoiser(pipe), network))
+        undo.callback(attend_like(network, base))
+        undo.callback(exchange(pipe, base, network))
         session.follow()
         undo.callback(session.on_call(around))
         return undo.pop_all().close

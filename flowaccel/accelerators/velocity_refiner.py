@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
+from flowaccel.accelerators.attention import attend_like
 from flowaccel.accelerators.base import Accelerator, Detach
 from flowaccel.accelerators.loading import beside, load_network
 from flowaccel.accelerators.serial import learned
@@ -64,6 +65,7 @@ class VelocityRefiner(Accelerator):
         if refiner.dtype != network.dtype:  # asked first, because diffusers warns at every cast
             refiner.to(network.dtype)
         refiner.eval()
+        put_back = attend_like(refiner, network)
         session = session_of(pipe)
 
         def around(proceed: Callable[..., Any], call: Call) -> Any:
@@ -84,6 +86,7 @@ class VelocityRefiner(Accelerator):
 
         def detach() -> None:
             remove()
+            put_back()
             scheduler.__dict__.pop("refiner", None)
 
         return detach

@@ -41,6 +41,12 @@ def mediators(
     counts: Annotated[
         str, typer.Option(help="Numbers of mediators that the network can run with, squares, such as 4,16,64.")
     ] = "4,16",
+    per_layer: Annotated[
+        bool,
+        typer.Option(
+            "--per-layer", help="--counts holds one number for each layer with mediators, in the order of the blocks."
+        ),
+    ] = False,
     layers: Annotated[
         str | None, typer.Option(help="Blocks whose attention goes through them, such as 0,1,2,3; default all.")
     ] = None,
@@ -70,7 +76,8 @@ def mediators(
 ) -> None:
     """Train attention through mediators (Attention Mediators, arXiv 2408.05710) for a SiTPipeline.
 
-    One network serves all numbers of mediators; the paper trains one for each. Writes a recipe (--recipe OUT).
+    One network serves all numbers of mediators, where the paper trains one for each; or, with --per-layer, every layer
+    has a number of its own. Writes a recipe (--recipe OUT).
 
     Example: flowaccel train mediators zoo:sit-digits --out mediated --counts 4,16 --steps 2000 --batch-size 64
     --learning-rate 5e-4
@@ -78,6 +85,7 @@ def mediators(
     with friendly_errors(" The last checkpoint is kept; the same command goes on from there."):
         settings = MediatorSettings(
             counts=_numbers("--counts", counts),
+            per_layer=per_layer,
             layers=None if layers is None else _numbers("--layers", layers),
             use_bias=bias,
             use_dwc=dwc,
@@ -91,7 +99,7 @@ def mediators(
         flow = FlowObjective(data=images, null_label=network.null_label, batch_size=batch_size, label_drop=label_drop)
         objective = MediatorObjective(
             objective=flow,
-            counts=settings.counts or (),
+            counts=None if per_layer else settings.counts,
             teacher=base.requires_grad_(False) if weight else None,
             feature_weight=weight,
         )

@@ -82,8 +82,9 @@ class CallRecord:
     """Per image, its timestep where images have times of their own; None where it is done and idle."""
     sparsity: tuple[int, ...] = ()
     """Per image, the level of sparse attention, 0 for dense; empty where nobody sets it by image."""
-    mediators: tuple[int, ...] = ()
-    """Per image of the call, how many mediators attention goes through, where it does and any of it ran."""
+    mediators: tuple[float, ...] = ()
+    """Per image of the call, how many mediators attention goes through, where it does and any of it ran; the mean over
+    the network's layers where each has a number of its own."""
     agents: tuple[str, ...] = ()
     """Names in the network of the attention layers that ran with agents in the place of full attention."""
     sparse_layers: tuple[str, ...] = ()

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from flowaccel.modules.grids import as_image, as_tokens
+
 READING_SHARPNESS = 0.15
 """Queries read agents with logits times d to the power of minus this, the published value; attention has 0.5."""
 SHORTCUT = 0.075
@@ -42,8 +44,7 @@ def pooled_queries(query: Tensor, grid: tuple[int, int], stride: int) -> Tensor:
     A projection without anything but a matrix and a bias gives the same of the pooled input, so that nothing is
     projected twice.
     """
-    image = query.transpose(1, 2).unflatten(2, grid)
-    return functional.avg_pool2d(image, stride, ceil_mode=True).flatten(2).transpose(1, 2)
+    return as_tokens(functional.avg_pool2d(as_image(query, grid), stride, ceil_mode=True))
 
 
 def grid_of(tokens: int, size: tuple[int, int]) -> tuple[int, int] | None:

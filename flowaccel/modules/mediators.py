@@ -19,6 +19,8 @@ from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import Tensor, nn
 from torch.nn import functional
 
+from flowaccel.modules.grids import as_image, as_tokens
+
 TABLE = 7
 """Side of the coarse position tables."""
 _STD = 0.02
@@ -28,6 +30,8 @@ TAKES_BIAS = ("native", "_native_math", "_native_efficient", "_native_cudnn", "f
 """diffusers' attention backends that add a mask of numbers to the logits; others refuse it, or leave it out."""
 UNLESS_TOLD = "native"
 """The one of them that a layer takes which was not told, whatever diffusers' default is."""
+ALIGNMENT = 8
+"""Numbers: xformers refuses masks whose rows begin elsewhere than at multiples of 16 bytes."""
 
 
 def mediator_side(count: int, grid: tuple[int, int]) -> int:
@@ -99,6 +103,12 @@ def _normal(*shape: int) -> nn.Parameter:
 
 def _version(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version  # which those of inference mode do not count
+
+
+def _aligned(bias: Tensor) -> Tensor:
+    """`bias` in memory whose rows begin at multiples of `ALIGNMENT`."""
+    keys = bias.shape[-1]
+    return functional.pad(bias, (0, -keys % ALIGNMENT)).contiguous()[..., :keys]
 
 
 class GridAttnProcessor:
@@ -210,12 +220,12 @@ class GridAttention(nn.Module, AttentionModuleMixin):
     def local(self, value: Tensor) -> Tensor:
         """(B, E + N, D): every token's 3x3 neighbourhood, nothing for extra tokens."""
         assert self.dwc is not None
-        blurred = self.dwc(self.image(value)).flatten(2).transpose(1, 2)
+        blurred = as_tokens(self.dwc(self.image(value)))
         return functional.pad(blurred, (0, 0, self.extra, 0))
 
     def image(self, tokens: Tensor) -> Tensor:
         """(B, E + N, D) -> (B, D, H, W) without the extra tokens."""
-        return tokens[:, self.extra :].transpose(1, 2).unflatten(2, self.grid)
+        return as_image(tokens[:, self.extra :], self.grid)
 
     def biases(self, like: Tensor) -> tuple[Tensor, ...] | None:
         """Those in use, (1, M, ...) with places for the extra tokens, in the type of `like`; held unless they learn."""
@@ -232,7 +242,7 @@ class GridAttention(nn.Module, AttentionModuleMixin):
         return held[1]
 
     def _fold(self, tables: Callable[[], Any], like: Tensor) -> tuple[Tensor, ...]:
-        return tuple(bias.to(like.dtype) for bias in self.padded(tables()))
+        return tuple(_aligned(bias.to(like.dtype)) for bias in self.padded(tables()))
 
     def padded(self, found: Any) -> tuple[Tensor, ...]:
         """What `tables` returned, with 0 for the extra tokens."""
@@ -247,6 +257,27 @@ class GridAttention(nn.Module, AttentionModuleMixin):
                 f"the attention backend {name!r} cannot add the position biases; take one of {list(TAKES_BIAS)}, or a "
                 "network with use_bias=False"
             )
+
+    def try_backend(self, backend: Any) -> None:
+        """Compute one small attention with biases by an attention backend, if the layer has any.
+
+        Raises:
+            ValueError: the backend would leave them out, or its kernel cannot add them on this device.
+        """
+        self.check_backend(backend)
+        if self.tables is None:
+            return
+        weight, name = self.to_q.weight, getattr(backend, "value", backend)
+        query = weight.new_zeros(1, 8, self.heads, self.head_dim)
+        bias = _aligned(weight.new_zeros(1, self.heads, 8, 8))
+        try:
+            dispatch_attention_fn(query, query, query, attn_mask=bias, backend=backend)
+        except (RuntimeError, ValueError) as error:
+            reason = str(error).strip().split("\n")[0]
+            raise ValueError(
+                f"the attention backend {name!r} cannot add the position biases on {weight.device} with {weight.dtype} "
+                f"({reason}); take another"
+            ) from error
 
 
 class SoftmaxGridAttention(GridAttention):
@@ -371,4 +402,4 @@ class MediatorAttention(GridAttention):
     def pooled(self, query: Tensor) -> Tensor:
         """The mediators (B, n, D): means of the queries (B, E + N, D) over cells of the image."""
         side = mediator_side(self.count, self.grid)
-        return functional.adaptive_avg_pool2d(self.image(query), side).flatten(2).transpose(1, 2)
+        return as_tokens(functional.adaptive_avg_pool2d(self.image(query), side))

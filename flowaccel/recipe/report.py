@@ -147,7 +147,7 @@ class Report:
 
     @property
     def mediators(self) -> float | None:
-        """How many mediators attention went through, on average over images and calls; None where there are none."""
+        """How many mediators attention went through, on average over images, calls and layers; None without any."""
         found = [number for call in self.calls for number in call.mediators]
         return sum(found) / len(found) if found else None
 
@@ -279,12 +279,16 @@ def _sparse(call: CallRecord) -> str:
     return f", {call.pairs[0] / call.pairs[1]:.0%} of the pairs in {len(call.sparse_layers)} layers"
 
 
-def _mediators(images: Sequence[int]) -> str:
+def _short(number: float) -> str:
+    return f"{number:.1f}".removesuffix(".0")
+
+
+def _mediators(images: Sequence[float]) -> str:
     """How many mediators each image had; where they are many and differ, from how many to how many."""
     if len(set(images)) > 1 and len(images) > _LETTERS:
         return f", {min(images)} to {max(images)} mediators"
     numbers = images if len(set(images)) > 1 else images[:1]
-    return f", {' '.join(map(str, numbers))} mediators" if numbers else ""
+    return f", {' '.join(_short(number) for number in numbers)} mediators" if numbers else ""
 
 
 def _experts(capacity: float, overflow: int | None) -> str:

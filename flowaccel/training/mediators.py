@@ -26,21 +26,26 @@ class MediatorObjective:
     """
 
     objective: LabelledObjective
-    counts: tuple[int, ...]
-    """The numbers of mediators that are trained, in turn."""
+    counts: tuple[int, ...] | None
+    """The numbers of mediators that are trained, in turn. None is for layers that have a number each."""
     teacher: nn.Module | None = None
     feature_weight: float = 0.5
     """Of the mean squared error to the teacher's blocks."""
     blocks: str = "transformer_blocks"
 
     def __post_init__(self) -> None:
-        if not self.counts or len(self.counts) > self.objective.batch_size:
+        if not 0 < len(self._turns) <= self.objective.batch_size:
             raise ValueError(
                 f"counts must hold at least one number and at most batch_size={self.objective.batch_size} of them, got "
-                f"{list(self.counts)}"
+                f"{list(self._turns)}"
             )
         if self.feature_weight < 0:
             raise ValueError(f"feature_weight must not be negative, got {self.feature_weight}")
+
+    @property
+    def _turns(self) -> tuple[int | None, ...]:
+        """What the layers are set to, one after the other."""
+        return (None,) if self.counts is None else self.counts
 
     def __call__(self, network: nn.Module, generator: torch.Generator) -> Tensor:
         """A scalar.
@@ -49,15 +54,16 @@ class MediatorObjective:
             ValueError: gradient checkpointing with several numbers, where backward would compute with the last one.
         """
         inner: Any = getattr(network, "module", network)
-        if len(self.counts) > 1 and inner.is_gradient_checkpointing:
+        turns = self._turns
+        if len(turns) > 1 and inner.is_gradient_checkpointing:
             raise ValueError(
                 f"gradient checkpointing computes again with the last number of mediators, and a step has "
-                f"{list(self.counts)}; switch it off, or train one number"
+                f"{list(turns)}; switch it off, or train one number"
             )
         batch = self.objective.draw(generator, next(network.parameters()).device)
-        parts = [_part(batch, place, len(self.counts)) for place in range(len(self.counts))]
+        parts = [_part(batch, place, len(turns)) for place in range(len(turns))]
         total = batch.t.new_zeros((), dtype=torch.float32)
-        for count, part in zip(self.counts, parts, strict=True):
+        for count, part in zip(turns, parts, strict=True):
             set_mediators(network, count)
             total = total + len(part.t) / len(batch.t) * self._loss(network, part)
         return total

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from flowaccel import zoo
+from flowaccel.accelerators import Mediators, MediatorSchedule
 from flowaccel.data import digits
 from flowaccel.models.mediators import MediatorSettings, MediatorSiTTransformer2DModel
 from flowaccel.pipelines import load_pipeline
@@ -19,8 +20,11 @@ from flowaccel.training.flow import FlowObjective, shift_augment
 from flowaccel.training.loop import LoopConfig, Progress, train
 from flowaccel.training.mediators import MediatorObjective
 from flowaccel.training.zoo_moe import BATCH, FRESH_LOOP
+from flowaccel.training.zoo_width import save_variant
 
 COUNTS = (4, 16)
+DYNAMIC = MediatorSchedule(fixed=((0.0, 4), (0.5, 16)))
+"""What the recipe of the zoo runs with."""
 TRAININGS = {"mediators": MediatorSettings(counts=COUNTS), "control": MediatorSettings(counts=None)}
 
 
@@ -45,3 +49,12 @@ def train_fresh(
     if settings.counts is not None:
         objective = MediatorObjective(objective=objective, counts=settings.counts)
     yield from train(network, objective, loop, work, {"mediators": str(asdict(settings))})
+
+
+def build_mediators(out: Path) -> Iterator[tuple[str, Progress, int]]:
+    """The recipe with mediators for the digits pipeline of the zoo."""
+    settings = TRAININGS["mediators"]
+    network = fresh_network(settings, FRESH_LOOP.seed)
+    for progress in train_fresh(network, settings, out / "training"):
+        yield "mediators", progress, FRESH_LOOP.steps
+    save_variant(lambda trained: Mediators(trained, schedule=DYNAMIC), network, out, "sit-digits-mediators")

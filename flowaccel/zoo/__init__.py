@@ -83,6 +83,11 @@ ENTRIES = {
             description="for zoo:sit-digits: eight experts in every second block, of which a token takes one or so",
         ),
         Entry(
+            name="sit-digits-mediators",
+            kind="recipe",
+            description="for zoo:sit-digits: attention through 4 mediators in the first half of a run, then 16",
+        ),
+        Entry(
             name="digits-features",
             kind="features",
             description="convolutional digit classifier; its 32 features serve Frechet distances and class accuracy",

@@ -81,6 +81,11 @@ def test_agents_are_projections_of_the_pooled_input() -> None:
     torch.testing.assert_close(pooled_queries(projection(x), (5, 7), 2), expected, atol=1e-10, rtol=1e-10)
 
 
+@pytest.mark.parametrize("rows", [1, 2])
+def test_fused_attention_gets_agents_with_channels_side_by_side(rows: int) -> None:
+    assert pooled_queries(torch.randn(rows, 35, 8), (5, 7), 2).is_contiguous()
+
+
 @pytest.mark.parametrize(
     ("tokens", "size", "grid"),
     [

@@ -200,6 +200,48 @@ def test_many_images_in_the_report() -> None:
     assert "1 to 16 mediators" in str(report(pipe))
 
 
+OWN = {"counts": (4, 1, 16), "per_layer": True}
+
+
+@pytest.mark.parametrize("use_bias", [True, False], ids=["biases", "none"])
+def test_a_number_for_each_layer(use_bias: bool) -> None:
+    pipe, network = sit(torch.float64, **OWN, use_bias=use_bias)
+    expected = images(pipe)
+    accelerate(pipe, Mediators(network))
+    counted = count_macs(lambda: images(pipe))
+    found = report(pipe)
+    assert (found.macs, found.macs_saved) == (counted, 0)
+    assert set(numbers(pipe)) == {(7.0,) * 4} and found.mediators == 7
+    assert "7 mediators\n" in str(found) and "7.0 mediators on average" in str(found)
+    rows, width = sum(call.rows for call in found.calls), 16
+    spared = sum(rows * 16 * width * (2 * 16 - 4 * layer.count - 9) for layer in mediator_layers(network).values())
+    together = images(pipe)
+    torch.testing.assert_close(together[3:], images(pipe, 1, 6), atol=1e-8, rtol=0)
+    restore(pipe)
+    assert torch.equal(images(pipe), expected)
+    assert count_macs(lambda: images(pipe)) - counted == spared, "16 tokens: N D (2N - 4n - 9) by each layer's own n"
+
+
+def test_a_number_for_each_layer_takes_no_other(tmp_path: Path) -> None:
+    pipe, network = sit(**OWN)
+    own = r"this network's layers have numbers of their own, \[4, 1, 16\], which they use when none is given"
+    for options, said in (({"count": 4}, "count asks for 4"), ({"schedule": FIXED}, "schedule asks for 1")):
+        with pytest.raises(ValueError, match=f"{said} mediators: there are biases for .*; {own}"):
+            accelerate(pipe, Mediators(network, **options))
+    assert not flowaccel.is_accelerated(pipe)
+    with accelerated(pipe, Mediators(network)):
+        expected = images(pipe)
+    Recipe([Mediators(network)]).for_pipeline(pipe).save_pretrained(tmp_path)
+    with accelerated(pipe, Recipe.from_pretrained(tmp_path)):
+        assert torch.equal(images(pipe), expected)
+    free = sit(**OWN, use_bias=False)[1]
+    before = counts(free)
+    with accelerated(pipe, Mediators(free, schedule=DISTANCE)):  # no biases, so any square that fits
+        images(pipe)
+        assert {number for call in numbers(pipe) for number in call} == {1, 4, 16}
+    assert counts(free) == before == [(number, None, None) for number in (4, 1, 16)]
+
+
 # -- what it goes together with
 
 CACHES: dict[str, Any] = {

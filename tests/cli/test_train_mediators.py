@@ -97,6 +97,27 @@ def test_options_become_settings(saved: str) -> None:
     assert list(mediator_layers(net)) == ["transformer_blocks.1.attn"]
 
 
+@pytest.mark.parametrize("method", ["retrofit", "scratch"])
+def test_a_number_for_each_layer(saved: str, trained: list[Any], method: str) -> None:
+    own = ["--counts", "16,4", "--per-layer", "--method", method]
+    run(*train(saved, "whole", "--steps", "4", *own))
+    net = network("whole")
+    assert MediatorSettings.of(net.config.mediator_config) == MediatorSettings(counts=(16, 4), per_layer=True)
+    assert [layer.count for layer in mediator_layers(net).values()] == [16, 4]
+    assert trained[0].counts is None
+    run(*train(saved, "parts", "--steps", "2", *own))
+    early = weights("parts")
+    run(*train(saved, "parts", "--steps", "4", *own))
+    assert weights("parts") == weights("whole") != early
+    message = fails(*train(saved, "parts", "--steps", "4", *own, "--counts", "4,16"))
+    assert "'counts': ([16, 4], [4, 16])" in message
+    pipe = load_pipeline(saved)
+    pipe.set_progress_bar_config(disable=True)
+    accelerate(pipe, Recipe.from_pretrained("whole"))
+    pipe([1], num_inference_steps=2)
+    assert {call.mediators for call in report(pipe).calls} == {(10.0,)}
+
+
 def test_methods(saved: str, trained: list[Any]) -> None:
     """What they start from, and what they are drawn to."""
     still = ["--steps", "1", "--learning-rate", "0"]
@@ -142,6 +163,7 @@ def test_a_resume_must_agree(saved: str) -> None:
         (["--counts", "4"], "'counts': ([4, 16], [4])"),
         (["--layers", "0"], "'layers': (None, [0])"),
         (["--no-dwc"], "'use_dwc': (True, False)"),
+        (["--per-layer"], "'per_layer': (False, True)"),
         (["--method", "scratch"], "'method': ('retrofit', 'scratch')"),
         (["--feature-weight", "1"], "'objective.feature_weight': (0.5, 1.0)"),
         (["--batch-size", "4"], "'objective.batch_size': (8, 4)"),
@@ -156,6 +178,7 @@ def test_a_resume_must_agree(saved: str) -> None:
         (["--counts", "four"], "--counts must be whole numbers between commas, such as 4,16, got 'four'"),
         (["--counts", "5"], "must be a square, such as 4, 16 or 64, got 5"),
         (["--counts", "64"], "64 mediators need a grid of at least 8 x 8 tokens, got 4 x 4"),
+        (["--per-layer", "--counts", "4"], "one number for each of 2 layers, as per_layer says, got [4]"),
         (["--layers", "2"], "layers must be below the number of blocks, 2, got [2]"),
         (["--method", "magic"], "--method must be one of retrofit, scratch, got 'magic'"),
         (["--method", "scratch", "--feature-weight", "1"], "--feature-weight is for --method retrofit"),
@@ -174,3 +197,11 @@ def test_other_pipelines_are_refused() -> None:
     tiny.sd3_pipeline().save_pretrained("sd3")
     said = fails(*train("sd3", "out"))
     assert "this trains parts of a SiTPipeline, got a StableDiffusion3Pipeline" in said
+
+
+def test_the_recipe_of_the_zoo() -> None:
+    """4 mediators in the first half of a run, then 16."""
+    command = ["generate", "zoo:sit-digits", "--classes", "3", "--device", "cpu", "--steps", "2", "--out", "digits"]
+    ran = CliRunner().invoke(app, [*command, "--recipe", "zoo:sit-digits-mediators", "--report"])
+    assert ran.exit_code == 0 and "recipe 'sit-digits-mediators'" in ran.stderr
+    assert "4 mediators" in ran.stderr and "16 mediators" in ran.stderr

@@ -4,17 +4,26 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from types import ModuleType
+from contextlib import ExitStack
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from diffusers import attention_backend
-from torch import nn
+from diffusers.models.attention_processor import AttnProcessor, XFormersJointAttnProcessor
+from torch import Tensor, nn
 
+import fake_xformers
 import tiny
-from flowaccel import MissingExtraError
+from families import CASES, Case
+from flowaccel import MissingExtraError, accelerated
 from flowaccel.evaluation import attention, set_attention
+from flowaccel.evaluation.attention import chosen_attention
+from flowaccel.hooks import networks
+
+STEPS = 2
 
 
 @pytest.fixture(autouse=True)
@@ -72,18 +81,11 @@ def test_missing_xformers_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> No
     assert backends(pipe.transformer) == {None}
 
 
-def fake_xformers(monkeypatch: pytest.MonkeyPatch, kernel: Any) -> None:
-    package, ops = ModuleType("xformers"), ModuleType("xformers.ops")
-    ops.memory_efficient_attention = kernel
-    monkeypatch.setitem(sys.modules, "xformers", package)
-    monkeypatch.setitem(sys.modules, "xformers.ops", ops)
-
-
 def test_xformers_without_kernels_gives_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     def kernel(*_: Any) -> None:
         raise NotImplementedError("No operator found for `memory_efficient_attention_forward`\nwith inputs: ...")
 
-    fake_xformers(monkeypatch, kernel)
+    fake_xformers.put_in_place(monkeypatch, kernel)
     pipe = tiny.sit_pipeline()
     with pytest.raises(
         ValueError, match=r"does not work on cpu with torch\.float32 \(No operator found .*\); use sdpa$"
@@ -105,3 +107,124 @@ def test_pipelines_with_a_unet() -> None:
 
     set_attention(WithUnet(), "sdpa")
     assert backends(WithUnet.unet) == {"native"}
+
+
+# --- whether it is really called
+
+
+UNET = Case("unet", "unet", tiny.unet_pipeline, lambda **_: tiny.unet_arguments(steps=STEPS), (("uncond", "cond"),))
+SWITCHED = {name: CASES[name] for name in ("sit", "dit", "sd3", "flux", "wan21", "wan22")} | {"unet": UNET}
+ALIGNED = 8
+"""Text tokens, as xformers takes masks."""
+
+
+def pixart_arguments(tokens: int) -> dict[str, Any]:
+    given = CASES["pixart"].arguments(steps=STEPS)
+    lengthened = {
+        name: nn.functional.pad(value, (0, 0, 0, tokens - 5) if value.ndim == 3 else (0, tokens - 5))
+        for name, value in given.items()
+        if name.endswith(("embeds", "mask"))
+    }
+    return {**given, **lengthened}
+
+
+SWITCHED["pixart"] = replace(CASES["pixart"], arguments=lambda **_: pixart_arguments(ALIGNED))
+
+
+def calls_and_layers(case: Case, pipe: Any) -> tuple[Tensor, int]:
+    """The images of a call, and how often a layer of attention of the networks that it calls was due."""
+    due = []
+    with ExitStack() as undo:
+        for network in [pipe.unet] if case.name == "unet" else networks(pipe).values():
+            layers = sum(hasattr(module, "processor") for module in network.modules())
+            handle = network.register_forward_hook(lambda *_, layers=layers: due.append(layers))
+            undo.callback(handle.remove)
+        made = case(pipe, steps=STEPS)
+    return made, sum(due)
+
+
+@pytest.mark.parametrize("case", SWITCHED.values(), ids=SWITCHED)
+def test_every_attention_is_computed_by_xformers(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    op = fake_xformers.Op()
+    fake_xformers.put_in_place(monkeypatch, op)
+    pipe = case.make()
+    before = case(pipe, steps=STEPS)
+    assert op.seen == []
+    set_attention(pipe, "xformers")
+    op.seen.clear()  # of the trial
+    found, due = calls_and_layers(case, pipe)
+    assert len(op.seen) == due > 0
+    torch.testing.assert_close(found, before, atol=1e-4, rtol=1e-4)
+    assert chosen_attention(pipe) == "xformers"
+    op.seen.clear()
+    set_attention(pipe, "sdpa")
+    torch.testing.assert_close(case(pipe, steps=STEPS), before, atol=0, rtol=0)
+    assert op.seen == [] and chosen_attention(pipe) == "sdpa"
+
+
+def test_a_mask_that_xformers_refuses_is_not_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_xformers.put_in_place(monkeypatch, fake_xformers.Op())
+    pipe = CASES["pixart"].make()
+    set_attention(pipe, "xformers")
+    with pytest.raises(NotImplementedError, match=r"attn_bias\.stride"):
+        pipe(**pixart_arguments(tokens=7))
+
+
+@pytest.mark.parametrize(
+    ("name", "backend", "layer"),
+    [
+        ("cogview4", "xformers", "a CogView4AttnProcessor"),
+        ("auraflow", "xformers", "a AuraFlowAttnProcessor2_0"),
+        ("cogview4", "flash", "a CogView4AttnProcessor"),
+        ("dit", "flash", "a AttnProcessor2_0"),
+        ("sd3", "flash", "a JointAttnProcessor2_0"),
+    ],
+)
+def test_attention_that_cannot_be_switched(
+    name: str, backend: str, layer: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_xformers.put_in_place(monkeypatch, fake_xformers.Op())
+    pipe = CASES[name].make()
+    before = [module.processor for module in pipe.transformer.modules() if hasattr(module, "processor")]
+    with pytest.raises(ValueError, match=rf"attention '{backend}' cannot be set: .* has {layer}, which does not go"):
+        set_attention(pipe, backend)
+    after = [module.processor for module in pipe.transformer.modules() if hasattr(module, "processor")]
+    assert all(old is new for old, new in zip(before, after, strict=True))
+    assert chosen_attention(pipe) is None
+    set_attention(pipe, "sdpa")  # what it does anyway
+
+
+def test_norms_that_diffusers_form_for_xformers_leaves_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_xformers.put_in_place(monkeypatch, fake_xformers.Op())
+    pipe = CASES["dit"].make()
+    pipe.transformer.transformer_blocks[1].attn1.norm_q = nn.Identity()
+    with pytest.raises(
+        ValueError, match=r"transformer_blocks\.1\.attn1 of DiTTransformer2DModel has a AttnProcessor2_0"
+    ):
+        set_attention(pipe, "xformers")
+
+
+def test_attention_that_is_not_torchs_is_not_said_to_be() -> None:
+    pipe = CASES["dit"].make()
+    pipe.transformer.transformer_blocks[0].attn1.set_processor(AttnProcessor())
+    with pytest.raises(ValueError, match=r"attention 'sdpa' cannot be set: .* has a AttnProcessor, which"):
+        set_attention(pipe, "sdpa")
+
+
+def test_a_network_without_attention() -> None:
+    pipe = SimpleNamespace(transformer=nn.Linear(2, 2), device=torch.device("cpu"))
+    with pytest.raises(ValueError, match="Linear has no attention that diffusers can switch"):
+        set_attention(pipe, "sdpa")
+
+
+def test_a_refiner_computes_as_its_network_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    op = fake_xformers.Op()
+    fake_xformers.put_in_place(monkeypatch, op)
+    pipe = tiny.sd3_pipeline()
+    refiner = tiny.random_refiner(pipe.transformer)
+    recipe = tiny.flowturbo(refiner)
+    before = type(refiner.transformer_blocks[0].attn.processor)
+    set_attention(pipe, "xformers")
+    with accelerated(pipe, recipe):
+        assert isinstance(refiner.transformer_blocks[0].attn.processor, XFormersJointAttnProcessor)
+    assert type(refiner.transformer_blocks[0].attn.processor) is before

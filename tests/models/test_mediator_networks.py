@@ -141,30 +141,84 @@ def test_an_image_does_not_depend_on_its_batch() -> None:
         torch.testing.assert_close(alone, together[row : row + 1], atol=1e-5, rtol=1e-4)
 
 
+# --- a number for each layer
+
+
+@pytest.mark.parametrize("use_bias", [True, False], ids=["biases", "none"])
+@torch.no_grad()
+def test_each_layer_computes_what_one_with_its_number_does(use_bias: bool) -> None:
+    net = network((4, 16), layers=(0, 2), per_layer=True, use_bias=use_bias)
+    assert kinds(net) == [MediatorAttention, SiTAttention, MediatorAttention]
+    assert [layer.counts for layer in mediator_layers(net).values()] == [(4,), (16,)]
+    x = torch.randn(2, 16, 16, generator=torch.Generator().manual_seed(0))
+    for index, count in ((0, 4), (2, 16)):
+        own, alone = net.transformer_blocks[index].attn, network((count,), use_bias=use_bias).transformer_blocks[0].attn
+        alone.load_state_dict(own.state_dict())
+        found = own(x)
+        assert torch.equal(found, alone(x)) and not torch.allclose(found, net.transformer_blocks[2 - index].attn(x))
+
+
+@torch.no_grad()
+def test_equal_numbers_for_each_layer_are_one_for_all() -> None:
+    net, alike = network((4,)), network((4, 4, 4), per_layer=True, seed=7)
+    alike.load_state_dict(net.state_dict())
+    assert torch.equal(call(alike), call(net))
+
+
+@torch.no_grad()
+def test_numbers_for_each_layer_come_back_and_take_no_other() -> None:
+    net = network((16, 4, 4), per_layer=True)
+    own = call(net)
+    said = (
+        r"there are biases for \[4\] mediators, got 16; this network's layers have numbers of their own, \[16, 4, 4\]"
+    )
+    with pytest.raises(ValueError, match=said):
+        set_mediators(net, 16)
+    assert [layer.count for layer in mediator_layers(net).values()] == [16, 4, 4]
+    free = network((16, 4, 4), per_layer=True, use_bias=False)
+    before = call(free)
+    set_mediators(free, 9)
+    assert not torch.allclose(call(free), before, atol=1e-3)
+    for other in (net, free):
+        set_mediators(other, None)
+        assert [layer.count for layer in mediator_layers(other).values()] == [16, 4, 4]
+    assert torch.equal(call(net), own) and torch.equal(call(free), before)
+
+
 # --- cost
 
-REPORTED = {
-    ("SiT-S/2", 32, None): 6.06,
-    ("SiT-S/2", 32, 4): 5.49,
-    ("SiT-S/2", 32, 16): 5.55,
-    ("SiT-S/2", 32, 64): 5.78,
-}
-"""Thousands of millions of multiply-adds, in the paper's table."""
+REPORTED = {None: 6.06, 4: 5.49, 16: 5.55, 64: 5.78}
+"""Thousands of millions of multiply-adds by the number of mediators, in the paper's table for SiT-S/2."""
 
 
-@pytest.mark.parametrize(("size", "sample_size", "count"), REPORTED)
-def test_multiply_adds_of_the_papers_table(size: str, sample_size: int, count: int | None) -> None:
-    config = None if count is None else {"counts": (count,)}
+def counted_macs(config: dict[str, Any] | None) -> int:
+    """Of the smallest size of the paper at 256 pixels, 256 tokens of width 384, for an image."""
     with torch.device("meta"):
-        net = MediatorSiTTransformer2DModel.from_preset(size, sample_size=sample_size, mediator_config=config).eval()
+        net = MediatorSiTTransformer2DModel.from_preset("SiT-S/2", sample_size=32, mediator_config=config).eval()
         shapes = {
-            "hidden_states": torch.empty(1, 4, sample_size, sample_size),
+            "hidden_states": torch.empty(1, 4, 32, 32),
             "timestep": torch.empty(1),
             "class_labels": torch.zeros(1, dtype=torch.long),
         }
     counted = macs_by_module(net, shapes)
     assert counted is not None
-    assert counted[""] / 1e9 == pytest.approx(REPORTED[size, sample_size, count], rel=0.01)
+    return counted[""]
+
+
+@pytest.mark.parametrize("count", REPORTED)
+def test_multiply_adds_of_the_papers_table(count: int | None) -> None:
+    found = counted_macs(None if count is None else {"counts": (count,)})
+    assert found / 1e9 == pytest.approx(REPORTED[count], rel=0.01)
+
+
+def test_multiply_adds_with_a_number_for_each_layer() -> None:
+    """Each layer spares N D (2N - 4n - 9), by its own n."""
+    own = dict(zip((0, 3, 4, 11), (4, 16, 256, 64), strict=True))
+    config = {"counts": tuple(own.values()), "layers": tuple(own), "per_layer": True}
+    spared = sum(256 * 384 * (2 * 256 - 4 * count - 9) for count in own.values())
+    full, found = counted_macs(None), counted_macs(config)
+    assert full - found == pytest.approx(spared, rel=0.01)
+    assert found == pytest.approx(full - spared, rel=1e-4)
 
 
 # --- other sizes
@@ -190,6 +244,16 @@ def test_resized_for_all_its_numbers() -> None:
     assert torch.equal(call(net.resized(8)), call(net))
 
 
+@torch.no_grad()
+def test_resized_with_a_number_for_each_layer() -> None:
+    net = network((16, 4, 9), per_layer=True)
+    other = net.resized(12)
+    assert [layer.count for layer in mediator_layers(other).values()] == [16, 4, 9]
+    rows = [each.transformer_blocks[2].attn.mediator_biases["9"].reading.rows for each in (net, other)]
+    assert torch.equal(rows[0][..., [0, -1]], rows[1][..., [0, -1]]) and rows[1].shape[-1] == 6
+    assert call(other).isfinite().all() and torch.equal(call(net.resized(8)), call(net))
+
+
 def test_sizes_that_do_not_fit() -> None:
     with pytest.raises(ValueError, match="16 mediators need a grid of at least 4 x 4 tokens, got 2 x 2"):
         network().resized(4)
@@ -203,7 +267,16 @@ def test_sizes_that_do_not_fit() -> None:
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"counts": None}, {"layers": (1,)}, {"use_bias": False}, {"use_dwc": False, "counts": (9,)}]
+    "settings",
+    [
+        {},
+        {"counts": None},
+        {"layers": (1,)},
+        {"use_bias": False},
+        {"use_dwc": False, "counts": (9,)},
+        {"counts": (16, 4), "layers": (1, 2), "per_layer": True},
+        {"counts": (4, 16, 4), "per_layer": True, "use_bias": False},
+    ],
 )
 @torch.no_grad()
 def test_saved_and_loaded(settings: dict[str, Any], tmp_path: Path) -> None:
@@ -211,6 +284,8 @@ def test_saved_and_loaded(settings: dict[str, Any], tmp_path: Path) -> None:
     net.save_pretrained(tmp_path)
     again = MediatorSiTTransformer2DModel.from_pretrained(tmp_path)
     assert MediatorSettings.of(again.config.mediator_config) == MediatorSettings.of(net.config.mediator_config)
+    numbers = [[layer.count for layer in mediator_layers(each).values()] for each in (again, net)]
+    assert numbers[0] == numbers[1]
     assert torch.equal(call(again), call(net))
 
 
@@ -235,7 +310,14 @@ def test_half_precision(tmp_path: Path) -> None:
         ({"counts": (4, True)}, r"counts must hold whole numbers of at least 1, got \[4, True\]"),
         ({"layers": (0, 3)}, r"layers must be below the number of blocks, 3, got \[0, 3\]"),
         ({"layers": (-1,)}, r"layers must hold whole numbers of at least 0, got \[-1\]"),
-        ({"mediators": 4}, r"mediator_config: unknown \['mediators'\]; allowed are \['counts', 'layers', 'use_bias'"),
+        ({"counts": (4, 16), "per_layer": True}, r"one number for each of 3 layers, as per_layer says, got \[4, 16\]"),
+        ({"counts": (4, 5, 4), "per_layer": True}, "must be a square, such as 4, 16 or 64, got 5"),
+        ({"counts": None, "per_layer": True}, "per_layer is for numbers of mediators, got counts=None; leave it out"),
+        (
+            {"counts": (4, 16), "layers": (2, 0), "per_layer": True},
+            r"layers must rise where per_layer gives each its number, got \[2, 0\]",
+        ),
+        ({"mediators": 4}, r"mediator_config: unknown \['mediators'\]; allowed are \['counts', 'layers', 'per_layer'"),
     ],
 )
 def test_wrong_configurations(config: dict[str, Any], said: str) -> None:
@@ -260,7 +342,24 @@ def test_official_layout_of_some_blocks(tmp_path: Path) -> None:
     assert torch.equal(call(again), call(net))
 
 
-@pytest.mark.parametrize("settings", [{"counts": (4, 16)}, {"counts": None}, {"use_bias": False}, {"use_dwc": False}])
+@torch.no_grad()
+def test_official_layout_of_equal_numbers_for_each_layer() -> None:
+    net = network((4, 4), layers=(0, 1), per_layer=True)
+    again = MediatorSiTTransformer2DModel.from_official(net.to_official(), num_attention_heads=2)
+    assert MediatorSettings.of(again.config.mediator_config) == MediatorSettings(counts=(4,), layers=(0, 1))
+    assert torch.equal(call(again), call(net))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"counts": (4, 16)},
+        {"counts": None},
+        {"counts": (4, 16, 4), "per_layer": True},
+        {"use_bias": False},
+        {"use_dwc": False},
+    ],
+)
 def test_what_the_official_layout_cannot_hold(settings: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="the official layout holds one number of mediators, biases and the conv"):
         network(**{"counts": (4,), **settings}).to_official()
@@ -310,9 +409,10 @@ def test_a_lora_of_the_queries_moves_the_mediators() -> None:
     torch.testing.assert_close(call(net), before)
 
 
+@pytest.mark.parametrize("settings", [{}, {"counts": (16, 4, 4), "per_layer": True}], ids=["one", "per layer"])
 @torch.no_grad()
-def test_it_compiles_in_one_graph() -> None:
-    net = network()
+def test_it_compiles_in_one_graph(settings: dict[str, Any]) -> None:
+    net = network(**settings)
     expected = call(net)
     compiled: Any = torch.compile(net, backend="eager", fullgraph=True)
     x = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(4))

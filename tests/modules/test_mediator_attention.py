@@ -13,11 +13,19 @@ from diffusers.models.attention_dispatch import AttentionBackendName
 from torch import Tensor, nn
 from torch.nn import functional
 
+import fake_xformers
 import tiny
 from flowaccel.evaluation import count_macs
 from flowaccel.hooks import macs_by_module
 from flowaccel.models.sit import SiTAttnProcessor
-from flowaccel.modules.mediators import TAKES_BIAS, GridAttention, MediatorAttention, SoftmaxGridAttention
+from flowaccel.modules.grids import as_tokens
+from flowaccel.modules.mediators import (
+    TAKES_BIAS,
+    GridAttention,
+    GridAttnProcessor,
+    MediatorAttention,
+    SoftmaxGridAttention,
+)
 
 DIM, HEADS = 32, 4
 
@@ -151,6 +159,32 @@ def test_full_attention_with_biases_and_convolution(options: Any) -> None:
     if module.dwc is not None:
         output[:, extra:] += module.dwc(module.image(value.flatten(2))).flatten(2).transpose(1, 2)
     close(module(x), module.to_out[0](output))
+
+
+class Layouts(GridAttnProcessor):
+    """Notes the last strides of all that attention gets."""
+
+    def __init__(self) -> None:
+        self.last: list[int] = []
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
+        self.last += [part.stride(-1) for part in (query, key, value, bias) if part is not None]
+        return super().attend(query, key, value, bias)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("options", [{}, {"extra": 2}])
+@pytest.mark.parametrize("count", [4, 16])
+def test_fused_attention_gets_layouts_that_it_takes(rows: int, options: Any, count: int) -> None:
+    """Its kernels take no axis of channels, and on GPUs no last axis of a mask, that is strided."""
+    module = layer(counts=(count,), **options)
+    module.set_processor(noted := Layouts())
+    module(tokens(module, rows))
+    assert noted.last == [1] * 8
+    assert module.dwc is not None
+    image = module.dwc(module.image(tokens(module, rows)))
+    assert as_tokens(image).is_contiguous()  # what is added to attention
 
 
 # --- biases that are held
@@ -312,6 +346,24 @@ def test_backends_that_add_the_biases(kind: Any, backend: str) -> None:
     before = module(x)
     module.set_attention_backend(backend)
     close(module(x), before, 1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", [MediatorAttention, SoftmaxGridAttention])
+@torch.no_grad()
+def test_xformers_is_given_masks_as_it_takes_them(
+    kind: Any, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whole ones for every row and head, whose rows lie straight in memory, whatever the numbers of tokens."""
+    op = fake_xformers.Op()
+    fake_xformers.put_in_place(monkeypatch, op)
+    module = layer((5, 5), (9,), kind=kind, extra=1).to(dtype)
+    x = tokens(module).to(dtype)
+    before = module(x)
+    module.set_attention_backend("xformers")
+    close(module(x), before, 1e-5 if dtype == torch.float32 else 0.05)
+    both = [(2, HEADS, 9, 26), (2, HEADS, 26, 9)]
+    assert op.seen == (both if kind is MediatorAttention else [(2, HEADS, 26, 26)])
 
 
 def test_backends_that_take_biases_are_known_to_diffusers() -> None:

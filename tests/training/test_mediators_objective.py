@@ -15,10 +15,14 @@ from flowaccel.training.mediators import MediatorObjective
 SIZES = {"sample_size": 4, "patch_size": 1, "in_channels": 1, "num_layers": 2, "num_attention_heads": 2}
 
 
-def network(counts: tuple[int, ...]) -> Any:
+def network(counts: tuple[int, ...], **settings: Any) -> Any:
     torch.manual_seed(0)
     made = MediatorSiTTransformer2DModel(
-        **SIZES, attention_head_dim=4, num_classes=3, learn_sigma=False, mediator_config={"counts": counts}
+        **SIZES,
+        attention_head_dim=4,
+        num_classes=3,
+        learn_sigma=False,
+        mediator_config={"counts": counts, **settings},
     )
     with torch.no_grad():
         for parameter in made.parameters():
@@ -47,6 +51,27 @@ def test_a_batch_is_shared_out_among_all_numbers() -> None:
     for count in (1, 4):
         biases = made.transformer_blocks[0].attn.mediator_biases[str(count)]
         assert biases.reading.table.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("use_bias", [True, False], ids=["biases", "none"])
+def test_layers_with_a_number_each_learn_from_the_whole_batch(use_bias: bool) -> None:
+    torch.manual_seed(1)
+    made, inner = network((16, 4), per_layer=True, use_bias=use_bias), objective()
+    made.enable_gradient_checkpointing()
+    if not use_bias:
+        set_mediators(made, 1)  # whatever was set before
+    loss = MediatorObjective(objective=inner, counts=None)(made, torch.Generator().manual_seed(5))
+    states, t, labels = inner.arguments(batch := inner.draw(torch.Generator().manual_seed(5)))
+    error = made(states, t, labels, return_dict=False)[0] - (batch.images - batch.noise)
+    assert loss.item() == pytest.approx(float(error.detach().square().mean()), rel=1e-5)
+    assert [block.attn.count for block in made.transformer_blocks] == [16, 4]
+    loss.backward()
+    learned = {name for name, parameter in made.named_parameters() if parameter.grad is not None}
+    assert (
+        not use_bias
+        or {f"transformer_blocks.{i}.attn.mediator_biases.{n}.asking.rows" for i, n in ((0, 16), (1, 4))} <= learned
+    )
+    assert "transformer_blocks.1.attn.to_q.weight" in learned
 
 
 def test_the_distance_to_a_teacher_is_added_by_block() -> None:

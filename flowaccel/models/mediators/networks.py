@@ -42,8 +42,8 @@ class MediatorSiTTransformer2DModel(VariantMixin, SiTTransformer2DModel):
         if settings is None:
             return
         blocks: Any = self.transformer_blocks
-        for index in settings.blocks(len(blocks)):
-            blocks[index].attn = mediated(blocks[index].attn, (self.grid_size, self.grid_size), settings)
+        for index, counts in settings.blocks(len(blocks)).items():
+            blocks[index].attn = mediated(blocks[index].attn, (self.grid_size, self.grid_size), counts, settings)
 
     def set_attention_backend(self, backend: str) -> None:
         """As diffusers'.
@@ -131,21 +131,23 @@ class MediatorSiTTransformer2DModel(VariantMixin, SiTTransformer2DModel):
         """This network's weights under the official key names.
 
         Raises:
-            ValueError: several numbers of mediators, or parts left out that the layout has.
+            ValueError: different numbers of mediators, or parts left out that the layout has.
         """
         return write_mediators(self)
 
 
-def mediated(attention: Any, grid: tuple[int, int], settings: MediatorSettings) -> GridAttention:
+def mediated(
+    attention: Any, grid: tuple[int, int], counts: tuple[int, ...] | None, settings: MediatorSettings
+) -> GridAttention:
     """Mediator attention around the projections of a stock one."""
     weight, bias = attention.to_q.weight, attention.to_q.bias is not None
     options = {"use_bias": settings.use_bias, "use_dwc": settings.use_dwc, "bias": bias}
     width, heads = attention.to_q.in_features, attention.heads
     layer: GridAttention
-    if settings.counts is None:
+    if counts is None:
         layer = SoftmaxGridAttention(width, heads, grid, **options)
     else:
-        layer = MediatorAttention(width, heads, grid, settings.counts, **options)
+        layer = MediatorAttention(width, heads, grid, counts, **options)
     layer.to(weight.device, weight.dtype)
     for name in ("to_q", "to_k", "to_v", "to_out"):
         setattr(layer, name, getattr(attention, name))
@@ -157,18 +159,32 @@ def mediator_layers(network: nn.Module) -> dict[str, MediatorAttention]:
     return {path: module for path, module in network.named_modules() if isinstance(module, MediatorAttention)}
 
 
-def set_mediators(network: nn.Module, count: int) -> None:
-    """Set how many mediators all layers use.
+def check_mediators(network: nn.Module, count: int) -> None:
+    """See whether all layers can use so many mediators.
+
+    Raises:
+        ValueError: one cannot.
+    """
+    layers = mediator_layers(network).values()
+    for layer in layers:
+        try:
+            layer.check(count)
+        except ValueError as error:
+            if len({layer.counts for layer in layers}) == 1:
+                raise
+            own = [layer.counts[-1] for layer in layers]
+            raise ValueError(
+                f"{error}; this network's layers have numbers of their own, {own}, which they use when none is given"
+            ) from error
+
+
+def set_mediators(network: nn.Module, count: int | None) -> None:
+    """Set how many mediators the layers use: all the same number, or, with None, each the most that it was made for.
 
     Raises:
         ValueError: a number that a layer cannot use; nothing is changed.
     """
-    layers = mediator_layers(network)
-    before = {path: layer.count for path, layer in layers.items()}
-    try:
-        for layer in layers.values():
-            layer.use(count)
-    except ValueError:
-        for path, layer in layers.items():
-            layer.count = before[path]
-        raise
+    if count is not None:
+        check_mediators(network, count)
+    for layer in mediator_layers(network).values():
+        layer.count = layer.counts[-1] if count is None else count

@@ -88,7 +88,11 @@ def write_mediators(network: Any) -> dict[str, Tensor]:
         ValueError: what the layout cannot express.
     """
     settings = network.config.mediator_config
-    if settings is None or len(settings["counts"] or ()) != 1 or not (settings["use_bias"] and settings["use_dwc"]):
+    if (
+        settings is None
+        or len(set(settings["counts"] or ())) != 1
+        or not (settings["use_bias"] and settings["use_dwc"])
+    ):
         raise ValueError(
             f"the official layout holds one number of mediators, biases and the convolution, got {settings}"
         )

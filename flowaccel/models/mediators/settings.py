@@ -22,6 +22,9 @@ class MediatorSettings:
     convolution, which mediators are fairly compared with."""
     layers: tuple[int, ...] | None = None
     """Blocks whose attention goes through mediators, by index from 0; None for all."""
+    per_layer: bool = False
+    """Whether `counts` holds one number for each layer with mediators instead, in the order of the blocks: the only
+    one that it can run with."""
     use_bias: bool = True
     """Whether position biases are learned."""
     use_dwc: bool = True
@@ -37,19 +40,30 @@ class MediatorSettings:
             lowest = 1 if name == "counts" else 0
             if any(isinstance(value, bool) or not isinstance(value, int) or value < lowest for value in given):
                 raise ValueError(f"{name} must hold whole numbers of at least {lowest}, got {list(given)}")
-            object.__setattr__(self, name, tuple(sorted(set(given))))
+            ordered = tuple(sorted(set(given)))
+            if self.per_layer and name == "layers" and tuple(given) != ordered:
+                raise ValueError(f"layers must rise where per_layer gives each its number, got {list(given)}")
+            object.__setattr__(self, name, tuple(given) if self.per_layer else ordered)
+        if self.per_layer and self.counts is None:
+            raise ValueError("per_layer is for numbers of mediators, got counts=None; leave it out")
 
-    def blocks(self, count: int) -> tuple[int, ...]:
-        """Which of `count` blocks have mediators.
+    def blocks(self, count: int) -> dict[int, tuple[int, ...] | None]:
+        """Which of `count` blocks have mediators, and the numbers that each can run with; None as of `counts`.
 
         Raises:
-            ValueError: an index that is not there.
+            ValueError: an index that is not there; with `per_layer`, not as many numbers as layers.
         """
-        if self.layers is None:
-            return tuple(range(count))
-        if max(self.layers) >= count:
-            raise ValueError(f"layers must be below the number of blocks, {count}, got {list(self.layers)}")
-        return self.layers
+        layers = tuple(range(count)) if self.layers is None else self.layers
+        if layers and layers[-1] >= count:
+            raise ValueError(f"layers must be below the number of blocks, {count}, got {list(layers)}")
+        if not self.per_layer or self.counts is None:
+            return dict.fromkeys(layers, self.counts)
+        if len(self.counts) != len(layers):
+            raise ValueError(
+                f"counts must hold one number for each of {len(layers)} layers, as per_layer says, got "
+                f"{list(self.counts)}"
+            )
+        return {layer: (number,) for layer, number in zip(layers, self.counts, strict=True)}
 
     @classmethod
     def of(cls, given: Self | dict[str, Any] | None) -> Self:
