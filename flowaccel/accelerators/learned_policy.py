@@ -106,7 +106,7 @@ def attach_policy(
     with ExitStack() as undo:
         if STEP in levels:
             undo.callback(exchanged_scheduler(pipe, PolicyScheduler, "a policy", max_steps=config.max_steps))
-        undo.callback(PolicyRuntime(source, levels, config.max_reuse, session_of(pipe)).attach())
+        undo.callback(PolicyRuntime(source, levels, policy, session_of(pipe)).attach())
         return undo.pop_all().close
 
 

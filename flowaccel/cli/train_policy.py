@@ -11,6 +11,7 @@ import torch
 import typer
 from rich.live import Live
 from rich.table import Table
+from torch import Tensor
 
 from flowaccel.accelerators import LearnedPolicy
 from flowaccel.accelerators.learned_policy import base_of
@@ -33,10 +34,12 @@ from flowaccel.recipe import Recipe
 from flowaccel.training.loop import LoopConfig
 from flowaccel.training.loop import train as run_training
 from flowaccel.training.policy import PolicyObjective, PolicySettings, Task, Update, condition_width, references
+from flowaccel.training.policy_discriminator import DiscriminatorConfig, DiscriminatorTraining, new_discriminator
 from flowaccel.training.policy_rewards import load_reward
 from flowaccel.training.policy_rollout import measured_costs
 
 COSTS = "costs.json"
+NO_JUDGE, CONV_RATE = "none", 1e-3
 _COST_BATCH = 8
 
 
@@ -60,6 +63,13 @@ def policy(
     price: Annotated[
         float | None, typer.Option(help="In the place of the discount: what a step takes off the reward.")
     ] = None,
+    discriminator: Annotated[
+        str,
+        typer.Option(
+            help="Learns to tell accelerated images: conv (small images), zoo:NAME, clip:PATH_OR_HUB_ID, or none."
+        ),
+    ] = "conv",
+    realism: Annotated[float, typer.Option(help="Weight of how unaccelerated images look to it.")] = 1.0,
     fidelity: Annotated[
         float, typer.Option(help="Weight of how near images come to untouched ones; not the paper's.")
     ] = 0.0,
@@ -89,6 +99,7 @@ def policy(
             group_size=group_size,
             discount=discount,
             price=price,
+            realism=realism,
             fidelity=fidelity,
             estimator=estimator,  # type: ignore[arg-type]
             per_decision=per_decision,
@@ -109,9 +120,17 @@ def policy(
         with progress_bar() as notify:
             untouched = references(pipeline, task, work, notify=lambda done: notify("references", done, pool))
         heads.register_to_config(costs=_costs(pipeline, heads, task, work / COSTS))
-        objective = PolicyObjective(pipeline, task, worth, settings, untouched, updates, seed=seed)
+        judge = _judge(discriminator, untouched, seed)
+        objective = PolicyObjective(pipeline, task, worth, settings, untouched, updates, judge, seed)
         loop = LoopConfig(steps=updates, learning_rate=learning_rate, ema_decay=0.9, save_every=save_every, seed=seed)
-        also = {"reward": reward, "levels": levels, "pool": pool, "untouched_steps": steps, **asdict(settings)}
+        also = {
+            "reward": reward,
+            "discriminator": discriminator,
+            "levels": levels,
+            "pool": pool,
+            "untouched_steps": steps,
+            **asdict(settings),
+        }
         with Live(refresh_per_second=1, transient=True, console=None) as live:
             for state in run_training(heads, objective, loop, work, also):
                 if objective.last is not None:
@@ -144,6 +163,15 @@ def _heads(pipeline: Any, task: Task, levels: tuple[str, ...], width: int, seed:
     ).to(network.device)
     policy.requires_grad_(True)
     return policy
+
+
+def _judge(name: str, untouched: Tensor, seed: int) -> DiscriminatorTraining | None:
+    if name == NO_JUDGE:
+        return None
+    channels, height, width = untouched.shape[1:]
+    network = new_discriminator(name, (channels, height, width), seed)
+    rate = CONV_RATE if name == "conv" else DiscriminatorConfig.learning_rate
+    return DiscriminatorTraining(network, untouched, DiscriminatorConfig(learning_rate=rate, seed=seed))
 
 
 def _costs(pipeline: Any, heads: AccelerationPolicy, task: Task, file: Path) -> dict[str, Any]:

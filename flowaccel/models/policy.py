@@ -72,6 +72,8 @@ class AccelerationPolicy(ModelMixin, ConfigMixin):
         max_steps: the most steps it was trained with; None for any number.
         max_reuse: the most steps in a row that blocks are not computed.
         smallest: times below this are taken for 0, or the last steps would be tiny.
+        sparse_tokens: the fewest tokens of an image whose attention is made sparse; below 4096 it does not pay.
+        dense_blocks: so many of the network's first blocks, and of its last, keep full attention.
         costs: what decisions cost, in computed dense steps: `reuse`, and `sparse`, one per level; measured by the
             training.
         base: the network that it was trained for, by class and a hash of its configuration; None for any.
@@ -92,6 +94,8 @@ class AccelerationPolicy(ModelMixin, ConfigMixin):
         max_steps: int | None = 28,
         max_reuse: int = 4,
         smallest: int = 10,
+        sparse_tokens: int = 4096,
+        dense_blocks: int = 2,
         costs: dict[str, Any] | None = None,
         base: str | None = None,
     ) -> None:

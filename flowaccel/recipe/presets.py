@@ -18,6 +18,7 @@ from flowaccel.accelerators import (
     AgentAttention,
     DynamicWidth,
     GuidanceSkip,
+    LearnedPolicy,
     Level,
     LevelCache,
     Mediators,
@@ -59,6 +60,7 @@ _WITH_OPTIONS: dict[str, Callable[..., Accelerator]] = {
     "dynamic_width": DynamicWidth,
     "mixture_of_experts": MixtureOfExperts,
     "mediators": _mediators,
+    "learned_policy": LearnedPolicy,
 }
 """Presets of one accelerator that take options, and what makes it of them."""
 
@@ -72,6 +74,7 @@ PRESETS = {
     "sparse_attention": "Attention of SD3, FLUX and SiT without the blocks of least attention, at high resolution.",
     "dynamic_width": "The network with dynamic width that lies beside the pipeline's components, in `width`.",
     "mixture_of_experts": "The network with experts that lies beside the pipeline's components, in `moe`.",
+    "learned_policy": "The heads that lie beside the pipeline's components, in `policy`, decide per image and step.",
     "mediators": "The network with mediators that lies beside the pipeline's components, in `mediators`.",
     "guidance_interval": "Guide in one part of the run only, by default its first half.",
     **{

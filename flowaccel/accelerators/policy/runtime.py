@@ -13,11 +13,12 @@ from torch import Tensor
 from flowaccel.accelerators.caching import Guard, Rules, Stack, cache_of
 from flowaccel.accelerators.caching.runtime import require_tensor
 from flowaccel.accelerators.policy.sources import Sight, Source
+from flowaccel.accelerators.sparse_attention import SparseAttention, put_switch, switched
 from flowaccel.errors import UnsupportedModelError
 from flowaccel.gates import Gate, Step
 from flowaccel.gates.base import State, where
-from flowaccel.hooks import COND, EXTRA, Call, Run, Session
-from flowaccel.models.policy import CACHE, REUSE, STEP
+from flowaccel.hooks import COND, EXTRA, Call, Run, Session, denoiser
+from flowaccel.models.policy import CACHE, REUSE, SPARSE, STEP, AccelerationPolicy
 from flowaccel.predictors import Hold
 
 _CERTAIN = 2.0
@@ -42,6 +43,10 @@ class _Walk:
     anchor_times: list[float] = field(default_factory=list)
     reused: list[int] = field(default_factory=list)
     """Per image, steps since then."""
+    computing: list[bool] = field(default_factory=list)
+    """Per image, whether its blocks are computed at the present step."""
+    sparsity: tuple[int, ...] = ()
+    """Per image, how sparse its attention is at it: 0 is dense."""
 
     def of_images(self, tensor: Tensor) -> Tensor:
         """(images, ...) as maps (images, C, H, W)."""
@@ -57,12 +62,13 @@ class PolicyRuntime:
     Args:
         source: who decides.
         levels: about what; see `flowaccel.models.policy.LEVELS`.
-        max_reuse: the most steps in a row that an image's blocks are not computed.
+        policy: for its configuration.
         session: the session.
     """
 
-    def __init__(self, source: Source, levels: Sequence[str], max_reuse: int, session: Session) -> None:
-        self._source, self._levels, self._max_reuse, self._session = source, tuple(levels), max_reuse, session
+    def __init__(self, source: Source, levels: Sequence[str], policy: AccelerationPolicy, session: Session) -> None:
+        self._source, self._levels, self._config, self._session = source, tuple(levels), policy.config, session
+        self._switch = SparseAttention(min_tokens=policy.config.sparse_tokens).switch()
 
     def attach(self) -> Callable[[], None]:
         """Surround network calls, their blocks and the scheduler's steps; returns what undoes it.
@@ -73,6 +79,9 @@ class PolicyRuntime:
         scheduler = self._session.pipe.scheduler
         rules = Rules(gate=_HeadGate(self), predictor=Hold(), guard=Guard(warmup=1, last=0), unit="image")
         with ExitStack() as undo:
+            if SPARSE in self._levels:
+                undo.callback(put_switch(denoiser(self._session.pipe), self._switch, self._config.dense_blocks))
+                undo.callback(self._session.on_block(self._set_sparsity))  # within the cache: of what is computed
             undo.callback(cache_of(rules, Stack()).attach(self._session))
             undo.callback(self._session.on_call(self._around_call))
             undo.callback(self._session.on_block(self._around_block))
@@ -93,14 +102,19 @@ class PolicyRuntime:
             walk.latents = walk.of_images(call.sample[call.rows_of(COND)])
         if STEP in self._levels:
             call.record.times = tuple(time or None for time in times)
-            return proceed(replace(call, arguments={**call.arguments, "timestep": _timestep(call, times, self._scale)}))
-        return proceed()
+            call = replace(call, arguments={**call.arguments, "timestep": _timestep(call, times, self._scale)})
+        if SPARSE not in self._levels:
+            return proceed(call)
+        with switched(self._switch, call, None):
+            output = proceed(call)
+        call.record.sparsity = walk.sparsity
+        return output
 
     def _walk(self, call: Call) -> _Walk:
         found: _Walk | None = call.run.state.get(self)
         if found is None:
             found = call.run.state[self] = _Walk(call.images, _grid(call))
-            found.reused = [0] * call.images
+            found.reused, found.computing = [0] * call.images, [True] * call.images
         return found
 
     def _times(self, walk: _Walk, call: Call) -> tuple[float, ...]:
@@ -124,8 +138,9 @@ class PolicyRuntime:
         open_ = [
             image
             for image, idle in enumerate(found)
-            if not idle and CACHE in self._levels and walk.reused[image] < self._max_reuse
+            if not idle and CACHE in self._levels and walk.reused[image] < self._config.max_reuse
         ]
+        walk.computing = [not idle for idle in found]
         if not open_:
             return found
         assert walk.latents is not None and walk.anchor is not None and walk.condition is not None
@@ -137,6 +152,7 @@ class PolicyRuntime:
         chosen = self._source.choose(CACHE, sight)
         for image, choice in zip(open_, chosen, strict=True):
             found[image] = choice == REUSE
+            walk.computing[image] = not found[image]
         return found
 
     def note(self, run: Run, computed: Tensor) -> None:
@@ -148,6 +164,23 @@ class PolicyRuntime:
         before = walk.anchor_times or walk.times
         walk.anchor_times = [now if on else old for on, now, old in zip(flags, walk.times, before, strict=True)]
         walk.reused = [0 if on else count + 1 for on, count in zip(flags, walk.reused, strict=True)]
+
+    def _set_sparsity(self, proceed: Callable[..., Any], call: Call, block: Any) -> Any:
+        if block.index == 0 and EXTRA not in call.branches:
+            walk = self._walk(call)
+            if COND in call.branches:
+                walk.sparsity = self._sparsity(walk, call.step)
+            kept = (None, *self._config.sparsity)
+            self._switch.keep = tuple(kept[walk.sparsity[image]] for image in call.row_images)
+        return proceed()
+
+    def _sparsity(self, walk: _Walk, step: int) -> tuple[int, ...]:
+        computing = [image for image, on in enumerate(walk.computing) if on]
+        assert walk.latents is not None and walk.condition is not None
+        rows = torch.tensor(computing, device=walk.latents.device)
+        sight = Sight(step, computing, walk.latents[rows], walk.condition[rows])
+        chosen = dict(zip(computing, self._source.choose(SPARSE, sight), strict=True))
+        return tuple(chosen.get(image, 0) for image in range(walk.images))
 
     # -- steps
 
