@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,21 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
 from families import CASES, Case, assert_close
-from flowaccel import LearnedPolicy, Recipe, RecipeConflictError, accelerate, accelerated, report, restore
+from flowaccel import (
+    LearnedPolicy,
+    Recipe,
+    RecipeConflictError,
+    SparseAttention,
+    accelerate,
+    accelerated,
+    report,
+    restore,
+)
 from flowaccel.accelerators.learned_policy import attach_policy, base_of
-from flowaccel.accelerators.policy import HeadSource, ScriptSource
+from flowaccel.accelerators.policy import HeadSource, ScriptSource, runtime
 from flowaccel.hooks import denoiser
 from flowaccel.models import AccelerationPolicy
-from flowaccel.models.policy import CACHE, STEP
+from flowaccel.models.policy import CACHE, SPARSE, STEP
 from flowaccel.samplers import PolicyScheduler
 
 STEPS = 6
@@ -150,6 +160,27 @@ def test_a_sampled_rollout_depends_on_its_generator_alone() -> None:
     both = sampled(5, 6)
     assert_close(both[1:], sampled(6, seed=4))
     assert not torch.allclose(both, sampled(7, 8))
+
+
+@CASE
+def test_the_sparse_head_sets_every_image_apart(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = functools.partial(SparseAttention, query_block=4, key_block=4)
+    monkeypatch.setattr(runtime, "SparseAttention", small)
+    pipe = pipeline(case)
+    options = {"max_steps": None, "sparse_tokens": 1, "dense_blocks": 0, "sparsity": (0.5, 0.25)}
+    policy = policy_for(pipe, levels=(STEP, CACHE, SPARSE), **options)
+    levels, reuse = [[0.8, 0.5, 0.3, 0.0]], [[0, 1, 0, 0]]
+
+    def made(*sparse: list[int], seed: int = 3) -> Tensor:
+        source = ScriptSource(levels, {CACHE: reuse, SPARSE: sparse})
+        return driven(pipe, case, source, policy, batch=len(sparse), seed=seed, steps=9)
+
+    plain = driven(pipe, case, ScriptSource(levels, {CACHE: reuse}), policy_for(pipe), batch=2, steps=9)
+    assert torch.equal(made([0], [0]), plain)
+    mixed = made([0], [2])
+    assert_close(mixed[:1], plain[:1])
+    assert not torch.allclose(mixed[1], plain[1], atol=1e-4)
+    assert_close(mixed[1:], made([2], seed=4))
 
 
 def test_rails_hold() -> None:
