@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -83,7 +84,7 @@ def references(
     if path.exists():
         try:
             found: Tensor = load_file(path)["images"]
-        except (OSError, KeyError, ValueError, RuntimeError) as error:
+        except (OSError, KeyError, SafetensorError) as error:
             raise CheckpointError(f"{path} is damaged ({type(error).__name__}: {error}); delete it") from error
         if len(found) != task.size:
             raise CheckpointError(f"{path} holds {len(found)} images, and {task.size} are asked for; delete it")
