@@ -17,6 +17,7 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
+from torch._dynamo.exc import FailOnRecompileLimitHit
 from torch.nn import functional
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
@@ -267,7 +268,13 @@ def _flex(query: Tensor, key: Tensor, value: Tensor, kept: Tensor, rule: BlockRu
     )
     # blocks of a GPU's kernel must divide these
     tiles = {"BLOCK_M": min(rule.query_block, 128), "BLOCK_N": min(rule.key_block, 64)} if query.is_cuda else None
-    attended: Tensor = _compiled_flex()(query, key, value, block_mask=mask, kernel_options=tiles)
+    try:
+        attended: Tensor = _compiled_flex()(query, key, value, block_mask=mask, kernel_options=tiles)
+    except FailOnRecompileLimitHit as error:
+        raise RuntimeError(
+            "flex attention was compiled for as many shapes as torch allows, and without compiling it computes all "
+            "pairs; raise torch._dynamo.config.recompile_limit, or use backend='gather'"
+        ) from error
     return attended
 
 
