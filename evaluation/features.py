@@ -8,6 +8,7 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -122,19 +123,34 @@ def _pretrained(name: str, device: str | torch.device) -> FeatureNetwork:
 
 
 def _import_network(name: str) -> nn.Module:
+    made = imported(
+        name, "features", "inception, clip or dinov2 (alone or with :PATH), zoo:NAME or MODULE:ATTRIBUTE", call=True
+    )
+    if not isinstance(made, nn.Module):
+        raise ValueError(f"features {name!r} must return an nn.Module, got {type(made).__name__}")
+    return made
+
+
+def imported(name: str, argument: str, allowed: str, *, call: bool) -> Any:
+    """What `MODULE:ATTRIBUTE` names.
+
+    Args:
+        name: of that form.
+        argument: whose value it is, for messages.
+        allowed: what else that may be, for messages.
+        call: return what it makes when it is called without arguments.
+
+    Raises:
+        ValueError: not of that form, no such thing, or it cannot be called so.
+    """
     module_name, _, attribute = name.partition(":")
     if not module_name or not attribute:
-        raise ValueError(
-            "features must be inception, clip or dinov2 (alone or with :PATH), zoo:NAME or MODULE:ATTRIBUTE, got "
-            f"{name!r}"
-        )
+        raise ValueError(f"{argument} must be {allowed}, got {name!r}")
     try:
-        network = getattr(importlib.import_module(module_name), attribute)()
+        found = getattr(importlib.import_module(module_name), attribute)
+        return found() if call else found
     except (ImportError, AttributeError, TypeError) as error:
-        raise ValueError(f"features {name!r} cannot be made: {error}") from error
-    if not isinstance(network, nn.Module):
-        raise ValueError(f"features {name!r} must return an nn.Module, got {type(network).__name__}")
-    return network
+        raise ValueError(f"{argument} {name!r} cannot be made: {error}") from error
 
 
 def load_reference(name: str, network: FeatureNetwork, image_size: tuple[int, ...] | None = None) -> ReferenceSet:

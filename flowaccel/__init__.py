@@ -12,11 +12,13 @@ from flowaccel.accelerators import DynamicWidth as DynamicWidth
 from flowaccel.accelerators import FeatureCache as FeatureCache
 from flowaccel.accelerators import GuidanceInterval as GuidanceInterval
 from flowaccel.accelerators import GuidanceSkip as GuidanceSkip
+from flowaccel.accelerators import LearnedPolicy as LearnedPolicy
 from flowaccel.accelerators import LevelCache as LevelCache
 from flowaccel.accelerators import Mediators as Mediators
 from flowaccel.accelerators import MediatorSchedule as MediatorSchedule
 from flowaccel.accelerators import MixtureOfExperts as MixtureOfExperts
 from flowaccel.accelerators import Sampler as Sampler
+from flowaccel.accelerators import SparseAttention as SparseAttention
 from flowaccel.accelerators import StepSkip as StepSkip
 from flowaccel.accelerators import VelocityRefiner as VelocityRefiner
 from flowaccel.accelerators import cache_preset as cache_preset
@@ -63,6 +65,7 @@ __all__ = [
     "FlowaccelError",
     "GuidanceInterval",
     "GuidanceSkip",
+    "LearnedPolicy",
     "LevelCache",
     "MediatorSchedule",
     "Mediators",
@@ -76,6 +79,7 @@ __all__ = [
     "SiTInpaintPipeline",
     "SiTPipeline",
     "SiTTransformer2DModel",
+    "SparseAttention",
     "StepSkip",
     "UnsupportedModelError",
     "VelocityRefiner",

@@ -6,6 +6,7 @@ from flowaccel.samplers.flowturbo import Blocks as Blocks
 from flowaccel.samplers.flowturbo import FlowTurboScheduler as FlowTurboScheduler
 from flowaccel.samplers.ode import FlowAdamsBashforthScheduler as FlowAdamsBashforthScheduler
 from flowaccel.samplers.ode import FlowRungeKuttaScheduler as FlowRungeKuttaScheduler
+from flowaccel.samplers.policy import PolicyScheduler as PolicyScheduler
 from flowaccel.samplers.sde import FlowSDEScheduler as FlowSDEScheduler
 
 __all__ = [
@@ -16,4 +17,5 @@ __all__ = [
     "FlowSampler",
     "FlowTurboScheduler",
     "FusedStep",
+    "PolicyScheduler",
 ]

@@ -11,6 +11,7 @@ from flowaccel.accelerators.feature_cache import FeatureCache as FeatureCache
 from flowaccel.accelerators.guidance import AdaptiveGuidance as AdaptiveGuidance
 from flowaccel.accelerators.guidance import GuidanceInterval as GuidanceInterval
 from flowaccel.accelerators.guidance_skip import GuidanceSkip as GuidanceSkip
+from flowaccel.accelerators.learned_policy import LearnedPolicy as LearnedPolicy
 from flowaccel.accelerators.level_cache import LEVELS as LEVELS
 from flowaccel.accelerators.level_cache import Level as Level
 from flowaccel.accelerators.level_cache import LevelCache as LevelCache
@@ -18,6 +19,7 @@ from flowaccel.accelerators.mediator_schedule import MediatorSchedule as Mediato
 from flowaccel.accelerators.mediators import Mediators as Mediators
 from flowaccel.accelerators.mixture_of_experts import MixtureOfExperts as MixtureOfExperts
 from flowaccel.accelerators.sampler import Sampler as Sampler
+from flowaccel.accelerators.sparse_attention import SparseAttention as SparseAttention
 from flowaccel.accelerators.step_skip import StepSkip as StepSkip
 from flowaccel.accelerators.velocity_refiner import VelocityRefiner as VelocityRefiner
 
@@ -30,9 +32,11 @@ ACCELERATORS: dict[str, type[Accelerator]] = {
         Mediators,
         VelocityRefiner,
         AgentAttention,
+        SparseAttention,
         FeatureCache,
         LevelCache,
         StepSkip,
+        LearnedPolicy,
         GuidanceSkip,
     )
 }
@@ -50,12 +54,14 @@ __all__ = [
     "GridCalibration",
     "GuidanceInterval",
     "GuidanceSkip",
+    "LearnedPolicy",
     "Level",
     "LevelCache",
     "MediatorSchedule",
     "Mediators",
     "MixtureOfExperts",
     "Sampler",
+    "SparseAttention",
     "StepSkip",
     "VelocityRefiner",
     "cache_preset",

@@ -13,6 +13,7 @@ from flowaccel.accelerators.calibration import CALIBRATIONS, Calibration, watch
 from flowaccel.accelerators.parts import chosen_part, with_options
 from flowaccel.accelerators.serial import component
 from flowaccel.gates import GATES, Easy, Gate
+from flowaccel.gates.base import INSIDE
 from flowaccel.hooks import session_of
 from flowaccel.predictors import PREDICTORS, Hold, Predictor
 
@@ -83,7 +84,7 @@ class FeatureCache(Accelerator):
         self._check_scope()
 
     def _check_scope(self) -> None:
-        needs_blocks = self.gate.signal in ("first_block", "modulated_input") or self.gate.feedback == "middle_block"
+        needs_blocks = self.gate.signal in INSIDE or self.gate.feedback == "middle_block"
         if needs_blocks and self.scope.name not in ("stack", "range"):
             raise ValueError(
                 f"gate {self.gate.name!r} reads blocks of the network, so it works in the scopes 'stack' and 'range', "
@@ -120,5 +121,5 @@ def _part(kind: str, value: Any) -> Any:
 
 
 def _usual_scope(gate: Any) -> Scope:
-    inside = gate.signal in ("first_block", "modulated_input") or gate.feedback in ("middle_block", "feature")
+    inside = gate.signal in INSIDE or gate.feedback in ("middle_block", "feature")
     return Stack() if inside or gate.name == "magnitude" else Output(residual=gate.name == Easy.name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -91,34 +92,48 @@ class Sampler(Accelerator):
 
     def attach(self, pipe: Any) -> Detach:
         """Exchange `pipe.scheduler`; undone by putting the old object back."""
-        replaced = pipe.scheduler
-        prediction = replaced.config.get("prediction_type", FLOW_PREDICTION)
-        if prediction != FLOW_PREDICTION and not replaced.config.get("use_flow_sigmas"):
-            raise UnsupportedModelError(
-                f"sampler {self.sampler!r} works on flow models, whose network predicts a velocity, but the pipeline "
-                f"has a {type(replaced).__name__} with prediction_type {prediction!r}"
-            )
-        unsupported = [name for name in _UNSUPPORTED if replaced.config.get(name)]
-        if unsupported:
-            raise ValueError(
-                f"sampler {self.sampler!r} cannot stand in for a {type(replaced).__name__} "
-                f"that has {', '.join(unsupported)} set"
-            )
-        if family_of(denoiser(pipe)).own_timesteps:
-            raise UnsupportedModelError(
-                f"sampler {self.sampler!r} cannot stand in for the scheduler of a {type(pipe).__name__}, which shows "
-                "its network other timesteps than its noise levels; it keeps the scheduler that it was made with"
-            )
         scheduler_class, fixed = SAMPLERS[self.sampler]
-        unwatch = None if self.calibration is None else watch(session_of(pipe), self.calibration)
-        pipe.scheduler = scheduler_class.from_config(_grid_config(replaced.config), **fixed, **self.options)
+        with ExitStack() as undo:
+            undo.callback(
+                exchanged_scheduler(pipe, scheduler_class, f"sampler {self.sampler!r}", **fixed, **self.options)
+            )
+            if self.calibration is not None:
+                undo.callback(watch(session_of(pipe), self.calibration))
+            return undo.pop_all().close
 
-        def detach() -> None:
-            pipe.scheduler = replaced
-            if unwatch is not None:
-                unwatch()
 
-        return detach
+def exchanged_scheduler(pipe: Any, scheduler_class: type[FlowSampler], what: str, **options: Any) -> Detach:
+    """Put a flow sampler with the time shift of the pipeline's scheduler in its place; returns what undoes it.
+
+    Args:
+        pipe: the pipeline.
+        scheduler_class: of the new one.
+        what: how errors call it.
+        options: constructor arguments besides.
+
+    Raises:
+        UnsupportedModelError: the network predicts no velocity, or is shown other times than its scheduler's.
+        ValueError: the present scheduler does what these samplers do not.
+    """
+    replaced = pipe.scheduler
+    prediction = replaced.config.get("prediction_type", FLOW_PREDICTION)
+    if prediction != FLOW_PREDICTION and not replaced.config.get("use_flow_sigmas"):
+        raise UnsupportedModelError(
+            f"{what} works on flow models, whose network predicts a velocity, but the pipeline has a "
+            f"{type(replaced).__name__} with prediction_type {prediction!r}"
+        )
+    unsupported = [name for name in _UNSUPPORTED if replaced.config.get(name)]
+    if unsupported:
+        raise ValueError(
+            f"{what} cannot stand in for a {type(replaced).__name__} that has {', '.join(unsupported)} set"
+        )
+    if family_of(denoiser(pipe)).own_timesteps:
+        raise UnsupportedModelError(
+            f"{what} cannot stand in for the scheduler of a {type(pipe).__name__}, which shows its network other "
+            "timesteps than its noise levels; it keeps the scheduler that it was made with"
+        )
+    pipe.scheduler = scheduler_class.from_config(_grid_config(replaced.config), **options)
+    return lambda: setattr(pipe, "scheduler", replaced)
 
 
 _GRID_FIELDS = (

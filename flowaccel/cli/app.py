@@ -19,6 +19,7 @@ from flowaccel.cli import (
     stats,
     train,
     train_mediators,
+    train_policy,
     zoo,
 )
 
@@ -41,6 +42,7 @@ app.command("export-npz")(stats.export)
 app.command("convert")(convert.convert)
 app.command("recipes")(recipes.recipes)
 train.app.command("mediators")(train_mediators.mediators)
+train.app.command("policy")(train_policy.policy)
 app.add_typer(train.app, name="train")
 app.add_typer(zoo.app, name="zoo")
 

@@ -12,9 +12,12 @@ from torch import Tensor
 State = dict[str, Tensor]
 """What a gate remembers, each tensor with a leading units axis; empty before the first step."""
 
-Signal = Literal["none", "input", "first_block", "modulated_input"]
-"""What a gate reads before it decides: nothing; the network's input; the residual of its first blocks; the input of the
-first block's attention, which is normalised and modulated by the timestep."""
+Signal = Literal["none", "input", "condition", "first_block", "modulated_input"]
+"""What a gate reads before it decides: nothing; the network's input; the embedding that modulates the blocks; the
+residual of its first blocks; the input of the first block's attention, which is normalised and modulated by the
+timestep."""
+INSIDE = ("condition", "first_block", "modulated_input")
+"""Those that are only known within the network."""
 
 Feedback = Literal["none", "output", "feature", "middle_block"]
 """What a gate sees of a step that was computed: nothing; the network's output; what the scope caches; the residual of

@@ -23,6 +23,7 @@ from flowaccel.hooks.families import family_of as family_of
 from flowaccel.hooks.families import networks as networks
 from flowaccel.hooks.families import register_family as register_family
 from flowaccel.hooks.identity import Identity as Identity
+from flowaccel.hooks.macs import is_compiled as is_compiled
 from flowaccel.hooks.macs import macs_by_module as macs_by_module
 from flowaccel.hooks.macs import shapes_of as shapes_of
 from flowaccel.hooks.session import CallAround as CallAround
@@ -58,6 +59,7 @@ __all__ = [
     "denoiser",
     "exchange",
     "family_of",
+    "is_compiled",
     "macs_by_module",
     "mean_capacity",
     "networks",

@@ -65,6 +65,21 @@ class Block:
         """(rows, text tokens, width) the text tokens that go in, where the block takes them."""
         return None if self.blocks.encoder is None else self.arguments.get(self.blocks.encoder)
 
+    @property
+    def condition(self) -> Tensor:
+        """(rows, D) the embedding of time and what the image is to be, which modulates the blocks.
+
+        Raises:
+            UnsupportedModelError: the block takes none as `temb`.
+        """
+        found = self.arguments.get("temb")
+        if not isinstance(found, Tensor) or found.dim() != 2:
+            raise UnsupportedModelError(
+                f"{type(self.module).__name__} takes no embedding (rows, D) as `temb`, so what modulates it is not "
+                "known; SD3, FLUX and SiT have one"
+            )
+        return found
+
     def unpack(self, output: Any) -> tuple[Tensor, Tensor | None]:
         """The block's return value as (image tokens, text tokens or None)."""
         if len(self.blocks.returns) == 1:

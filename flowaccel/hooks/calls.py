@@ -78,11 +78,19 @@ class CallRecord:
     """Pairs of a token and an expert that were chosen and left out for a budget, counted when the run has ended; None
     without a budget."""
 
+    times: tuple[float | None, ...] = ()
+    """Per image, its timestep where images have times of their own; None where it is done and idle."""
+    sparsity: tuple[int, ...] = ()
+    """Per image, the level of sparse attention, 0 for dense; empty where nobody sets it by image."""
     mediators: tuple[float, ...] = ()
     """Per image of the call, how many mediators attention goes through, where it does and any of it ran; the mean over
     the network's layers where each has a number of its own."""
     agents: tuple[str, ...] = ()
     """Names in the network of the attention layers that ran with agents in the place of full attention."""
+    sparse_layers: tuple[str, ...] = ()
+    """Names in the network of the attention layers that left out query-key pairs."""
+    pairs: tuple[int, int] = (0, 0)
+    """Pairs of a query and a key that these computed, and that full attention would have."""
     spared: int = 0
     """Multiply-adds that modules which ran did less than they are counted with, where an accelerator sets by row how
     much they do; negative where they did more."""
@@ -127,6 +135,8 @@ class Run:
     ended: bool = False
     failed: bool = False
     """Whether an exception ended it."""
+    stopped: bool = False
+    """See `stop`."""
     at_end: list[Callable[[], None]] = field(default_factory=list)
     """What accelerators have to do once it has ended; `state` is gone by then."""
 
@@ -134,6 +144,10 @@ class Run:
     def num_steps(self) -> int:
         """How many evaluations the run is going to make (guidance does not count twice)."""
         return len(self.timesteps) - (self.begin or 0)
+
+    def stop(self) -> None:
+        """The present step is the last one, sooner than planned: all images are done."""
+        self.stopped = True
 
     def end(self, failed: bool = False) -> None:
         """Forget all state; what was recorded stays for the report. Idempotent."""

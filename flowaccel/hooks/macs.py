@@ -30,7 +30,7 @@ def macs_by_module(network: nn.Module, shapes: dict[str, Any]) -> dict[str, int]
         shapes: from `shapes_of`.
     """
     network = unwrapped(network)
-    if any(module.__dict__.get("_compiled_call_impl") is not None for module in network.modules()):
+    if is_compiled(network):
         return None
     tensors = {name: _shape(value) for name, value in (*network.named_parameters(), *network.named_buffers())}
     counter = FlopCounterMode(display=False)
@@ -45,6 +45,13 @@ def macs_by_module(network: nn.Module, shapes: dict[str, Any]) -> dict[str, int]
         for name, counts in counter.get_flop_counts().items()
         if name == root or name.startswith(f"{root}.")
     }
+
+
+def is_compiled(network: nn.Module) -> bool:
+    """Whether a network, or any module of it, is compiled."""
+    inner = unwrapped(network)
+    compiled = any(module.__dict__.get("_compiled_call_impl") is not None for module in inner.modules())
+    return compiled or inner is not network
 
 
 @contextmanager

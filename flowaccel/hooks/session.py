@@ -184,7 +184,7 @@ class Session:
             raise
         if run is not None and run.begin is not None:
             run.steps_done += 1
-            if run.steps_done >= run.num_steps:
+            if run.stopped or run.steps_done >= run.num_steps:
                 run.end()
         return returned
 

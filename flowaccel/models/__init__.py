@@ -19,11 +19,13 @@ from flowaccel.models.moe import MoEFluxTransformer2DModel as MoEFluxTransformer
 from flowaccel.models.moe import MoESD3Transformer2DModel as MoESD3Transformer2DModel
 from flowaccel.models.moe import MoESiTTransformer2DModel as MoESiTTransformer2DModel
 from flowaccel.models.moe import upcycle_to_moe as upcycle_to_moe
+from flowaccel.models.policy import AccelerationPolicy as AccelerationPolicy
 from flowaccel.models.refined import refined as refined
 from flowaccel.models.sit import SiTTransformer2DModel as SiTTransformer2DModel
 from flowaccel.models.variants import stock_class as stock_class
 
 __all__ = [
+    "AccelerationPolicy",
     "DigitsClassifier",
     "DynamicDiTTransformer2DModel",
     "DynamicFluxTransformer2DModel",

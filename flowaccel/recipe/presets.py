@@ -18,12 +18,14 @@ from flowaccel.accelerators import (
     AgentAttention,
     DynamicWidth,
     GuidanceSkip,
+    LearnedPolicy,
     Level,
     LevelCache,
     Mediators,
     MediatorSchedule,
     MixtureOfExperts,
     Sampler,
+    SparseAttention,
     VelocityRefiner,
     cache_preset,
 )
@@ -54,9 +56,11 @@ _WITH_OPTIONS: dict[str, Callable[..., Accelerator]] = {
     "guidance_skip": GuidanceSkip,
     "guidance_interval": functools.partial(GuidanceSkip, "interval"),
     "agent_attention": AgentAttention,
+    "sparse_attention": SparseAttention,
     "dynamic_width": DynamicWidth,
     "mixture_of_experts": MixtureOfExperts,
     "mediators": _mediators,
+    "learned_policy": LearnedPolicy,
 }
 """Presets of one accelerator that take options, and what makes it of them."""
 
@@ -67,8 +71,10 @@ PRESETS = {
     **{name: preset.summary for name, preset in CACHE_PRESETS.items()},
     "guidance_skip": "Stop guiding an image once its conditional and unconditional predictions agree.",
     "agent_attention": "Self-attention of UNets and DiT through pooled queries in the first steps, at high resolution.",
+    "sparse_attention": "Attention of SD3, FLUX and SiT without the blocks of least attention, at high resolution.",
     "dynamic_width": "The network with dynamic width that lies beside the pipeline's components, in `width`.",
     "mixture_of_experts": "The network with experts that lies beside the pipeline's components, in `moe`.",
+    "learned_policy": "The heads that lie beside the pipeline's components, in `policy`, decide per image and step.",
     "mediators": "The network with mediators that lies beside the pipeline's components, in `mediators`.",
     "guidance_interval": "Guide in one part of the run only, by default its first half.",
     **{

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from flowaccel.accelerators import AgentAttention
+from flowaccel.accelerators import AgentAttention, SparseAttention
 from flowaccel.hooks import COMPUTED, REUSED, CallRecord, Run, macs_by_module, mean_capacity, session_of
 from flowaccel.recipe.recipe import Recipe
 from flowaccel.recipe.verbs import recipe_of
@@ -32,6 +32,11 @@ class StepReport:
         """Per image, whether an accelerator that decides let it be computed; empty where none does."""
         images = [call.computed for call in self.calls if call.computed]
         return tuple(any(image) for image in zip(*images, strict=False))
+
+    @property
+    def times(self) -> tuple[float | None, ...]:
+        """Per image, its own timestep, None where it is done; empty where all have the scheduler's."""
+        return next((call.times for call in self.calls if call.times), ())
 
     @property
     def guided(self) -> tuple[bool, ...]:
@@ -74,6 +79,13 @@ class Report:
     def calls(self) -> list[CallRecord]:
         """All network calls in order."""
         return [call for step in self.steps for call in step.calls]
+
+    @property
+    def paths(self) -> tuple[tuple[tuple[float, bool], ...], ...]:
+        """Per image, its timesteps and whether its blocks were computed there; empty where a policy chose no times."""
+        steps = [zip(step.times, step.computed, strict=True) for step in self.steps if step.times]
+        images = zip(*steps, strict=True)
+        return tuple(tuple((time, ran) for time, ran in image if time is not None) for image in images)
 
     def count(self, what: str) -> int:
         """Network calls that were `what`: `computed`, `reused`, `refined` and so on."""
@@ -159,9 +171,9 @@ class Report:
         ]
         for step in self.steps:
             calls = ", ".join(_describe(call) for call in step.calls) + _pattern(step)
-            lines.append(
-                f"{step.step:>4}  {step.timestep:>9.2f}  {step.sigma:>7.4f}  {1000 * step.seconds:>8.2f}  {calls}"
-            )
+            where = f"{'by image':>18}" if step.times else f"{step.timestep:>9.2f}  {step.sigma:>7.4f}"
+            lines.append(f"{step.step:>4}  {where}  {1000 * step.seconds:>8.2f}  {calls}")
+        lines += _walked(self.paths)
         lines += self._savings()
         if self.slice_bytes or self.slices_cut:
             lines.append(
@@ -200,6 +212,11 @@ class Report:
         left_out = "" if macs is None else f", {macs} left out"
         if with_agents := sum(bool(call.agents) for call in self.calls):
             return [f"Agents in the place of full attention in {with_agents} of {len(self.calls)} calls{left_out}."]
+        if sparse := [call.pairs for call in self.calls if call.sparse_layers]:
+            share = sum(done for done, _ in sparse) / sum(full for _, full in sparse)
+            return [
+                f"Sparse attention in {len(sparse)} of {len(self.calls)} calls, {share:.0%} of its pairs{left_out}."
+            ]
         return [f"Width {sum(widths) / len(widths):.0%} on average{left_out}."] if widths else []
 
     def _savings(self) -> list[str]:
@@ -218,8 +235,27 @@ class Report:
         ]
 
 
+def _walked(paths: Sequence[Sequence[tuple[float, bool]]]) -> list[str]:
+    """Where a policy led the images; of many, only in how many steps."""
+    if not paths:
+        return []
+    steps = [len(path) for path in paths]
+    computed = [sum(ran for _, ran in path) for path in paths]
+    if len(paths) > _LETTERS:
+        means = f"{sum(steps) / len(steps):.1f} steps on average, {sum(computed) / len(computed):.1f} computed"
+        return [f"{min(steps)} to {max(steps)} steps an image, {means}."]
+    return [
+        f"image {image}: {len(path)} steps, {computed[image]} computed: "
+        + " ".join(f"{time:.0f}{'' if ran else 'r'}" for time, ran in path)
+        for image, path in enumerate(paths)
+    ]
+
+
 def _pattern(step: StepReport) -> str:
     """Which images were computed, and which guided."""
+    if step.times and len(step.times) <= _LETTERS:
+        pairs = zip(step.times, step.computed, strict=True)
+        return "  " + "".join("." if time is None else "C" if on else "r" for time, on in pairs)
     return _letters(step.computed, "Cr", "images") + _letters(step.guided, "G-", "guided")
 
 
@@ -234,8 +270,13 @@ def _describe(call: CallRecord) -> str:
     network = "" if call.network == "transformer" else f" on {call.network}"
     width = "" if call.width is None else f", width {call.width:.0%}"
     agents = f", agents in {len(call.agents)} layers" if call.agents else ""
+    sparse = _sparse(call) if call.sparse_layers else ""
     experts = "" if call.capacity is None else f", {_experts(call.capacity, call.overflow)}"
-    return f"{'+'.join(call.branches)} {call.what}{network}{width}{experts}{_mediators(call.mediators)}{agents}"
+    return f"{'+'.join(call.branches)} {call.what}{network}{width}{experts}{_mediators(call.mediators)}{agents}{sparse}"
+
+
+def _sparse(call: CallRecord) -> str:
+    return f", {call.pairs[0] / call.pairs[1]:.0%} of the pairs in {len(call.sparse_layers)} layers"
 
 
 def _short(number: float) -> str:
@@ -274,7 +315,7 @@ def report(pipe: Any) -> Report:
         steps=tuple(_steps(run)),
         seconds=run.seconds,
         failed=run.failed,
-        unsaved=_unsaved(recipe, run.records),
+        unsaved=None if run.stopped else _unsaved(recipe, run.records),
         **_macs(run),
     )
 
@@ -316,7 +357,7 @@ def _unsaved(recipe: Recipe, records: Sequence[CallRecord]) -> str | None:
         return "no network call was seen; compiled blocks call the network in ways that are not observed"
     if not recipe.accelerators:
         return "the recipe is empty"
-    if all(part.kind != "hook" or isinstance(part, AgentAttention) for part in recipe.accelerators):
+    if all(part.kind != "hook" or isinstance(part, (AgentAttention, SparseAttention)) for part in recipe.accelerators):
         return "the recipe saves steps or the work within a call, not calls"
     names = ", ".join(repr(accelerator.name) for accelerator in recipe.accelerators)
     return f"{names} had every call computed"

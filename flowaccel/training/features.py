@@ -15,7 +15,12 @@ from flowaccel.training.flow import shift_augment
 
 def to_uint8(images: Tensor) -> Tensor:
     """[-1, 1] -> uint8, rounded as the evaluator rounds samples."""
-    return ((images / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
+    return unit_to_uint8(images / 2 + 0.5)
+
+
+def unit_to_uint8(images: Tensor) -> Tensor:
+    """[0, 1] -> uint8, rounded alike; what lies outside is clipped."""
+    return (images.clamp(0, 1) * 255).round().to(torch.uint8)
 
 
 @dataclass(frozen=True, kw_only=True)

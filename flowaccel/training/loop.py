@@ -47,6 +47,21 @@ class Following(Protocol):
         """Called when the weights have moved."""
 
 
+@runtime_checkable
+class Keeping(Protocol):
+    """An objective with a state of its own, which a resumed run needs."""
+
+    def save(self, folder: Path) -> None:
+        """Write it into a folder of its own."""
+
+    def resume(self, folder: Path) -> None:
+        """Take over what `save` wrote.
+
+        Raises:
+            CheckpointError: it is that of another objective, or not there.
+        """
+
+
 @dataclass(frozen=True, kw_only=True)
 class LoopConfig:
     """How long and how fast to train."""
@@ -136,13 +151,15 @@ def train(
     clipped = _clipped(model, config)
     optimizer = torch.optim.AdamW(_groups(model, config), lr=config.learning_rate, weight_decay=config.weight_decay)
     ema = EMAModel(trainable, decay=config.ema_decay)
-    settings = _as_saved({**_settings(config), **_objective_settings(loss), **(also or {})})
-    start = _resume(folder, model, optimizer, ema, settings)
+    settings = as_saved({**_settings(config), **_objective_settings(loss), **(also or {})})
+    start = resume_state(folder, model, optimizer, ema, settings)
+    if start and isinstance(loss, Keeping):
+        loss.resume(_kept(folder, start))
     prepared, optimizer = accelerator.prepare(model, optimizer)
     ema.to(accelerator.device)
     prepared.train()
     for step in range(start, config.steps):
-        generator = torch.Generator().manual_seed(_step_seed(config.seed, step, accelerator.process_index))
+        generator = torch.Generator().manual_seed(step_seed(config.seed, step, accelerator.process_index))
         for group in optimizer.param_groups:
             group["lr"] = config.rate_at(step) * group["scale"]
         if accelerator.scaler is not None:
@@ -162,12 +179,26 @@ def train(
         ema.step(trainable)
         done = step + 1
         if accelerator.is_main_process and (done % config.save_every == 0 or done == config.steps):
-            _save(folder, model, optimizer, ema, done, settings)
+            if isinstance(loss, Keeping):  # first, so that every state has what belongs to it
+                loss.save(_kept(folder, done))
+            save_state(folder, model, optimizer, ema, done, settings)
+            _forget_others(folder, done)
             if done in config.keep:
                 shutil.copyfile(folder / "state.safetensors", folder / f"state-{done}.safetensors")
         yield Progress(step=done, loss=value.item(), learning_rate=config.rate_at(step))
     ema.copy_to(trainable)
     model.eval()
+
+
+def _kept(folder: Path, step: int) -> Path:
+    """Where an objective keeps its state of a step."""
+    return folder / f"objective-{step}"
+
+
+def _forget_others(folder: Path, step: int) -> None:
+    for older in folder.glob("objective-*"):
+        if older != _kept(folder, step):
+            shutil.rmtree(older)
 
 
 def _groups(model: nn.Module, config: LoopConfig) -> list[dict[str, Any]]:
@@ -195,11 +226,12 @@ def _buffers(model: nn.Module) -> dict[str, Tensor]:
     return {f"buffer.{name}": value for name, value in model.named_buffers() if name in kept}
 
 
-def _step_seed(seed: int, step: int, process: int) -> int:
+def step_seed(seed: int, step: int, process: int = 0) -> int:
+    """The seed of the generator of one step of one process."""
     return (seed * 1_000_003 + step) * 1_009 + process
 
 
-def _as_saved(settings: dict[str, Any]) -> dict[str, Any]:
+def as_saved(settings: dict[str, Any]) -> dict[str, Any]:
     """As they come back from the state's header: sequences are lists there."""
     found: dict[str, Any] = json.loads(json.dumps(settings))
     return found
@@ -225,7 +257,7 @@ def _objective_settings(loss: Loss | Scheduled) -> dict[str, Any]:
     return found
 
 
-def _save(
+def save_state(
     folder: Path,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
@@ -233,6 +265,11 @@ def _save(
     step: int,
     settings: dict[str, Any],
 ) -> None:
+    """Write `state.safetensors` atomically: trainable parameters, their averages and moments, saved buffers.
+
+    Raises:
+        OSError: it could not be written; the one before stays.
+    """
     tensors: dict[str, Tensor] = _buffers(model)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     state = optimizer.state_dict()["state"]
@@ -264,14 +301,25 @@ def load_average(model: nn.Module, path: Path) -> None:
             buffer.copy_(tensors[name])
 
 
-def _resume(
+def resume_state(
     folder: Path,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     ema: EMAModel,
     settings: dict[str, Any],
 ) -> int:
-    """Load the state in `folder` if there is one; the number of steps already done."""
+    """Load the state in `folder` if there is one; the number of steps already done.
+
+    Args:
+        folder: where `save_state` wrote.
+        model: gets parameters and buffers; likewise `optimizer` and `ema`, which are of its trainable parameters.
+        optimizer: AdamW with one group per parameter.
+        ema: the averages.
+        settings: what must be as it was, see `as_saved`.
+
+    Raises:
+        CheckpointError: the state of another model or with other settings, or a damaged one.
+    """
     path = folder / "state.safetensors"
     if not path.exists():
         return 0

@@ -41,6 +41,7 @@ COMMANDS = (
     "recipes",
     "train refiner",
     "train mediators",
+    "train policy",
     "train moe",
     "train width",
     "plan",

@@ -108,7 +108,7 @@ def test_bad_preset_says_what_is_wrong(name: str, message: str) -> None:
         preset(name)
 
 
-@pytest.mark.filterwarnings("ignore:nothing is calibrated")
+@pytest.mark.filterwarnings("ignore:nothing is calibrated", "ignore:sparse_attention does nothing here")
 def test_every_preset_in_the_table_works(tmp_path: Path) -> None:
     pipe = tiny.sit_pipeline()
     make_dynamic(pipe.transformer).save_pretrained(tmp_path / "width")

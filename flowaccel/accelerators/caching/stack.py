@@ -98,6 +98,8 @@ class _Pass:
             self._text = block.encoder.shape[1]
         if gate.signal == "first_block" and moment.decides:
             self._entry = moment.of_units(self._tokens(block, block.hidden, block.encoder)[0])
+        if gate.signal == "condition" and moment.decision is None:
+            moment.decide(moment.of_units(block.condition))
         if gate.signal == "modulated_input" and moment.decision is None:
             moment.decide(moment.of_units(attention_input(proceed, block)))
 

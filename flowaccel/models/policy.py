@@ -1,0 +1,161 @@
+"""A learned acceleration policy: which heads it has, what they see, and how likely they find what was chosen (RAPID3,
+arXiv 2509.22323; its step head alone is TPDM, arXiv 2412.01243).
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
+from torch import Tensor, nn
+
+from flowaccel.modules.policy_heads import (
+    JUMP_MARGIN,
+    DecisionHead,
+    choice_distribution,
+    jump_distribution,
+    logits_of,
+)
+
+STEP, CACHE, SPARSE = "step", "cache", "sparse"
+LEVELS = (STEP, CACHE, SPARSE)
+"""Where a policy saves: jumps in time; blocks whose residual is reused; query-key pairs of attention."""
+COMPUTE, REUSE = 0, 1
+"""The choices of the cache head. Of the sparse head, 0 is dense and the others are its levels."""
+_JUMP_BIAS = (2.5, 1.0)
+_REUSE_SHARE, _DENSE_SHARE = 0.1, 0.85
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What one head saw and chose, of R pairs of an image and a step. What was forced is not among them."""
+
+    image: Tensor
+    """(R,) which image of a rollout, from 0."""
+    features: Tensor
+    """(R, C, H, W)."""
+    condition: Tensor
+    """(R, D)."""
+    action: Tensor
+    """(R,) a share in (0, 1) of the step head, else the number of a choice."""
+
+    def __len__(self) -> int:
+        return len(self.image)
+
+    def take(self, rows: Tensor) -> Choices:
+        """Some of the pairs, by their indices."""
+        return Choices(self.image[rows], self.features[rows], self.condition[rows], self.action[rows])
+
+
+class AccelerationPolicy(ModelMixin, ConfigMixin):
+    """Up to three heads that watch a run and decide, per image and step, what is computed; the network stays frozen.
+
+    - `step` sees the predicted velocity and says which share of the time that is left the next step keeps.
+    - `cache` sees how far the image has moved since its blocks were last computed and says whether what they added is
+      reused.
+    - `sparse` sees the image and says how many query-key pairs are left out.
+
+    All see the embedding that modulates the network's blocks, too.
+
+    Args:
+        in_channels: C of what the network takes and returns, as a map: 64 for FLUX, whose latents are packed.
+        condition_dim: D of the embedding that modulates the blocks.
+        levels: which heads there are.
+        sparsity: the shares of key blocks that the levels of the sparse head keep, falling; needs the head.
+        width: of the heads.
+        num_train_timesteps: the scale of time.
+        max_steps: the most steps it was trained with; None for any number.
+        max_reuse: the most steps in a row that blocks are not computed.
+        smallest: times below this are taken for 0, or the last steps would be tiny.
+        sparse_tokens: the fewest tokens of an image whose attention is made sparse; below 4096 it does not pay.
+        dense_blocks: so many of the network's first blocks, and of its last, keep full attention.
+        costs: what decisions cost, in computed dense steps: `reuse`, and `sparse`, one per level; measured by the
+            training.
+        base: the network that it was trained for, by class and a hash of its configuration; None for any.
+
+    Raises:
+        ValueError: no levels or unknown ones, sparsity that does not fall or without its head, numbers out of range.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        in_channels: int = 16,
+        condition_dim: int = 1536,
+        levels: Sequence[str] = (STEP, CACHE),
+        sparsity: Sequence[float] = (),
+        width: int = 128,
+        num_train_timesteps: int = 1000,
+        max_steps: int | None = 28,
+        max_reuse: int = 4,
+        smallest: int = 10,
+        sparse_tokens: int = 4096,
+        dense_blocks: int = 2,
+        costs: dict[str, Any] | None = None,
+        base: str | None = None,
+    ) -> None:
+        super().__init__()
+        check_levels(levels)
+        _check_sparsity(SPARSE in levels, sparsity)
+        for name, value, lowest in (
+            ("max_reuse", max_reuse, 1),
+            ("smallest", smallest, 1),
+            ("max_steps", max_steps, 1),
+        ):
+            if value is not None and value < lowest:
+                raise ValueError(f"{name} must be at least {lowest}, got {value}")
+        dense = logits_of(_DENSE_SHARE, *[(1 - _DENSE_SHARE) / len(sparsity)] * len(sparsity)) if sparsity else ()
+        made = {
+            STEP: (0, _JUMP_BIAS),
+            # and the time since it was computed
+            CACHE: (1, logits_of(1 - _REUSE_SHARE, _REUSE_SHARE)),
+            SPARSE: (0, dense),
+        }
+        self.heads = nn.ModuleDict(
+            {
+                level: DecisionHead(in_channels, condition_dim + made[level][0], made[level][1], width)
+                for level in LEVELS
+                if level in levels
+            }
+        )
+
+    @property
+    def levels(self) -> tuple[str, ...]:
+        """The heads that there are."""
+        return tuple(self.heads)
+
+    def forward(self, level: str, features: Tensor, condition: Tensor) -> Tensor:
+        """The numbers of one head, (R, C, H, W) and (R, D) -> (R, outputs) in float32, see `policy_heads`."""
+        with torch.autocast(features.device.type, enabled=False):
+            numbers: Tensor = self.heads[level](features, condition)
+        return numbers
+
+    def distribution(self, level: str, features: Tensor, condition: Tensor) -> Any:
+        """Of a head's decision, as of torch.distributions."""
+        raw = self(level, features, condition)
+        return jump_distribution(raw) if level == STEP else choice_distribution(raw)
+
+    def log_prob(self, level: str, choices: Choices) -> Tensor:
+        """(R,) logarithms of the likelihood of what was chosen."""
+        action = choices.action.clamp(JUMP_MARGIN, 1 - JUMP_MARGIN) if level == STEP else choices.action
+        found: Tensor = self.distribution(level, choices.features, choices.condition).log_prob(action)
+        return found
+
+
+def check_levels(levels: Sequence[str]) -> None:
+    """Raise a ValueError unless there is at least one, and all are known."""
+    if isinstance(levels, str) or not levels or set(levels) - set(LEVELS):
+        raise ValueError(f"levels must hold at least one of {', '.join(LEVELS)}, got {levels!r}")
+
+
+def _check_sparsity(head: bool, sparsity: Sequence[float]) -> None:
+    falls = all(later < earlier for earlier, later in itertools.pairwise(sparsity))
+    if not falls or any(not 0 < share < 1 for share in sparsity):
+        raise ValueError(f"sparsity must hold shares in (0, 1) that fall, such as (0.75, 0.6, 0.5), got {sparsity!r}")
+    if bool(sparsity) != head:
+        raise ValueError(f"sparsity and the level 'sparse' come together, got sparsity={sparsity!r}")

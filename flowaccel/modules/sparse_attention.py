@@ -1,0 +1,326 @@
+"""Attention over a part of the query-key pairs: which blocks of keys a block of queries reads is predicted from their
+means (after SpargeAttn, arXiv 2502.18137, of which this is the idea and no code).
+
+Tokens of an image come first, those of a text after them. Whole blocks of the image are sparse. What is left over, the
+image's last tokens that fill no block, and the text, is not: these keys are read by all, and these queries read all.
+
+Shapes: B rows, M heads, N tokens of an image, L = N + T with T tokens of a text, d width of a head, Q = N // q blocks
+of q queries, K = N // k blocks of k keys.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+from torch._dynamo.exc import FailOnRecompileLimitHit
+from torch.nn import functional
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+By = Literal["share", "mass"]
+Backend = Literal["auto", "flex", "gather", "sparge"]
+BACKENDS: tuple[str, ...] = get_args(Backend)
+_AT_ONCE = 4
+"""Query blocks whose keys are gathered at once: more leave the caches of a CPU, fewer wait for calls."""
+_SPARGE, _SPARGE_BLOCKS = "spas_sage_attn", (128, 64)
+
+
+@dataclass(frozen=True)
+class BlockRule:
+    """How it is predicted which key blocks a query block reads.
+
+    Args:
+        by: what a level says: the `share` of the key blocks that is kept, or the `mass` of the predicted attention that
+            the fewest kept ones have; the second differs by image, and the host waits for how many those are.
+        similarity: a block whose tokens' mean pairwise cosine is below this has a mean that says little: as keys it is
+            read by all, as queries it reads all. From -1 to 1; None asks for nothing.
+        query_block: queries of a block, q.
+        key_block: keys of a block, k.
+
+    Raises:
+        ValueError: out of range.
+    """
+
+    by: By = "share"
+    similarity: float | None = None
+    query_block: int = 128
+    key_block: int = 64
+
+    def __post_init__(self) -> None:
+        if self.by not in get_args(By):
+            raise ValueError(f"by must be one of {', '.join(get_args(By))}, got {self.by!r}")
+        if self.similarity is not None and not -1 <= self.similarity <= 1:
+            raise ValueError(f"similarity must be a cosine from -1 to 1, or None, got {self.similarity!r}")
+        for name in ("query_block", "key_block"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Which key blocks each query block reads."""
+
+    kept: Tensor
+    """(B, M, Q, K), true where it does."""
+    rule: BlockRule
+    each: int | None
+    """How many, where they are equally many everywhere, so that nobody has to count."""
+
+    @property
+    def ends(self) -> tuple[int, int]:
+        """The first query that reads all keys, and the first key that all queries read."""
+        return self.kept.shape[2] * self.rule.query_block, self.kept.shape[3] * self.rule.key_block
+
+
+def block_means(tokens: Tensor, size: int) -> Tensor:
+    """Of whole blocks of so many tokens, (B, M, N, d) -> (B, M, N // size, d) in float32."""
+    return _in_blocks(tokens.float(), size).mean(3)
+
+
+def block_similarity(tokens: Tensor, size: int) -> Tensor:
+    """Mean cosine of all pairs of tokens of a block, those with themselves included: (B, M, N, d) ->
+    (B, M, N // size).
+    """
+    directions = functional.normalize(_in_blocks(tokens.float(), size), dim=-1)
+    return directions.mean(3).square().sum(-1)
+
+
+def _in_blocks(tokens: Tensor, size: int) -> Tensor:
+    """(B, M, N, d) -> (B, M, N // size, size, d)."""
+    whole = tokens.shape[2] // size
+    return tokens[:, :, : whole * size].unflatten(2, (whole, size))
+
+
+def kept_blocks(blocks: int, share: float) -> int:
+    """How many of so many key blocks a share of them is: at least 1 of any."""
+    return min(blocks, max(1, round(share * blocks)))
+
+
+def predicted_blocks(query: Tensor, key: Tensor, level: float, rule: BlockRule) -> Blocks:
+    """The key blocks with the highest softmax of d^-0.5 mean(q) mean(k), for each query block.
+
+    Of the keys their mean over the image is taken away first. That does not change their attention, but whether they
+    look alike (`BlockRule.similarity`). Key blocks that do not look alike are read besides those that the level keeps.
+
+    Args:
+        query, key: (B, M, N, d), of the image alone.
+        level: what is kept, in (0, 1], see `BlockRule.by`.
+        rule: the rule.
+
+    Raises:
+        ValueError: the image has less than one whole block of either kind.
+    """
+    if query.shape[2] < max(rule.query_block, rule.key_block):
+        raise ValueError(
+            f"the image must have at least one whole block of {rule.query_block} queries and of {rule.key_block} keys, "
+            f"got {query.shape[2]} tokens; attend densely, or take smaller blocks"
+        )
+    key = key - key.mean(2, keepdim=True)
+    means = block_means(query, rule.query_block), block_means(key, rule.key_block)
+    logits = means[0] @ means[1].transpose(2, 3) * query.shape[-1] ** -0.5
+    if rule.similarity is None:
+        kept = _chosen(logits, level, rule.by)
+    else:
+        mixed_queries = block_similarity(query, rule.query_block) < rule.similarity
+        mixed_keys = (block_similarity(key, rule.key_block) < rule.similarity).unsqueeze(2)
+        lowest = torch.finfo(logits.dtype).min
+        kept = _chosen(logits.masked_fill(mixed_keys, lowest), level, rule.by) | mixed_keys | mixed_queries.unsqueeze(3)
+    equal = rule.by == "share" and rule.similarity is None
+    return Blocks(kept, rule, kept_blocks(logits.shape[3], level) if equal else None)
+
+
+def _chosen(logits: Tensor, level: float, by: By) -> Tensor:
+    """(B, M, Q, K) logits -> those that are kept."""
+    if by == "share":
+        best = logits.topk(kept_blocks(logits.shape[3], level), dim=3).indices
+        return torch.zeros_like(logits, dtype=torch.bool).scatter_(3, best, True)
+    masses, order = logits.softmax(3).sort(dim=3, descending=True)
+    needed = masses.cumsum(3) - masses < level  # as long as those before do not have it
+    return torch.zeros_like(needed).scatter_(3, order, needed)
+
+
+def sparse_attention(
+    query: Tensor, key: Tensor, value: Tensor, blocks: Blocks, backend: Backend = "auto"
+) -> tuple[Tensor, int | Tensor]:
+    """softmax(d^-0.5 q k^T) v over the pairs that `blocks` keeps.
+
+    Args:
+        query, key, value: (B, M, L, d), the image's tokens first.
+        blocks: of the image.
+        backend: `gather` copies the keys of each query block together, in plain torch, everywhere. `flex` is torch's
+            flex attention, which is compiled for the device and skips blocks. `sparge` is SpargeAttn's kernel for given
+            blocks, from the package spas_sage_attn, which quantises. `auto` is `flex` on a CUDA device that runs it,
+            else `gather`.
+
+    Returns:
+        (B, M, L, d), and how many pairs of all rows and heads were computed; a number, or a tensor () of one.
+
+    Raises:
+        ValueError: the backend does not run here.
+    """
+    chosen = chosen_backend(backend, query.device)
+    if chosen == "gather":
+        return _gathered(query, key, value, blocks)
+    kept = _to_the_end(blocks, query.shape[2])
+    if chosen == "flex":
+        return _flex(query, key, value, kept, blocks.rule), pairs_kept(blocks, query.shape[2])
+    return _sparge(query, key, value, kept, blocks.rule), pairs_kept(blocks, query.shape[2])
+
+
+def chosen_backend(backend: Backend, device: torch.device) -> Backend:
+    """What `sparse_attention` takes on a device.
+
+    Raises:
+        ValueError: unknown, or it does not run there.
+    """
+    check_backend(backend)
+    if backend == "auto":
+        return "flex" if device.type == "cuda" and flex_error(device) is None else "gather"
+    error = {"flex": flex_error, "sparge": _sparge_error}.get(backend, lambda _: None)(device)
+    if error is not None:
+        raise ValueError(f"backend={backend!r} does not run on {device}: {error}; take backend='auto' or 'gather'")
+    return backend
+
+
+def check_backend(backend: str) -> None:
+    """Raise a ValueError unless a backend is known."""
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+
+
+def pairs_kept(blocks: Blocks, length: int) -> int | Tensor:
+    """How many pairs of a query and a key are kept of all rows and heads, with `length` tokens; without waiting for the
+    device where the number is known.
+    """
+    rows, heads, queries, _ = blocks.kept.shape
+    sparse, always = blocks.ends
+    count = blocks.kept.sum() if blocks.each is None else rows * heads * queries * blocks.each
+    rest = rows * heads * (sparse * (length - always) + (length - sparse) * length)
+    return count * blocks.rule.query_block * blocks.rule.key_block + rest
+
+
+def _gathered(query: Tensor, key: Tensor, value: Tensor, blocks: Blocks) -> tuple[Tensor, int]:
+    """Exact, in plain torch. Where query blocks read different numbers of key blocks, those that are computed together
+    all have as many as the one with the most, and what is too much is masked.
+    """
+    (end, always), size = blocks.ends, blocks.rule.key_block
+    lists = [_in_blocks(part[:, :, :always], size).flatten(0, 2) for part in (key, value)]
+    rests = [part[:, :, always:].flatten(0, 1).unsqueeze(1) for part in (key, value)]
+    asked = _in_blocks(query[:, :, :end], blocks.rule.query_block).flatten(0, 1)
+    kept = blocks.kept.flatten(0, 1)
+    order = kept.to(torch.int8).argsort(dim=2, descending=True, stable=True)
+    order = order + kept.shape[2] * torch.arange(len(kept), device=kept.device).view(-1, 1, 1)
+    counts = kept.sum(2)
+    attended, pairs = [], (query.shape[2] - end) * query.shape[2]
+    for start in range(0, asked.shape[1], _AT_ONCE):
+        part = slice(start, start + _AT_ONCE)
+        most = int(counts[:, part].max()) if blocks.each is None else blocks.each
+        places = order[:, part, :most]
+        read = [_listed(*both, places) for both in zip(lists, rests, strict=True)]
+        mask = None if blocks.each is not None else _padding(counts[:, part], most, size, rests[0].shape[2])
+        attended.append(functional.scaled_dot_product_attention(asked[:, part], *read, attn_mask=mask))
+        pairs += asked[:, part].shape[1] * asked.shape[2] * read[0].shape[2]
+    output = torch.empty_like(query)
+    output[:, :, :end] = torch.cat(attended, 1).flatten(1, 2).unflatten(0, query.shape[:2])
+    if end < query.shape[2]:
+        output[:, :, end:] = functional.scaled_dot_product_attention(query[:, :, end:], key, value)
+    return output, pairs * len(kept)
+
+
+def _listed(listed: Tensor, rest: Tensor, places: Tensor) -> Tensor:
+    """Blocks (blocks, k, d) by their `places` (B * M, C, n), then the `rest` (B * M, 1, R, d) ->
+    (B * M, C, n * k + R, d).
+    """
+    found = listed.index_select(0, places.flatten()).view(*places.shape[:2], -1, listed.shape[2])
+    return torch.cat([found, rest.expand(-1, places.shape[1], -1, -1)], 2)
+
+
+def _padding(counts: Tensor, most: int, size: int, rest: int) -> Tensor:
+    """(B * M, Q) numbers of blocks -> (B * M, Q, 1, most * size + rest), true for keys that are really read."""
+    read = torch.arange(most, device=counts.device) < counts.unsqueeze(2)
+    return functional.pad(read.repeat_interleave(size, 2), (0, rest), value=True).unsqueeze(2)
+
+
+def _to_the_end(blocks: Blocks, length: int) -> Tensor:
+    """(B, M, Q, K) with the blocks of the rest of `length` tokens, which are all kept."""
+    queries, keys = -(-length // blocks.rule.query_block), -(-length // blocks.rule.key_block)
+    _, _, found_queries, found_keys = blocks.kept.shape
+    return functional.pad(blocks.kept, (0, keys - found_keys, 0, queries - found_queries), value=True)
+
+
+def _flex(query: Tensor, key: Tensor, value: Tensor, kept: Tensor, rule: BlockRule) -> Tensor:
+    # full blocks: nothing within them is masked
+    counts = kept.sum(3, dtype=torch.int32)
+    order = kept.to(torch.int8).argsort(dim=3, descending=True, stable=True).to(torch.int32)
+    mask = BlockMask.from_kv_blocks(
+        torch.zeros_like(counts),
+        torch.zeros_like(order),
+        counts,
+        order,
+        BLOCK_SIZE=(rule.query_block, rule.key_block),
+        mask_mod=_everything,
+        seq_lengths=(query.shape[2], key.shape[2]),
+    )
+    # blocks of a GPU's kernel must divide these
+    tiles = {"BLOCK_M": min(rule.query_block, 128), "BLOCK_N": min(rule.key_block, 64)} if query.is_cuda else None
+    try:
+        attended: Tensor = _compiled_flex()(query, key, value, block_mask=mask, kernel_options=tiles)
+    except FailOnRecompileLimitHit as error:
+        raise RuntimeError(
+            "flex attention was compiled for as many shapes as torch allows, and without compiling it computes all "
+            "pairs; raise torch._dynamo.config.recompile_limit, or use backend='gather'"
+        ) from error
+    return attended
+
+
+def _everything(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    return query >= 0
+
+
+@functools.cache
+def _compiled_flex() -> Any:
+    # past its limit of compilations torch would go on with eager code, which knows no blocks: this makes it raise
+    return torch.compile(flex_attention, fullgraph=True)
+
+
+@functools.cache
+def flex_error(device: torch.device) -> str | None:
+    """Why compiled flex attention does not run on a device; None if it does, which is tried once."""
+    query = torch.zeros(1, 1, 256, 16, device=device)
+    kept = torch.ones(1, 1, 2, 4, dtype=torch.bool, device=device)
+    try:
+        _flex(query, query, query, kept, BlockRule())
+    except (RuntimeError, ImportError, OSError, ValueError, AssertionError) as error:  # no compiler, among others
+        return str(error).partition("\n")[0] or type(error).__name__
+    return None
+
+
+def _sparge_kernel() -> Any:
+    return importlib.import_module(_SPARGE).block_sparse_sage2_attn_cuda
+
+
+def _sparge(query: Tensor, key: Tensor, value: Tensor, kept: Tensor, rule: BlockRule) -> Tensor:
+    if (rule.query_block, rule.key_block) != _SPARGE_BLOCKS:
+        raise ValueError(
+            f"backend='sparge' has blocks of {_SPARGE_BLOCKS[0]} queries and {_SPARGE_BLOCKS[1]} keys, got "
+            f"query_block={rule.query_block} and key_block={rule.key_block}"
+        )
+    attended: Tensor = _sparge_kernel()(query, key, value, mask_id=kept.to(torch.int8))
+    return attended
+
+
+@functools.cache
+def _sparge_error(device: torch.device) -> str | None:
+    if device.type != "cuda":
+        return "it needs a CUDA device"
+    query = torch.zeros(1, 1, 256, 64, device=device, dtype=torch.float16)
+    try:
+        _sparge(query, query, query, torch.ones(1, 1, 2, 4, dtype=torch.bool, device=device), BlockRule())
+    except (RuntimeError, ImportError, AttributeError, TypeError, AssertionError) as error:
+        return f"{_SPARGE}: {error}"
+    return None

@@ -1,0 +1,275 @@
+"""Training learned policies by what finished images are worth (RAPID3, arXiv 2509.22323): rollouts in groups that share
+their noise, so that rewards differ by decisions alone, and one clipped step for the heads after each.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from flowaccel.errors import CheckpointError
+from flowaccel.evaluation import Conditions, sample_generator
+from flowaccel.hooks import Block, Call, session_of
+from flowaccel.models import AccelerationPolicy
+from flowaccel.recipe import Recipe, accelerated
+from flowaccel.training.policy_discriminator import DiscriminatorTraining
+from flowaccel.training.policy_objective import (
+    PolicyStats,
+    additive_reward,
+    advantages,
+    discounted_reward,
+    early_entropy,
+    early_limits,
+    equivalent_steps,
+    log_probs,
+    policy_loss,
+    positive,
+)
+from flowaccel.training.policy_rewards import Reward
+from flowaccel.training.policy_rollout import Rollout, roll_out, sampled
+
+REFERENCES = "references.safetensors"
+_SHARPNESS, _LEAST = 10.0, 1e-6
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """What a policy's pipeline is asked for: a pool of samples, each with a condition and noise of its own."""
+
+    conditions: Conditions
+    size: int
+    """Samples in the pool."""
+    steps: int = 28
+    """Of untouched images, and the most that accelerated ones take."""
+    seed: int = 1
+    """Of the noise; another one than evaluations take."""
+    arguments: tuple[tuple[str, Any], ...] = ()
+    """Further arguments of the pipeline, such as `guidance_scale`."""
+
+    def generate(self, pipe: Any, ids: Sequence[int]) -> Tensor:
+        """(B, C, H, W) in [0, 1]: these samples, each from its own noise."""
+        output = pipe(
+            **self.conditions.arguments(ids),
+            num_inference_steps=self.steps,
+            generator=[sample_generator(self.seed, sample) for sample in ids],
+            output_type="pt",
+            **dict(self.arguments),
+        )
+        images: Tensor = output.images
+        return images.float().cpu().clamp(0, 1)
+
+    def asked(self, ids: Sequence[int]) -> list[Any]:
+        """What they are to show: prompts or classes."""
+        texts, labels = self.conditions.texts(ids), self.conditions.labels(ids)
+        return list(texts) if texts is not None else [] if labels is None else labels.tolist()
+
+
+def references(
+    pipe: Any, task: Task, folder: Path, batch: int = 32, notify: Callable[[int], None] | None = None
+) -> Tensor:
+    """(size, C, H, W) the untouched images of a task, made once and kept in `folder`.
+
+    Raises:
+        CheckpointError: what lies there is damaged, or of another task.
+    """
+    path = folder / REFERENCES
+    if path.exists():
+        try:
+            found: Tensor = load_file(path)["images"]
+        except (OSError, KeyError, SafetensorError) as error:
+            raise CheckpointError(f"{path} is damaged ({type(error).__name__}: {error}); delete it") from error
+        if len(found) != task.size:
+            raise CheckpointError(f"{path} holds {len(found)} images, and {task.size} are asked for; delete it")
+        return found
+    made = []
+    for start in range(0, task.size, batch):
+        made.append(task.generate(pipe, range(start, min(start + batch, task.size))))
+        if notify is not None:
+            notify(min(start + batch, task.size))
+    folder.mkdir(parents=True, exist_ok=True)
+    found = torch.cat(made).contiguous()
+    save_file({"images": found}, path)
+    return found
+
+
+def condition_width(pipe: Any, task: Task) -> int:
+    """Width of the embedding that modulates the blocks of a pipeline's network; it makes one step of one image.
+
+    Raises:
+        UnsupportedModelError: there is none.
+    """
+    found: list[int] = []
+
+    def look(proceed: Callable[..., Any], call: Call, block: Block) -> Any:
+        if block.index == 0:
+            found.append(block.condition.shape[1])
+        return proceed()
+
+    with accelerated(pipe, Recipe()), torch.no_grad():
+        session_of(pipe).on_block(look)
+        replace(task, steps=2).generate(pipe, [0])
+    return found[0]
+
+
+def fidelity(images: Tensor, untouched: Tensor) -> Tensor:
+    """exp(-10 e), with e the relative L2 error against the untouched images: (B, C, H, W) twice -> (B,) in [0, 1]."""
+    error = (images - untouched).flatten(1).norm(dim=1) / untouched.flatten(1).norm(dim=1).clamp_min(_LEAST)
+    return torch.exp(-_SHARPNESS * error)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicySettings:
+    """How a policy is trained.
+
+    Raises:
+        ValueError: out of range.
+    """
+
+    groups: int = 8
+    """Samples of the pool per update."""
+    group_size: int = 8
+    """Rollouts of each."""
+    discount: float = 0.97
+    """lambda: what a dense step more leaves of the reward; lower makes faster."""
+    price: float | None = None
+    """Where given, the reward is score - price * steps, not the paper's discounted one."""
+    realism: float = 1.0
+    """omega: weight of the discriminator's score."""
+    fidelity: float = 0.0
+    """Weight of how near an image comes to the untouched one from the same noise, see `fidelity`; not the paper's, and
+    a far stronger signal where a discriminator has nothing to see."""
+    estimator: Literal["grpo", "rloo"] = "grpo"
+    clip: float = 0.2
+    per_decision: bool = False
+    entropy: float = 1e-3
+    """Weight of the choices' entropy in the first third of the training."""
+
+    def __post_init__(self) -> None:
+        if self.group_size < 2:
+            raise ValueError(
+                f"group_size must be at least 2, got {self.group_size}: an image alone is not better than its group"
+            )
+        if self.groups < 1:
+            raise ValueError(f"groups must be at least 1, got {self.groups}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Update:
+    """What one update saw, means over its images."""
+
+    reward: float
+    quality: float
+    realism: float | None
+    """The discriminator's score; None without one."""
+    cost: float
+    """Compute, in dense steps."""
+    steps: float
+    computed: float
+    stats: PolicyStats
+
+
+class PolicyObjective:
+    """The loss of a policy, for `flowaccel.training.loop.train`: every step makes its own rollouts.
+
+    Args:
+        pipe: the pipeline, not accelerated, its network frozen.
+        task: what is made.
+        reward: what images are worth.
+        settings: how it is trained.
+        untouched: (pool, C, H, W) from `references`.
+        total: updates of the whole training.
+        discriminator: says how unaccelerated images look, and learns to; None for none.
+        seed: of the decisions.
+    """
+
+    def __init__(
+        self,
+        pipe: Any,
+        task: Task,
+        reward: Reward,
+        settings: PolicySettings,
+        untouched: Tensor,
+        total: int,
+        discriminator: DiscriminatorTraining | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.pipe, self.task, self.reward, self.settings = pipe, task, reward, settings
+        self.untouched, self.total, self.discriminator, self.seed = untouched, total, discriminator, seed
+        self.last: Update | None = None
+
+    def at(self, step: int) -> Callable[[nn.Module, torch.Generator], Tensor]:
+        """The loss of update `step`."""
+        return functools.partial(self._loss, step)
+
+    def _loss(self, step: int, model: nn.Module, generator: torch.Generator) -> Tensor:
+        policy: Any = getattr(model, "module", model)
+        settings, progress = self.settings, step / self.total
+        chosen = torch.randperm(self.task.size, generator=generator)[: settings.groups].tolist()
+        ids = [sample for sample in chosen for _ in range(settings.group_size)]
+        rollout = self._rollout(policy, step, ids, progress)
+        quality = self.reward(rollout.images, self.task.asked(ids))
+        score = positive(quality, self.reward.bounds)
+        if settings.fidelity:
+            score = score + settings.fidelity * fidelity(rollout.images, self.untouched[ids])
+        realism = None
+        if self.discriminator is not None:
+            realism = self.discriminator.score(rollout.images)
+            score = score + settings.realism * realism
+            self.discriminator.add(rollout.images, torch.tensor(ids))
+            self.discriminator.update()
+        done = rollout.executed
+        cost = equivalent_steps(done.image, done.reused, done.level, len(ids), policy.config.costs)
+        rewards = self._rewards(score, cost).view(settings.groups, settings.group_size)
+        old = {level: value.detach() for level, value in log_probs(policy, rollout.choices).items()}
+        loss, stats = policy_loss(
+            policy,
+            rollout.choices,
+            old,
+            advantages(rewards, settings.estimator),
+            clip=settings.clip,
+            per_decision=settings.per_decision,
+            entropy=early_entropy(progress, settings.entropy),
+        )
+        self.last = Update(
+            reward=float(rewards.mean()),
+            quality=float(quality.mean()),
+            realism=None if realism is None else float(realism.mean()),
+            cost=float(cost.mean()),
+            steps=float(done.steps.float().mean()),
+            computed=float(done.computed.float().mean()),
+            stats=stats,
+        )
+        return loss
+
+    def _rollout(self, policy: AccelerationPolicy, step: int, ids: Sequence[int], progress: float) -> Rollout:
+        seeds = [(self.seed, step, row) for row in range(len(ids))]
+        source = sampled(policy, seeds, early_limits(progress))
+        with torch.no_grad():
+            return roll_out(self.pipe, policy, lambda: self.task.generate(self.pipe, ids), source)
+
+    def _rewards(self, score: Tensor, cost: Tensor) -> Tensor:
+        if self.settings.price is not None:
+            return additive_reward(score, cost, self.settings.price)
+        return discounted_reward(score, cost, self.settings.discount)
+
+    def save(self, folder: Path) -> None:
+        """What a resumed run needs of the discriminator."""
+        if self.discriminator is not None:
+            self.discriminator.save(folder)
+
+    def resume(self, folder: Path) -> None:
+        """Take it over.
+
+        Raises:
+            CheckpointError: there is none.
+        """
+        if self.discriminator is not None and not self.discriminator.resume(folder):
+            raise CheckpointError(f"{folder} holds no discriminator; the run had none, use another --out")

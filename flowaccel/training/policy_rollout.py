@@ -1,0 +1,171 @@
+"""Runs of a pipeline under sampled decisions, and what decisions cost (RAPID3, arXiv 2509.22323)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flowaccel.accelerators.learned_policy import attach_policy
+from flowaccel.accelerators.policy import HeadSource, Sight, Source
+from flowaccel.evaluation import measure_latency
+from flowaccel.hooks import COND, CallRecord, denoiser, session_of
+from flowaccel.models import AccelerationPolicy
+from flowaccel.models.policy import CACHE, COMPUTE, REUSE, SPARSE, STEP, Choices
+from flowaccel.recipe import Recipe, accelerated
+
+Generate = Callable[[], Any]
+"""Calls the pipeline, once, and returns its images (B, C, H, W)."""
+_ROUNDS = 5
+
+
+@dataclass(frozen=True)
+class Executed:
+    """What was done at R pairs of an image and a step, forced or not; idle images are not among them."""
+
+    image: Tensor
+    """(R,) which image, from 0."""
+    reused: Tensor
+    """(R,) bool, whether its blocks were not computed."""
+    level: Tensor
+    """(R,) how sparse its attention was, 0 for dense."""
+
+    @property
+    def steps(self) -> Tensor:
+        """(B,) per image, evaluations until it was done."""
+        return self.image.bincount()
+
+    @property
+    def computed(self) -> Tensor:
+        """(B,) those of them whose blocks were computed."""
+        return self.image[~self.reused].bincount(minlength=int(self.image.max()) + 1)
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One batch of finished images, and how they came about."""
+
+    images: Tensor
+    """(B, C, H, W) as `Generate` returned them."""
+    choices: dict[str, Choices]
+    """Per head, what was decided and not forced."""
+    executed: Executed
+
+
+def roll_out(
+    pipe: Any, policy: AccelerationPolicy, generate: Generate, source: Source, levels: Sequence[str] | None = None
+) -> Rollout:
+    """Make a batch of images in which `source` decides.
+
+    Args:
+        pipe: a pipeline that is not accelerated.
+        policy: for its configuration.
+        generate: calls the pipeline.
+        source: who decides; a `HeadSource` whose `log` is a dictionary gives the choices.
+        levels: about what; None for all that the policy can.
+    """
+    with accelerated(pipe, Recipe()):
+        session = session_of(pipe)
+        detach = attach_policy(pipe, policy, source, levels)
+        try:
+            images = generate()
+            assert session.run is not None
+            records = [record for record in session.run.records if COND in record.branches]
+        finally:
+            detach()
+    return Rollout(images, _logged(source), executed(records))
+
+
+def executed(records: Sequence[CallRecord]) -> Executed:
+    """What was done at the conditional calls of a run."""
+    rows = [
+        (image, not record.computed[image], record.sparsity[image] if record.sparsity else 0)
+        for record in records
+        for image in range(len(record.computed))
+        if not record.times or record.times[image] is not None
+    ]
+    image, reused, level = zip(*rows, strict=True)
+    return Executed(torch.tensor(image), torch.tensor(reused), torch.tensor(level))
+
+
+def sampled(
+    policy: AccelerationPolicy, seeds: Sequence[Sequence[int]], limits: tuple[float, float] = (0.0, 1.0)
+) -> HeadSource:
+    """The heads' sampled decisions, logged: image i draws from numpy's generator of `seeds[i]` alone."""
+    return HeadSource(policy, [np.random.default_rng(list(seed)) for seed in seeds], limits, log={})
+
+
+def _logged(source: Source) -> dict[str, Choices]:
+    logged = getattr(source, "log", None) or {}
+    return {level: _joined(parts) for level, parts in logged.items()}
+
+
+def _joined(parts: Sequence[Choices]) -> Choices:
+    return Choices(
+        *(torch.cat([getattr(part, name) for part in parts]) for name in ("image", "features", "condition", "action"))
+    )
+
+
+# -- costs
+
+
+@dataclass(frozen=True)
+class _Overruled:
+    """Heads that are asked and not listened to, so that their own time counts."""
+
+    heads: HeadSource
+    steps: int
+    cache: int
+    """The choice of the cache head at all steps but the first."""
+    sparse: int
+
+    def jump(self, sight: Sight, levels: Sequence[float]) -> list[float]:
+        if STEP in self.heads.policy.levels:
+            self.heads.jump(sight, levels)
+        return [1 - (sight.step + 1) / self.steps] * len(levels)
+
+    def choose(self, level: str, sight: Sight) -> list[int]:
+        self.heads.choose(level, sight)
+        return [self.cache if level == CACHE else self.sparse] * len(sight.images)
+
+
+def measured_costs(
+    pipe: Any, policy: AccelerationPolicy, generate: Generate, steps: int = 4, rounds: int = _ROUNDS
+) -> dict[str, Any]:
+    """What decisions cost on this device, in computed dense steps, the heads' own time included.
+
+    Args:
+        pipe: a pipeline that is not accelerated.
+        policy: the policy.
+        generate: calls the pipeline; for at least `steps` steps.
+        steps: of every timed run.
+        rounds: of interleaved runs; medians are taken.
+
+    Returns:
+        `reuse`: of a step whose blocks are reused; `sparse`: of a step at each level of the sparse head.
+    """
+
+    def run(cache: int, sparse: int) -> Callable[[], Any]:
+        source = _Overruled(HeadSource(policy), steps, cache, sparse)
+        return lambda: roll_out(pipe, policy, generate, source)
+
+    calls = {"dense": run(COMPUTE, 0)}
+    if CACHE in policy.levels:
+        calls["reuse"] = run(REUSE, 0)
+    for level in range(1, 1 + len(policy.config.sparsity)):
+        calls[f"sparse{level}"] = run(COMPUTE, level)
+    timings = {
+        name: timing.median
+        for name, timing in measure_latency(calls, rounds=rounds, device=denoiser(pipe).device).items()
+    }
+    dense = timings["dense"] / steps
+    found: dict[str, Any] = {"dense_seconds": dense}
+    if "reuse" in timings:
+        found["reuse"] = (timings["reuse"] - dense) / (steps - 1) / dense
+    if SPARSE in policy.levels:
+        found["sparse"] = [timings[name] / timings["dense"] for name in timings if name.startswith("sparse")]
+    return found

@@ -1,0 +1,115 @@
+"""Euler steps to wherever somebody decides, with noise levels of its own for every image (RAPID3, arXiv 2509.22323;
+TPDM, arXiv 2412.01243).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from diffusers.configuration_utils import register_to_config
+from torch import Tensor
+
+from flowaccel.samplers.base import Evaluation, FlowSampler, TimeShift
+
+Decide = Callable[[Tensor, tuple[float, ...]], Sequence[float]]
+"""`decide(velocity, levels)`: (B, ...) the network's guided output and the B noise levels that it was made at; returns
+the B levels to go to, each below the present one, or 0 where that is 0 (the image is done)."""
+
+
+class PolicyScheduler(FlowSampler):
+    """Euler steps whose ends `decide` chooses while the run goes on, image by image.
+
+    `timesteps` are entries to loop over: their number is the most steps that a run takes, and the last one goes to 0.
+    The times of images that are done sooner stay 0. The network must be called at `levels`, not at the listed
+    timesteps; `flowaccel.LearnedPolicy` sees to that. Without `decide` it is Euler's method on the usual grid.
+
+    Args:
+        max_steps: the most entries, whatever number of steps is asked for; None for no bound.
+        num_train_timesteps, shift, use_dynamic_shifting, base_shift, max_shift, base_image_seq_len, max_image_seq_len,
+            time_shift_type, grid: the grid, as in `FlowTurboScheduler`; only used without `decide`.
+    """
+
+    decide: Decide | None = None
+
+    @register_to_config
+    def __init__(
+        self,
+        max_steps: int | None = None,
+        num_train_timesteps: int = 1000,
+        shift: float = 1.0,
+        use_dynamic_shifting: bool = False,
+        base_shift: float = 0.5,
+        max_shift: float = 1.15,
+        base_image_seq_len: int = 256,
+        max_image_seq_len: int = 4096,
+        time_shift_type: TimeShift = "exponential",
+        grid: list[float] | None = None,
+    ) -> None:
+        self._initialise()
+        self._forget()
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        sigmas: Sequence[float] | None = None,
+        mu: float | None = None,
+        first_step: int = 0,
+    ) -> None:
+        """As of every `FlowSampler`, with at most `max_steps` steps. Where `decide` is set, which levels are asked for
+        does not matter but for their number.
+        """
+        most = self.config.max_steps
+        if self.decide is not None:
+            num_inference_steps = (
+                len(sigmas) if num_inference_steps is None and sigmas is not None else num_inference_steps
+            )
+            sigmas = None
+            if most is not None and num_inference_steps is not None:
+                num_inference_steps = min(num_inference_steps, most)
+        super().set_timesteps(num_inference_steps, device=device, sigmas=sigmas, mu=mu, first_step=first_step)
+
+    def _plan(self, steps: int) -> list[Evaluation]:
+        return [Evaluation(step=step, stage=0, sigma=self.grid[step]) for step in range(self.first_step, steps)]
+
+    def _forget(self) -> None:
+        self._levels: tuple[float, ...] = ()
+
+    def levels(self, images: int) -> tuple[float, ...]:
+        """The noise levels at which the network is to be called next for a batch of so many images."""
+        if not self._levels:
+            self._levels = (self.evaluations[self._begin_index or 0].sigma,) * images
+        return self._levels
+
+    @property
+    def done(self) -> bool:
+        """Whether all images have come to their end."""
+        return bool(self._levels) and not any(self._levels)
+
+    def _advance(self, index: int, velocity: Tensor, sample: Tensor) -> Tensor:
+        if self._project is not None:
+            raise ValueError("PolicyScheduler does not inpaint: its images are at different noise levels; use another")
+        now = self.levels(len(sample))
+        copies, images = len(sample) // len(now), len(now)
+        if index + 1 == len(self.evaluations):
+            after: tuple[float, ...] = (0.0,) * images
+        elif self.decide is None:
+            after = (self.evaluations[index + 1].sigma,) * images
+        else:
+            after = tuple(self.decide(velocity[:images], now))
+            _check(now, after)
+        self._levels = after
+        width = torch.tensor(after, dtype=torch.float32) - torch.tensor(now, dtype=torch.float32)
+        width = width.repeat(copies).to(sample.device).view(-1, *[1] * (sample.dim() - 1))
+        return sample + width * velocity
+
+
+def _check(now: tuple[float, ...], after: tuple[float, ...]) -> None:
+    falls = len(after) == len(now) and all(
+        0 <= new < old or new == old == 0 for old, new in zip(now, after, strict=True)
+    )
+    if not falls:
+        raise ValueError(
+            f"decide must return a smaller noise level per image, or 0 for one that is done: {now}, {after}"
+        )

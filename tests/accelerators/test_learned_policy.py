@@ -1,0 +1,260 @@
+"""A learned policy on the stock loops of SiT, SD3 and FLUX."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from torch import Tensor
+
+from families import CASES, Case, assert_close
+from flowaccel import (
+    LearnedPolicy,
+    Recipe,
+    RecipeConflictError,
+    SparseAttention,
+    accelerate,
+    accelerated,
+    report,
+    restore,
+)
+from flowaccel.accelerators.learned_policy import attach_policy, base_of
+from flowaccel.accelerators.policy import HeadSource, ScriptSource, runtime
+from flowaccel.hooks import denoiser
+from flowaccel.models import AccelerationPolicy
+from flowaccel.models.policy import CACHE, SPARSE, STEP
+from flowaccel.samplers import PolicyScheduler
+
+STEPS = 6
+CASE = pytest.mark.parametrize("case", [CASES[name] for name in ("sit", "sd3", "flux")], ids=["sit", "sd3", "flux"])
+
+
+def conditioned(pipe: Any) -> int:
+    """Width of what modulates the blocks."""
+    network = denoiser(pipe)
+    return int(getattr(network, "inner_dim", 0) or network.pos_embed.shape[-1])
+
+
+def policy_for(pipe: Any, seed: int = 0, **config: Any) -> AccelerationPolicy:
+    """Heads that look: with larger weights, so that images are decided about differently."""
+    torch.manual_seed(seed)
+    network = denoiser(pipe)
+    policy = AccelerationPolicy(
+        in_channels=network.config.in_channels, condition_dim=conditioned(pipe), width=16, **config
+    )
+    with torch.no_grad():
+        for head in policy.heads.values():
+            for layer in (head.conv1, head.conv2, head.fc1, head.fc2):
+                layer.weight.normal_(std=0.6)
+            head.modulation.weight.normal_(std=0.3)
+            head.fc2.weight.mul_(0.03)
+    return policy.eval()
+
+
+def pipeline(case: Case) -> Any:
+    pipe = case.make()
+    if case.name == "sit":
+        pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=2.0)
+    return pipe
+
+
+def driven(pipe: Any, case: Case, source: Any, policy: AccelerationPolicy, **options: Any) -> Tensor:
+    """One call in which `source` decides."""
+    with accelerated(pipe, Recipe()):
+        detach = attach_policy(pipe, policy, source)
+        try:
+            return case(pipe, **options)
+        finally:
+            detach()
+
+
+@CASE
+def test_the_schedulers_own_times_give_the_untouched_image_bit_for_bit(case: Case) -> None:
+    pipe = pipeline(case)
+    before = case(pipe, batch=2, steps=STEPS)
+    table = [*pipe.scheduler.sigmas.tolist()[1:STEPS], 0.0]
+    policy = policy_for(pipe, max_steps=None)
+    found = driven(pipe, case, ScriptSource(levels=[table]), policy, batch=2, steps=9)
+    assert torch.equal(found, before)
+    assert type(pipe.scheduler) is FlowMatchEulerDiscreteScheduler
+    assert torch.equal(case(pipe, batch=2, steps=STEPS), before)
+
+
+@CASE
+def test_images_of_different_length_are_what_they_are_alone(case: Case) -> None:
+    pipe = pipeline(case)
+    policy = policy_for(pipe, max_steps=None)
+    levels = [[0.7, 0.2, 0.0], [0.9, 0.6, 0.5, 0.31, 0.1, 0.0]]
+    choices = {CACHE: [[0, 0, 1], [0, 1, 0, 1, 1, 0]]}
+    together = driven(pipe, case, ScriptSource(levels, choices), policy, batch=2, steps=9)
+    for image in range(2):
+        source = ScriptSource([levels[image]], {CACHE: [choices[CACHE][image]]})
+        alone = driven(pipe, case, source, policy, batch=1, seed=3 + image, steps=9)
+        assert_close(together[image : image + 1], alone)
+
+
+@CASE
+def test_heads_decide_for_every_image_alone(case: Case) -> None:
+    pipe = pipeline(case)
+    policy = policy_for(pipe)
+    with accelerated(pipe, LearnedPolicy(policy)):
+        together = case(pipe, batch=3, steps=20)
+        taken = paths(pipe)
+        assert len({len(path) for path in taken}) > 1 or len(set(taken)) > 1
+        for image in range(3):
+            alone = case(pipe, batch=1, seed=3 + image, steps=20)
+            assert paths(pipe) == [taken[image]]
+            assert_close(together[image : image + 1], alone)
+
+
+def paths(pipe: Any) -> list[tuple[tuple[float, bool], ...]]:
+    """Per image of the last run, its times and whether it was computed at them."""
+    calls = [call for call in report(pipe).calls if "cond" in call.branches]
+    images = len(calls[0].times)
+    return [
+        tuple((call.times[image], call.computed[image]) for call in calls if call.times[image] is not None)
+        for image in range(images)
+    ]
+
+
+@CASE
+def test_what_runs_is_what_was_decided(case: Case) -> None:
+    """Times fall, the run ends when all are done, and reused steps leave the blocks out."""
+    pipe = pipeline(case)
+    log: dict[str, list[Any]] = {}
+    policy = policy_for(pipe, max_steps=None)
+    generators = [np.random.default_rng(seed) for seed in (5, 6)]
+    driven(pipe, case, HeadSource(policy, generators, log=log), policy, batch=2, steps=20)
+    run = pipe_runs(pipe, case, policy)
+    for path in run:
+        times = [time for time, _ in path]
+        assert times == sorted(times, reverse=True)
+        assert all(abs(time - round(time)) < 1e-3 for time in times)
+    assert set(log) == {STEP, CACHE}
+    assert all(0 < share < 1 for choices in log[STEP] for share in choices.action.tolist())
+
+
+def pipe_runs(pipe: Any, case: Case, policy: AccelerationPolicy) -> list[Any]:
+    with accelerated(pipe, LearnedPolicy(policy)):
+        case(pipe, batch=2, steps=40)
+        found = report(pipe)
+        assert not found.failed
+        assert len(found.steps) < 40
+        return paths(pipe)
+
+
+def test_a_sampled_rollout_depends_on_its_generator_alone() -> None:
+    case = CASES["sit"]
+    pipe = pipeline(case)
+    policy = policy_for(pipe)
+
+    def sampled(*seeds: int, seed: int = 3) -> Tensor:
+        source = HeadSource(policy, [np.random.default_rng(own) for own in seeds])
+        return driven(pipe, case, source, policy, batch=len(seeds), seed=seed, steps=20)
+
+    both = sampled(5, 6)
+    assert_close(both[1:], sampled(6, seed=4))
+    assert not torch.allclose(both, sampled(7, 8))
+
+
+@CASE
+def test_the_sparse_head_sets_every_image_apart(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = functools.partial(SparseAttention, query_block=4, key_block=4)
+    monkeypatch.setattr(runtime, "SparseAttention", small)
+    pipe = pipeline(case)
+    options = {"max_steps": None, "sparse_tokens": 1, "dense_blocks": 0, "sparsity": (0.5, 0.25)}
+    policy = policy_for(pipe, levels=(STEP, CACHE, SPARSE), **options)
+    levels, reuse = [[0.8, 0.5, 0.3, 0.0]], [[0, 1, 0, 0]]
+
+    def made(*sparse: list[int], seed: int = 3) -> Tensor:
+        source = ScriptSource(levels, {CACHE: reuse, SPARSE: sparse})
+        return driven(pipe, case, source, policy, batch=len(sparse), seed=seed, steps=9)
+
+    plain = driven(pipe, case, ScriptSource(levels, {CACHE: reuse}), policy_for(pipe), batch=2, steps=9)
+    assert torch.equal(made([0], [0]), plain)
+    mixed = made([0], [2])
+    assert_close(mixed[:1], plain[:1])
+    assert not torch.allclose(mixed[1], plain[1], atol=1e-4)
+    assert_close(mixed[1:], made([2], seed=4))
+
+
+def test_rails_hold() -> None:
+    case = CASES["sit"]
+    pipe = pipeline(case)
+    policy = policy_for(pipe, max_reuse=2, max_steps=8, smallest=100)
+    with torch.no_grad():
+        policy.heads[CACHE].fc2.weight.zero_()
+        policy.heads[CACHE].fc2.bias.copy_(torch.tensor([-5.0, 5.0]))  # always reuse
+        policy.heads[STEP].fc2.weight.zero_()
+        policy.heads[STEP].fc2.bias.copy_(torch.tensor([3.0, 0.0]))
+    with accelerated(pipe, LearnedPolicy(policy)):
+        case(pipe, batch=1, steps=20)
+        (path,) = paths(pipe)
+    assert [computed for _, computed in path][:7] == [True, False, False, True, False, False, True]
+    assert len(path) <= 8
+    assert min(time for time, _ in path) >= 100
+
+
+def test_one_level_alone() -> None:
+    case = CASES["sit"]
+    pipe = pipeline(case)
+    policy = policy_for(pipe)
+    plain = case(pipe, batch=1, steps=STEPS)
+    with accelerated(pipe, LearnedPolicy(policy, levels=(CACHE,))):
+        case(pipe, batch=1, steps=STEPS)
+        assert type(pipe.scheduler) is FlowMatchEulerDiscreteScheduler
+        assert len(report(pipe).steps) == STEPS
+    with accelerated(pipe, LearnedPolicy(policy, levels=(STEP,))):
+        case(pipe, batch=1, steps=20)
+        assert type(pipe.scheduler) is PolicyScheduler
+        assert all(computed for (path,) in [paths(pipe)] for _, computed in path)
+    assert torch.equal(case(pipe, batch=1, steps=STEPS), plain)
+
+
+def test_saved_and_loaded_it_decides_the_same(tmp_path: Path) -> None:
+    case = CASES["sit"]
+    pipe = pipeline(case)
+    accelerate(pipe, LearnedPolicy(policy_for(pipe, base=base_of(denoiser(pipe))), levels=(STEP,)))
+    before, taken = case(pipe, batch=2, steps=20), paths(pipe)
+    Recipe([LearnedPolicy(policy_for(pipe), levels=(STEP,))]).save_pretrained(tmp_path)
+    restore(pipe)
+    with accelerated(pipe, tmp_path):
+        assert torch.equal(case(pipe, batch=2, steps=20), before)
+        assert paths(pipe) == taken
+
+
+def test_it_refuses_what_it_was_not_made_for() -> None:
+    case = CASES["sit"]
+    pipe = pipeline(case)
+    with pytest.raises(RecipeConflictError, match="was trained for"):
+        accelerate(pipe, LearnedPolicy(policy_for(pipe, base="FluxTransformer2DModel (configuration 0)")))
+    with pytest.raises(RecipeConflictError, match="counts time from 500"):
+        accelerate(pipe, LearnedPolicy(policy_for(pipe, num_train_timesteps=500)))
+    with pytest.raises(ValueError, match="levels must be among those of the policy"):
+        accelerate(pipe, LearnedPolicy(policy_for(pipe, levels=(STEP,)), levels=(CACHE,)))
+    with pytest.raises(ValueError, match="levels must hold at least one"):
+        LearnedPolicy(levels=())
+    with pytest.raises(ValueError, match="looks at 9 channels"):
+        accelerate(pipe, LearnedPolicy(AccelerationPolicy(in_channels=9, condition_dim=conditioned(pipe))))
+    with pytest.raises(TypeError, match="must be an AccelerationPolicy"):
+        LearnedPolicy(torch.nn.Linear(1, 1))
+    assert not hasattr(pipe, "_flowaccel_session")
+
+
+def test_heads_have_the_size_of_the_paper() -> None:
+    """About 3 million parameters for FLUX: 64 packed channels, embedding of 3072."""
+    with torch.device("meta"):
+        policy = AccelerationPolicy(64, 3072, ("step", "cache", "sparse"), sparsity=(0.75, 0.6, 0.5))
+    assert 3.05e6 < sum(parameter.numel() for parameter in policy.parameters()) < 3.1e6
+
+
+def test_a_pipeline_of_embeddings_that_are_not_known_is_refused() -> None:
+    pipe = CASES["pixart"].make()
+    policy = AccelerationPolicy(in_channels=denoiser(pipe).config.in_channels, condition_dim=4, levels=(CACHE,))
+    with accelerated(pipe, LearnedPolicy(policy)), pytest.raises(Exception, match="embedding"):
+        CASES["pixart"](pipe)

@@ -1,0 +1,62 @@
+"""`flowaccel train policy` from outside: files, exit codes, messages."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from flowaccel import LearnedPolicy, Recipe
+from flowaccel.cli import app
+from flowaccel.models import AccelerationPolicy
+
+TRAIN = ["train", "policy", "zoo:sit-digits", "--device", "cpu", "--reward", "accuracy:zoo:digits-features"]
+FAST = ["--updates", "2", "--groups", "2", "--group-size", "2", "--pool", "10", "--steps", "4", "--head-width", "8"]
+
+
+def run(*arguments: str, code: int = 0) -> Any:
+    result = CliRunner().invoke(app, list(arguments))
+    assert result.exception is None or isinstance(result.exception, SystemExit), repr(result.exception)
+    assert result.exit_code == code, result.output
+    return result
+
+
+def fails(*arguments: str) -> str:
+    """What a command that must fail says, in one line."""
+    return " ".join(run(*arguments, code=2).stderr.split())
+
+
+def test_train_resume_generate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    said = json.loads(run(*TRAIN, *FAST, "--out", "mine", "--save-every", "1", "--json").stdout)
+    assert said["updates"] == 2 and 1 <= said["cost"] <= 4
+    (part,) = Recipe.from_pretrained("mine").accelerators
+    assert isinstance(part, LearnedPolicy)
+    heads = part.resolve()
+    assert heads.levels == ("step", "cache") and 0 < heads.config.costs["reuse"] < 1
+    run(*TRAIN, *FAST, "--out", "mine", "--updates", "3")  # the last --updates counts: goes on from 2
+    longer = AccelerationPolicy.from_pretrained("mine/policy")
+    assert any(not torch.equal(a, b) for a, b in zip(heads.parameters(), longer.parameters(), strict=True))
+    assert "other settings" in fails(*TRAIN, *FAST, "--out", "mine", "--discount", "0.9")
+    made = run("generate", "zoo:sit-digits", "--recipe", "mine", "--classes", "1,2", "--report", "--out", "digits")
+    assert "image 1: " in made.stderr and "steps, " in made.stderr
+    assert len(list(Path("digits").glob("*.png"))) == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--group-size", "1"], "group_size must be at least 2, got 1"),
+        (["--levels", "width"], "levels must hold at least one of step, cache, sparse"),
+        (["--reward", "beauty"], "accuracy:zoo:digits-features"),
+        (["--discriminator", "nobody"], "discriminator must be conv, zoo:NAME or clip:PATH"),
+        (["--discount", "1.5"], "discount must lie in (0, 1), got 1.5"),
+        (["--estimator", "ppo"], "estimator must be one of grpo, rloo, got 'ppo'"),
+    ],
+)
+def test_bad_input(options: list[str], message: str, tmp_path: Path) -> None:
+    assert message in fails(*TRAIN, *FAST, "--out", str(tmp_path / "out"), *options)

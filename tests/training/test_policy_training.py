@@ -1,0 +1,171 @@
+"""Training a policy on a tiny pipeline: what it sees, what it learns, and how it goes on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from torch import Tensor
+
+import tiny
+from flowaccel import CheckpointError
+from flowaccel.accelerators.policy import ScriptSource
+from flowaccel.evaluation import Classes
+from flowaccel.models import AccelerationPolicy
+from flowaccel.models.policy import CACHE, STEP
+from flowaccel.training.loop import LoopConfig, train
+from flowaccel.training.policy import (
+    REFERENCES,
+    PolicyObjective,
+    PolicySettings,
+    Task,
+    condition_width,
+    fidelity,
+    references,
+)
+from flowaccel.training.policy_discriminator import DiscriminatorConfig, DiscriminatorTraining, new_discriminator
+from flowaccel.training.policy_rewards import Reward
+from flowaccel.training.policy_rollout import measured_costs, roll_out, sampled
+
+POOL = 10
+TASK = Task(conditions=Classes((0, 1)), size=POOL, steps=5, seed=1)
+
+
+def pipeline() -> Any:
+    pipe = tiny.sit_pipeline()
+    pipe.scheduler = FlowMatchEulerDiscreteScheduler()
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def heads(pipe: Any, **config: Any) -> AccelerationPolicy:
+    torch.manual_seed(0)
+    width = condition_width(pipe, TASK)
+    channels = pipe.transformer.config.in_channels
+    return AccelerationPolicy(channels, width, width=8, max_steps=5, costs={"reuse": 0.1}, **config)
+
+
+def brightness(images: Tensor, conditions: Any) -> Tensor:
+    return images.mean(dim=(1, 2, 3))
+
+
+REWARD = Reward(name="brightness", score=brightness, bounds=(0.0, 1.0))
+
+
+def objective(pipe: Any, folder: Path, judged: bool = True, total: int = 4, **settings: Any) -> PolicyObjective:
+    untouched = references(pipe, TASK, folder)
+    judge = None
+    if judged:
+        network = new_discriminator("conv", tuple(untouched.shape[1:]))
+        judge = DiscriminatorTraining(network, untouched, DiscriminatorConfig(learning_rate=1e-2, batch_size=8))
+    chosen = PolicySettings(**{"groups": 2, "group_size": 3, **settings})
+    return PolicyObjective(pipe, TASK, REWARD, chosen, untouched, total, judge)
+
+
+def trained(folder: Path, steps: int = 4, stop: int | None = None, **options: Any) -> AccelerationPolicy:
+    """Weights after so many updates, or what a run that is killed leaves."""
+    pipe = pipeline()
+    policy = heads(pipe)
+    config = LoopConfig(steps=steps, learning_rate=1e-2, save_every=2)
+    for state in train(policy, objective(pipe, folder, **options), config, folder / "training"):
+        if state.step == stop:
+            break
+    return policy
+
+
+def test_a_killed_training_goes_on_exactly(tmp_path: Path) -> None:
+    whole = trained(tmp_path / "whole")
+    trained(tmp_path / "parts", stop=3)  # saved at 2
+    assert [path.name for path in (tmp_path / "parts" / "training").glob("objective-*")] == ["objective-2"]
+    found = trained(tmp_path / "parts")
+    for expected, parameter in zip(whole.parameters(), found.parameters(), strict=True):
+        assert torch.equal(expected, parameter)
+    start = heads(pipeline())
+    assert any(not torch.equal(a, b) for a, b in zip(start.parameters(), whole.parameters(), strict=True))
+
+
+def test_a_training_with_another_judge_is_not_taken_up(tmp_path: Path) -> None:
+    trained(tmp_path, stop=3, judged=False)
+    with pytest.raises(CheckpointError, match="holds no discriminator"):
+        trained(tmp_path)
+
+
+def test_what_an_update_sees(tmp_path: Path) -> None:
+    pipe = pipeline()
+    policy, found = heads(pipe), objective(pipe, tmp_path)
+    loss = found.at(0)(policy, torch.Generator().manual_seed(0))
+    last = found.last
+    assert last is not None
+    assert loss.isfinite() and last.stats.clip_fraction == 0 and last.stats.ratio == 1
+    assert 1 <= last.computed <= last.steps <= 5
+    assert last.computed <= last.cost <= last.computed + 0.1 * (last.steps - last.computed) + 1e-5
+    assert 0 <= last.quality <= 1 and last.realism is not None and 0 <= last.realism <= 1
+
+
+def test_rollouts_of_one_sample_differ_by_decisions_alone() -> None:
+    pipe = pipeline()
+    policy = heads(pipe)
+    ids = [3, 3, 3]
+    same = roll_out(pipe, policy, lambda: TASK.generate(pipe, ids), sampled(policy, [(7,), (7,), (8,)]))
+    assert torch.allclose(same.images[0], same.images[1], atol=1e-5)
+    assert not torch.allclose(same.images[0], same.images[2], atol=1e-5)
+    again = roll_out(pipe, policy, lambda: TASK.generate(pipe, ids), sampled(policy, [(7,), (7,), (8,)]))
+    assert torch.equal(same.images, again.images)
+
+
+def test_only_what_was_free_is_in_the_choices() -> None:
+    """No cache decision at the first step and after the longest reuse; no jump at the last step."""
+    pipe = pipeline()
+    policy = heads(pipe, max_reuse=1)
+    source = sampled(policy, [(1,), (2,)], limits=(0.97, 0.99))
+    found = roll_out(pipe, policy, lambda: TASK.generate(pipe, [0, 1]), source)
+    assert found.executed.steps.tolist() == [5, 5]
+    assert len(found.choices[STEP]) == 2 * 4
+    forced = 2 + int(sum(found.executed.reused[found.executed.image == image][:-1].sum() for image in (0, 1)))
+    assert len(found.choices[CACHE]) == 2 * 5 - forced
+
+
+def test_executed_tells_reuse_from_idleness() -> None:
+    pipe = pipeline()
+    policy = heads(pipe)
+    source = ScriptSource([[0.5, 0.0], [0.9, 0.5, 0.2, 0.0]], {CACHE: [[0, 0], [0, 1, 0, 1]]})
+    found = roll_out(pipe, policy, lambda: TASK.generate(pipe, [0, 1]), source).executed
+    assert found.steps.tolist() == [2, 4]
+    assert found.computed.tolist() == [2, 2]
+
+
+def test_reuse_is_measured_to_cost_less() -> None:
+    pipe = tiny.sit_pipeline(num_layers=12, num_attention_heads=4, attention_head_dim=32)
+    pipe.scheduler = FlowMatchEulerDiscreteScheduler()
+    pipe.set_progress_bar_config(disable=True)
+    found = measured_costs(pipe, heads(pipe), lambda: TASK.generate(pipe, range(4)), steps=4, rounds=3)
+    assert 0 < found["reuse"] < 0.9
+
+
+def test_references_are_made_once(tmp_path: Path) -> None:
+    pipe = pipeline()
+    first = references(pipe, TASK, tmp_path, batch=4)
+    assert first.shape[0] == POOL and first.min() >= 0 and first.max() <= 1
+    assert torch.allclose(first[3:4], TASK.generate(pipe, [3]), atol=1e-5)
+    assert torch.equal(references(None, TASK, tmp_path), first)
+    with pytest.raises(CheckpointError, match="and 11 are asked for"):
+        references(pipe, Task(conditions=TASK.conditions, size=11), tmp_path)
+    (tmp_path / REFERENCES).write_bytes(b"no")
+    with pytest.raises(CheckpointError, match="is damaged"):
+        references(pipe, TASK, tmp_path)
+
+
+def test_fidelity() -> None:
+    images = torch.rand(3, 1, 4, 4) + 0.5
+    assert torch.equal(fidelity(images, images), torch.ones(3))
+    assert fidelity(1.1 * images, images)[0].item() == pytest.approx(2.718281828**-1, abs=1e-4)
+
+
+def test_bad_settings() -> None:
+    with pytest.raises(ValueError, match="group_size must be at least 2, got 1"):
+        PolicySettings(group_size=1)
+    with pytest.raises(ValueError, match="groups must be at least 1"):
+        PolicySettings(groups=0)
