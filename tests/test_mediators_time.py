@@ -57,7 +57,7 @@ def test_a_quick_run(tmp_path: Path) -> None:
         calls = row["calls"]
         macs = {name: call["macs"] for name, call in calls.items()}
         assert macs["untouched"] > macs["stride 2, first 0.4"] > macs["stride 4, first 0.4"] > macs["stride 4, first 1"]
-            assert 0 < late["output_error"] < 1
+        assert 0 < calls["stride 4, first 1"]["output_error"] < 1
         assert calls["untouched"]["latents_error"] == 0
         assert calls["3 steps"]["ideal"] == pytest.approx(5 / 3, rel=0.01)
 

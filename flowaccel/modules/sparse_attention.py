@@ -221,10 +221,10 @@ def _gathered(query: Tensor, key: Tensor, value: Tensor, blocks: Blocks) -> tupl
         part = slice(start, start + _AT_ONCE)
         most = int(counts[:, part].max()) if blocks.each is None else blocks.each
         places = order[:, part, :most]
-        read = [_listed(*both, places) for both in zip(lists, rests, strict=True)]
+        keys, values = (_listed(*both, places) for both in zip(lists, rests, strict=True))
         mask = None if blocks.each is not None else _padding(counts[:, part], most, size, rests[0].shape[2])
-        attended.append(functional.scaled_dot_product_attention(asked[:, part], *read, attn_mask=mask))
-        pairs += asked[:, part].shape[1] * asked.shape[2] * read[0].shape[2]
+        attended.append(functional.scaled_dot_product_attention(asked[:, part], keys, values, attn_mask=mask))
+        pairs += asked[:, part].shape[1] * asked.shape[2] * keys.shape[2]
     output = torch.empty_like(query)
     output[:, :, :end] = torch.cat(attended, 1).flatten(1, 2).unflatten(0, query.shape[:2])
     if end < query.shape[2]:

@@ -103,14 +103,16 @@ class SparseAttnProcessor:
     ) -> Output:
         """Rows of one level are computed together."""
 
-        def run(level: float | None, *given: Any) -> Output:
-            return dense(*given) if level is None else sparse(*given, level)
+        def run(level: float | None, hidden: Tensor, encoder: Tensor | None) -> Output:
+            return dense(hidden, encoder) if level is None else sparse(hidden, encoder, level)
 
         levels = self.switch.levels(len(hidden), tokens)
         if len(levels) == 1:
             return run(levels[0], hidden, encoder)
         groups = _groups(levels, hidden.device)
-        parts = [run(level, hidden[rows], None if encoder is None else encoder[rows]) for level, rows in groups.items()]
+        parts: list[Any] = [
+            run(level, hidden[rows], None if encoder is None else encoder[rows]) for level, rows in groups.items()
+        ]
         places = torch.cat(list(groups.values())).argsort()
         if isinstance(parts[0], tuple):
             image, text = (torch.cat(part)[places] for part in zip(*parts, strict=True))
