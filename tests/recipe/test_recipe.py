@@ -30,7 +30,7 @@ from flowaccel import (
     is_accelerated,
     restore,
 )
-from flowaccel.models import MediatorSiTTransformer2DModel, make_dynamic, upcycle_to_moe
+from flowaccel.models import AccelerationPolicy, MediatorSiTTransformer2DModel, make_dynamic, upcycle_to_moe
 from flowaccel.recipe import FILE_NAME, PRESETS, SCHEMA, Base, preset, resolve
 from flowaccel.samplers import FlowAdamsBashforthScheduler, FlowRungeKuttaScheduler, FlowTurboScheduler
 
@@ -114,6 +114,8 @@ def test_every_preset_in_the_table_works(tmp_path: Path) -> None:
     make_dynamic(pipe.transformer).save_pretrained(tmp_path / "width")
     upcycle_to_moe(pipe.transformer, {"router": "token_choice"}, "shared").save_pretrained(tmp_path / "moe")
     MediatorSiTTransformer2DModel.from_base(pipe.transformer).save_pretrained(tmp_path / "mediators")
+    channels, width = pipe.transformer.config.in_channels, pipe.transformer.pos_embed.shape[-1]
+    AccelerationPolicy(channels, width, width=8).save_pretrained(tmp_path / "policy")
     pipe.register_to_config(_name_or_path=str(tmp_path))  # variants look for their networks beside the components
     untouched = image(pipe)
     elsewhere = {"agent_attention"}  # not for this network: tests/accelerators/test_agent_attention.py
