@@ -239,6 +239,20 @@ def average_grid(paths: Sequence[Trace], scale: int) -> list[float]:
     return [1.0, *grid[1:-1], 0.0]
 
 
+def protocol(arguments: argparse.Namespace) -> Protocol:
+    """What every row is asked for."""
+    return Protocol(
+        conditions=TASK.conditions,
+        steps=STEPS,
+        baseline_steps=FEWER,
+        num_samples=arguments.num_samples,
+        latency_batch=BATCH,
+        seed=arguments.seed,
+        metrics=("fid", "kid", "class_accuracy", "precision", "recall", "rel_l2"),
+        rounds=arguments.rounds,
+    )
+
+
 def quality_stage(arguments: argparse.Namespace) -> None:
     """results.json, table.md and claims.json."""
     folder = arguments.out / arguments.only
@@ -255,19 +269,9 @@ def quality_stage(arguments: argparse.Namespace) -> None:
         Recipe([Sampler("euler", {"grid": grid})], name="average path", num_inference_steps=len(grid) - 1),
         *map(preset, FREE),
     ]
-    protocol = Protocol(
-        conditions=TASK.conditions,
-        steps=STEPS,
-        baseline_steps=FEWER,
-        num_samples=arguments.num_samples,
-        latency_batch=BATCH,
-        seed=arguments.seed,
-        metrics=("fid", "kid", "class_accuracy", "precision", "recall", "rel_l2"),
-        rounds=arguments.rounds,
-    )
     run = folder / "quality"
     with progress() as notify:
-        results = load_results(run) if arguments.claims_only else evaluate(pipe, rows, protocol, run, notify)
+        results = load_results(run) if arguments.claims_only else evaluate(pipe, rows, protocol(arguments), run, notify)
     others = [row["recipe"] for row in results["rows"] if row["recipe"] != "policy"]
     pairs = [compared(run, results, "policy", other) for other in others]
     pairs += [compared(run, results, other, "baseline") for other in others if other != "baseline"]
