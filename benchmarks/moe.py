@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +26,7 @@ from typing import Any
 import matplotlib
 import torch
 from _pairs import compared, pairs_table
+from _training import folder_of, train_missing
 from rich.console import Console
 from scipy.stats import spearmanr
 from torch import Tensor
@@ -85,32 +85,16 @@ def main() -> None:
 # -- training
 
 
-def folder_of(arguments: argparse.Namespace, name: str, seed: int = 0) -> Path:
-    return arguments.out / (name if seed == 0 else f"{name}-seed{seed}")
-
-
 def train_stage(arguments: argparse.Namespace) -> None:
     """Train what is not there yet, and note what it took."""
-    for seed in arguments.seeds:
-        for name in arguments.only:
-            folder = folder_of(arguments, name, seed)
-            if not (folder / "network").is_dir():
-                train_one(name, seed, folder)
+    train_missing(arguments, start_training)
 
 
-def train_one(name: str, seed: int, folder: Path) -> None:
+def start_training(name: str, seed: int, work: Path) -> tuple[Any, int, Any]:
     training = TRAININGS[name]
     loop = replace(training.loop, seed=seed)
-    network: Any = training.network(seed)
-    started, losses = time.process_time(), []
-    for state in train_moe(network, training, folder / "training", loop):
-        losses.append(state.loss)
-        if state.step % 100 == 0:
-            recent = losses[-100:]
-            print(f"{name} {state.step}/{loop.steps} loss {sum(recent) / len(recent):.4f}", flush=True)
-    network.save_pretrained(folder / "network")
-    note = {"cpu_seconds": time.process_time() - started, "steps": len(losses), "last_losses": losses[-100:]}
-    (folder / "training.json").write_text(json.dumps(note) + "\n")
+    network = training.network(seed)
+    return network, loop.steps, train_moe(network, training, work, loop)
 
 
 def dense_network(arguments: argparse.Namespace, name: str) -> Any:

@@ -27,7 +27,7 @@ class PolicyScheduler(FlowSampler):
     Args:
         max_steps: the most entries, whatever number of steps is asked for; None for no bound.
         num_train_timesteps, shift, use_dynamic_shifting, base_shift, max_shift, base_image_seq_len, max_image_seq_len,
-            time_shift_type, grid: the grid, as in `FlowTurboScheduler`; only used without `decide`.
+            time_shift_type: the grid, as in `FlowTurboScheduler`; only used without `decide`.
     """
 
     decide: Decide | None = None
@@ -44,7 +44,6 @@ class PolicyScheduler(FlowSampler):
         base_image_seq_len: int = 256,
         max_image_seq_len: int = 4096,
         time_shift_type: TimeShift = "exponential",
-        grid: list[float] | None = None,
     ) -> None:
         self._initialise()
         self._forget()

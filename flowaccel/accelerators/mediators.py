@@ -10,7 +10,6 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from flowaccel.accelerators.base import Detach
@@ -26,6 +25,7 @@ from flowaccel.models.mediators import (
     set_mediators,
 )
 from flowaccel.modules.mediators import GridAttention, MediatorAttention
+from flowaccel.modules.rows import grouped
 
 FOLDER = "mediators"
 SCHEDULES: dict[str, type[MediatorSchedule]] = {MediatorSchedule.name: MediatorSchedule}
@@ -196,10 +196,7 @@ def _average(numbers: Collection[int]) -> float:
 
 def _grouped(rows: Sequence[int], only: tuple[int, ...] | None) -> dict[int, Tensor]:
     """The indices of rows that use each number of mediators, of those that run."""
-    present = rows if only is None else [rows[row] for row in only]
-    return {
-        count: torch.tensor([row for row, own in enumerate(present) if own == count]) for count in sorted(set(present))
-    }
+    return grouped(rows if only is None else [rows[row] for row in only])
 
 
 def load_mediators(folder: Path) -> nn.Module:

@@ -21,6 +21,7 @@ from flowaccel.cli.common import (
     JsonOption,
     PipeArgument,
     SeedOption,
+    console,
     emit,
     friendly_errors,
     open_pipeline,
@@ -131,14 +132,13 @@ def policy(
             "untouched_steps": steps,
             **asdict(settings),
         }
-        with Live(refresh_per_second=1, transient=True, console=None) as live:
+        with Live(refresh_per_second=1, transient=True, console=console) as live:
             for state in run_training(heads, objective, loop, work, also):
                 if objective.last is not None:
                     live.update(_table(state.step, updates, objective.last))
         heads.requires_grad_(False)
-        Recipe([LearnedPolicy(heads)], name=out.name, num_inference_steps=steps).for_pipeline(pipeline).save_pretrained(
-            out
-        )
+        recipe = Recipe([LearnedPolicy(heads)], name=out.name, num_inference_steps=steps)
+        recipe.for_pipeline(pipeline).save_pretrained(out)
         last = objective.last
         emit(
             {"out": str(out), "updates": updates, "reward": last and last.reward, "cost": last and last.cost},

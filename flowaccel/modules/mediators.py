@@ -10,6 +10,7 @@ Shapes: B rows, N = H * W tokens of an image (row by row) after E extra ones, n 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Self
 
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from flowaccel.modules.grids import as_image, as_tokens
+from flowaccel.modules.rows import joined
 
 TABLE = 7
 """Side of the coarse position tables."""
@@ -132,7 +134,7 @@ class GridAttnProcessor:
         )
 
 
-class GridAttention(nn.Module, AttentionModuleMixin):
+class GridAttention(nn.Module, AttentionModuleMixin, ABC):
     """Multi-head self-attention over an image's grid, with learned position biases and a depthwise 3x3 convolution of
     the values.
 
@@ -204,14 +206,14 @@ class GridAttention(nn.Module, AttentionModuleMixin):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_folded": {}}  # a copy has tables of its own
 
+    @abstractmethod
     def attend(self, query: Tensor, key: Tensor, value: Tensor, attend: Attend) -> Tensor:
         """What the projections (B, E + N, D) each become, (B, E + N, D), by means of `attend`."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def tables(self) -> nn.Module | None:
         """The biases in use: called, it returns them without the extra tokens."""
-        raise NotImplementedError
 
     def split(self, *parts: Tensor) -> list[Tensor]:
         """(B, K, D) -> (B, K, M, d) each."""
@@ -244,9 +246,9 @@ class GridAttention(nn.Module, AttentionModuleMixin):
     def _fold(self, tables: Callable[[], Any], like: Tensor) -> tuple[Tensor, ...]:
         return tuple(_aligned(bias.to(like.dtype)) for bias in self.padded(tables()))
 
+    @abstractmethod
     def padded(self, found: Any) -> tuple[Tensor, ...]:
         """What `tables` returned, with 0 for the extra tokens."""
-        raise NotImplementedError
 
     def check_backend(self, backend: Any = None) -> None:
         """Raise a ValueError if an attention backend, by default the one that is set, would leave the biases out."""
@@ -383,8 +385,7 @@ class MediatorAttention(GridAttention):
                 found.append(self._through(query[rows], key[rows], value[rows], attend))
         finally:
             self.count = count
-        joined, order = torch.cat(found), torch.cat(list(groups.values())).to(query.device)
-        return torch.empty_like(joined).index_copy(0, order, joined)
+        return joined(found, groups)
 
     def _through(self, query: Tensor, key: Tensor, value: Tensor, attend: Attend) -> Tensor:
         if self.ran is not None:

@@ -13,6 +13,7 @@ import torch
 from diffusers.models.embeddings import apply_rotary_emb
 from torch import Tensor
 
+from flowaccel.modules.rows import grouped, joined
 from flowaccel.modules.sparse_attention import Backend, BlockRule, predicted_blocks, sparse_attention
 
 Rotary = tuple[Tensor, Tensor]
@@ -109,15 +110,14 @@ class SparseAttnProcessor:
         levels = self.switch.levels(len(hidden), tokens)
         if len(levels) == 1:
             return run(levels[0], hidden, encoder)
-        groups = _groups(levels, hidden.device)
+        groups = grouped(levels, hidden.device)
         parts: list[Any] = [
             run(level, hidden[rows], None if encoder is None else encoder[rows]) for level, rows in groups.items()
         ]
-        places = torch.cat(list(groups.values())).argsort()
         if isinstance(parts[0], tuple):
-            image, text = (torch.cat(part)[places] for part in zip(*parts, strict=True))
+            image, text = (joined(part, groups) for part in zip(*parts, strict=True))
             return image, text
-        return torch.cat(parts)[places]
+        return joined(parts, groups)
 
     def _attended(self, heads: Sequence[Tensor], tokens: int, level: float) -> Tensor:
         """Queries, keys and values (B, M, N + T, d), the image's first, -> (B, N + T, D)."""
@@ -244,10 +244,3 @@ def projected(attn: Any, attended: Tensor, tokens: int, joint: bool) -> Output:
     if not joint:
         return image
     return image, text if attn.context_pre_only else attn.to_add_out(text)
-
-
-def _groups(levels: Sequence[float | None], device: torch.device) -> dict[float | None, Tensor]:
-    return {
-        level: torch.tensor([row for row, own in enumerate(levels) if own == level], device=device)
-        for level in dict.fromkeys(levels)
-    }

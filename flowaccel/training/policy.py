@@ -5,19 +5,20 @@ their noise, so that rewards differ by decisions alone, and one clipped step for
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from flowaccel.errors import CheckpointError
 from flowaccel.evaluation import Conditions, sample_generator
-from flowaccel.hooks import Block, Call, session_of
+from flowaccel.hooks import Block, Call, Identity, denoiser, session_of
 from flowaccel.models import AccelerationPolicy
 from flowaccel.recipe import Recipe, accelerated
 from flowaccel.training.policy_discriminator import DiscriminatorTraining
@@ -80,15 +81,9 @@ def references(
     Raises:
         CheckpointError: what lies there is damaged, or of another task.
     """
-    path = folder / REFERENCES
+    path, meta = folder / REFERENCES, {"task": json.dumps(_described(pipe, task), sort_keys=True)}
     if path.exists():
-        try:
-            found: Tensor = load_file(path)["images"]
-        except (OSError, KeyError, SafetensorError) as error:
-            raise CheckpointError(f"{path} is damaged ({type(error).__name__}: {error}); delete it") from error
-        if len(found) != task.size:
-            raise CheckpointError(f"{path} holds {len(found)} images, and {task.size} are asked for; delete it")
-        return found
+        return _kept(path, meta)
     made = []
     for start in range(0, task.size, batch):
         made.append(task.generate(pipe, range(start, min(start + batch, task.size))))
@@ -96,8 +91,33 @@ def references(
             notify(min(start + batch, task.size))
     folder.mkdir(parents=True, exist_ok=True)
     found = torch.cat(made).contiguous()
-    save_file({"images": found}, path)
+    save_file({"images": found}, path, meta)
     return found
+
+
+def _described(pipe: Any, task: Task) -> dict[str, Any]:
+    """What the untouched images depend on, but for the weights."""
+    own = {
+        "conditions": task.conditions.describe(),
+        "size": task.size,
+        "steps": task.steps,
+        "seed": task.seed,
+        "arguments": {name: str(value) for name, value in task.arguments},
+    }
+    return own | {"network": str(Identity.of(denoiser(pipe))), "scheduler": str(Identity.of(pipe.scheduler))}
+
+
+def _kept(path: Path, meta: dict[str, str]) -> Tensor:
+    try:
+        with safe_open(path, "pt") as file:
+            there, images = file.metadata() or {}, file.get_tensor("images")
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path} is damaged ({type(error).__name__}: {error}); delete it") from error
+    if there != meta:
+        raise CheckpointError(
+            f"{path} holds images of another task, {there.get('task')}; delete it, or use another --out"
+        )
+    return images
 
 
 def condition_width(pipe: Any, task: Task) -> int:

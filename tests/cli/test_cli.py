@@ -15,9 +15,9 @@ import torch
 import yaml
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from typer.testing import CliRunner
 
 import tiny
+from commands import fails, run
 from flowaccel import SiTTransformer2DModel, VelocityRefiner, accelerated, zoo
 from flowaccel.cli import app, demo
 from flowaccel.cli import train as train_command
@@ -62,23 +62,6 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Every command runs in an empty folder."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
-
-
-def run(*arguments: str, code: int = 0) -> Any:
-    """Run a command in this process; whatever its end, it is not a traceback."""
-    result = CliRunner().invoke(app, list(arguments))
-    unexpected = result.exception if not isinstance(result.exception, SystemExit) else None
-    assert unexpected is None, repr(unexpected)
-    assert result.exit_code == code, result.output
-    assert "Traceback" not in result.output
-    return result
-
-
-def fails(*arguments: str, code: int = 2) -> str:
-    """Run a command that must fail; what it says, in one line."""
-    result = run(*arguments, code=code)
-    assert result.stdout == ""
-    return " ".join(result.stderr.split())
 
 
 def evaluation(pipe: str, *more: str, out: str = "run") -> list[str]:

@@ -7,14 +7,12 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
-from typer.testing import CliRunner
 
 import tiny
+from commands import run
 from flowaccel import accelerate
-from flowaccel.cli import app
 from flowaccel.evaluation import load_results
 from flowaccel.pipelines import load_pipeline
 
@@ -42,12 +40,6 @@ def saved(plain: str, tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(autouse=True)
 def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-
-
-def run(*arguments: str, code: int = 0) -> Any:
-    result = CliRunner().invoke(app, list(arguments))
-    assert result.exit_code == code, result.output
-    return result
 
 
 def files(folder: str) -> list[bytes]:

@@ -13,10 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from typer.testing import CliRunner
 
 import tiny
-from flowaccel.cli import app
+from commands import run
 from flowaccel.cli import generate as generate_command
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -35,12 +34,6 @@ def webp_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In an empty folder, and as if the extra were missing: WebP keeps every pixel."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "imageio", None)  # type: ignore[arg-type]
-
-
-def run(*arguments: str, code: int = 0) -> Any:
-    result = CliRunner().invoke(app, list(arguments))
-    assert result.exit_code == code, result.output
-    return result
 
 
 def pixels(path: str) -> Any:

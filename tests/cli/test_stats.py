@@ -10,27 +10,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from typer.testing import CliRunner
 
 import tiny
-from flowaccel.cli import app
+from commands import fails, run
 from flowaccel.evaluation import Moments, frechet_distance, load_features, load_reference
 from flowaccel.evaluation.store import SampleStore
 from flowaccel.evaluation.text import text_match
 
 PROMPTS = ("a cat", "a dog", "bird")
 ROWS = ("baseline", "baseline@1", "euler@2")
-
-
-def run(*arguments: str, code: int = 0) -> Any:
-    result = CliRunner().invoke(app, list(arguments))
-    assert result.exception is None or isinstance(result.exception, SystemExit), repr(result.exception)
-    assert result.exit_code == code, result.output
-    return result
-
-
-def fails(*arguments: str) -> str:
-    return " ".join(run(*arguments, code=2).stderr.split())
 
 
 @pytest.fixture(scope="module")

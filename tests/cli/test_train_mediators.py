@@ -11,26 +11,13 @@ import torch
 from typer.testing import CliRunner
 
 import tiny
+from commands import fails, run
 from flowaccel import Mediators, Recipe, accelerate, report
 from flowaccel.cli import app, train_mediators
 from flowaccel.models.mediators import MediatorSettings, mediator_layers
 from flowaccel.pipelines import load_pipeline
 
 FAST = ["--batch-size", "8", "--learning-rate", "3e-3", "--device", "cpu"]
-
-
-def run(*arguments: str, code: int = 0) -> Any:
-    result = CliRunner().invoke(app, list(arguments))
-    assert result.exception is None or isinstance(result.exception, SystemExit), repr(result.exception)
-    assert result.exit_code == code, result.output
-    return result
-
-
-def fails(*arguments: str) -> str:
-    """What a command that must fail says, in one line."""
-    result = run(*arguments, code=2)
-    assert result.stdout == ""
-    return " ".join(result.stderr.split())
 
 
 def train(pipe: str, out: str, *more: str) -> list[str]:

@@ -12,6 +12,7 @@ from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel, EulerDi
 from typer.testing import CliRunner
 
 import tiny
+from commands import fails, run
 from flowaccel import MixtureOfExperts, Recipe, accelerate, zoo
 from flowaccel.cli import app
 from flowaccel.cli import train as train_command
@@ -35,20 +36,6 @@ FAST = [
     "--device",
     "cpu",
 ]
-
-
-def run(*arguments: str, code: int = 0) -> Any:
-    result = CliRunner().invoke(app, list(arguments))
-    assert result.exception is None or isinstance(result.exception, SystemExit), repr(result.exception)
-    assert result.exit_code == code, result.output
-    return result
-
-
-def fails(*arguments: str, code: int = 2) -> str:
-    """What a command that must fail says, in one line."""
-    result = run(*arguments, code=code)
-    assert result.stdout == ""
-    return " ".join(result.stderr.split())
 
 
 def train(pipe: str, out: str, *more: str) -> list[str]:

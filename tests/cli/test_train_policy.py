@@ -4,30 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from typer.testing import CliRunner
 
+from commands import fails, run
 from flowaccel import LearnedPolicy, Recipe
-from flowaccel.cli import app
 from flowaccel.models import AccelerationPolicy
 
 TRAIN = ["train", "policy", "zoo:sit-digits", "--device", "cpu", "--reward", "accuracy:zoo:digits-features"]
 FAST = ["--updates", "2", "--groups", "2", "--group-size", "2", "--pool", "10", "--steps", "4", "--head-width", "8"]
-
-
-def run(*arguments: str, code: int = 0) -> Any:
-    result = CliRunner().invoke(app, list(arguments))
-    assert result.exception is None or isinstance(result.exception, SystemExit), repr(result.exception)
-    assert result.exit_code == code, result.output
-    return result
-
-
-def fails(*arguments: str) -> str:
-    """What a command that must fail says, in one line."""
-    return " ".join(run(*arguments, code=2).stderr.split())
 
 
 def test_train_resume_generate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

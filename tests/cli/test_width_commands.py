@@ -9,11 +9,10 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from typer.testing import CliRunner
 
 import tiny
+from commands import fails, run
 from flowaccel import DynamicWidth, Recipe, Sampler, accelerate, accelerated, report, zoo
-from flowaccel.cli import app
 from flowaccel.cli import train as train_command
 from flowaccel.cli.train import deployment_times
 from flowaccel.data.shapes import SPLITS
@@ -24,20 +23,6 @@ from flowaccel.pipelines import load_pipeline
 HEADS = 4
 VARIED = "--bias 0 --learning-rate 3e-2 --router-rate 3 --ramp 4 --ema-decay 0.5"
 """Routers that leave something out after a few steps."""
-
-
-def run(*arguments: str, code: int = 0) -> Any:
-    result = CliRunner().invoke(app, list(arguments))
-    assert result.exception is None or isinstance(result.exception, SystemExit), repr(result.exception)
-    assert result.exit_code == code, result.output
-    return result
-
-
-def fails(*arguments: str, code: int = 2) -> str:
-    """What a command that must fail says, in one line."""
-    result = run(*arguments, code=code)
-    assert result.stdout == ""
-    return " ".join(result.stderr.split())
 
 
 def train(pipe: str, out: str, *more: str) -> list[str]:

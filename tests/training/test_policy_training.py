@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -145,14 +146,19 @@ def test_reuse_is_measured_to_cost_less() -> None:
     assert 0 < found["reuse"] < 0.9
 
 
-def test_references_are_made_once(tmp_path: Path) -> None:
+def test_references_are_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pipe = pipeline()
     first = references(pipe, TASK, tmp_path, batch=4)
     assert first.shape[0] == POOL and first.min() >= 0 and first.max() <= 1
     assert torch.allclose(first[3:4], TASK.generate(pipe, [3]), atol=1e-5)
-    assert torch.equal(references(None, TASK, tmp_path), first)
-    with pytest.raises(CheckpointError, match="and 11 are asked for"):
-        references(pipe, Task(conditions=TASK.conditions, size=11), tmp_path)
+    monkeypatch.setattr(Task, "generate", None)
+    assert torch.equal(references(pipe, TASK, tmp_path), first)
+    for change in ({"size": 11}, {"seed": 2}, {"steps": 6}, {"conditions": Classes((1, 0))}):
+        with pytest.raises(CheckpointError, match="of another task"):
+            references(pipe, replace(TASK, **change), tmp_path)
+    pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=2.0)
+    with pytest.raises(CheckpointError, match="of another task"):
+        references(pipe, TASK, tmp_path)
     (tmp_path / REFERENCES).write_bytes(b"no")
     with pytest.raises(CheckpointError, match="is damaged"):
         references(pipe, TASK, tmp_path)
