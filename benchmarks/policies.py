@@ -3,12 +3,14 @@
     python benchmarks/policies.py --stage train     # about 45 minutes on two CPU cores; resumes
     python benchmarks/policies.py --stage quality   # needs the first; about 25 minutes
     python benchmarks/policies.py --stage steps     # needs the first; a minute
-    python benchmarks/policies.py --stage train quality --only step   # the step head alone, as TPDM
+    python benchmarks/policies.py --only second   # the same heads over second-order steps
+    python benchmarks/policies.py --only step     # the step head alone, as TPDM
 
 `quality` compares the trained heads with the untouched pipeline (Euler, 30 steps), with fewer steps, with training-free
 recipes, with the heads' average path for all images alike, and with paths of the heads that are dealt out to other
 images: if that is as good, the heads do not look at the image. `steps` says how many steps images take, and what that
-goes with.
+goes with. With `--only second` steps are of second order (Adams-Bashforth), `fidelity` is to where the network's
+differential equation leads (Heun's method), not to the untouched pipeline's own steps, and there is no discriminator.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from _pairs import compared, pairs_table
@@ -29,7 +31,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from rich.console import Console
 from torch import Tensor
 
-from flowaccel import LearnedPolicy, Sampler, accelerated, report, zoo
+from flowaccel import LearnedPolicy, Sampler, report, zoo
 from flowaccel.accelerators import Accelerator
 from flowaccel.accelerators.learned_policy import attach_policy, base_of, load_policy
 from flowaccel.accelerators.policy import Sight
@@ -47,7 +49,7 @@ from flowaccel.evaluation import (
 from flowaccel.models import AccelerationPolicy
 from flowaccel.models.policy import CACHE, COMPUTE, REUSE, STEP
 from flowaccel.pipelines import load_pipeline
-from flowaccel.recipe import Recipe, preset
+from flowaccel.recipe import Recipe, accelerated, preset
 from flowaccel.training.loop import LoopConfig, train
 from flowaccel.training.policy import PolicyObjective, PolicySettings, Task, fidelity, references
 from flowaccel.training.policy_discriminator import DiscriminatorConfig, DiscriminatorTraining, new_discriminator
@@ -56,11 +58,34 @@ from flowaccel.training.policy_rollout import measured_costs
 
 RESULTS = Path(__file__).parent / "results"
 STEPS, FEWER, BATCH = 30, (6, 8, 10, 12, 15), 25
-LEVELS = {"policy": (STEP, CACHE), "step": (STEP,)}
 TASK = Task(conditions=Classes(tuple(range(10))), size=512, steps=STEPS, seed=1)
 SETTINGS = PolicySettings(groups=8, group_size=8, discount=0.97, fidelity=1.0)
 UPDATES = 500
 FREE = ("ab2@10", "ab_cache:interval=4", "ab_cache:interval=3,order=2", "taylorseer:interval=3")
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Which heads there are, and what they are compared with."""
+
+    levels: tuple[str, ...] = (STEP, CACHE)
+    order: Literal[1, 2] = 1
+    judged: bool = True
+    """Whether a discriminator learns along."""
+    others: tuple[str, ...] = FREE
+    """Recipes of fixed schedules."""
+
+    @property
+    def solver(self) -> str:
+        """The sampler with steps of this order."""
+        return {1: "euler", 2: "ab2"}[self.order]
+
+
+HEADS = {
+    "policy": Heads(),
+    "second": Heads(order=2, judged=False, others=("ab2@6", "ab2@7", "ab2@8", "ab2@10", "ab2@12", FREE[2])),
+    "step": Heads(levels=(STEP,)),
+}
 TRACED = 500
 """Images of the training's pool whose paths are written down."""
 
@@ -69,7 +94,7 @@ def main() -> None:
     """Run the stages that were asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stage", nargs="+", choices=tuple(STAGES), default=tuple(STAGES))
-    parser.add_argument("--only", choices=tuple(LEVELS), default="policy", help="which heads")
+    parser.add_argument("--only", choices=tuple(HEADS), default="policy", help="which heads")
     parser.add_argument("--seed", type=int, default=0, help="train: of heads and decisions; quality: of the samples")
     parser.add_argument("--updates", type=int, default=UPDATES)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
@@ -100,29 +125,32 @@ def train_stage(arguments: argparse.Namespace) -> None:
     folder = arguments.out / arguments.only
     if (folder / "policy").is_dir():
         return
-    pipe, work = pipeline(), folder / "training"
+    pipe, work, kind = pipeline(), folder / "training", HEADS[arguments.only]
     torch.manual_seed(arguments.seed)
     heads = AccelerationPolicy(
         in_channels=pipe.transformer.config.in_channels,
         condition_dim=pipe.transformer.pos_embed.shape[-1],
-        levels=LEVELS[arguments.only],
+        levels=kind.levels,
         width=32,
         max_steps=STEPS,
+        solver_order=kind.order,
         base=base_of(pipe.transformer),
     )
-    untouched = references(pipe, TASK, arguments.out)
+    wanted = goal(pipe, kind, arguments.out)
     heads.register_to_config(costs=costs(pipe, heads, folder / "costs.json"))
-    discriminator = DiscriminatorTraining(
-        new_discriminator("conv", tuple(untouched.shape[1:]), arguments.seed),
-        untouched,
-        DiscriminatorConfig(learning_rate=1e-3, seed=arguments.seed),
-    )
+    discriminator = None
+    if kind.judged:
+        discriminator = DiscriminatorTraining(
+            new_discriminator("conv", tuple(wanted.shape[1:]), arguments.seed),
+            wanted,
+            DiscriminatorConfig(learning_rate=1e-3, seed=arguments.seed),
+        )
     objective = PolicyObjective(
         pipe,
         TASK,
         load_reward("accuracy:zoo:digits-features"),
         SETTINGS,
-        untouched,
+        wanted,
         arguments.updates,
         discriminator,
         arguments.seed,
@@ -140,18 +168,26 @@ def train_stage(arguments: argparse.Namespace) -> None:
         for state in train(heads, objective, loop, work):
             last = objective.last
             assert last is not None
-            seen = {"update": state.step, "discriminator": discriminator.accuracy(), **vars(last)}
+            seen = {"update": state.step, "discriminator": discriminator and discriminator.accuracy(), **vars(last)}
             log.write(json.dumps({**seen, "stats": vars(last.stats)}) + "\n")
             if state.step % 10 == 0:
                 log.flush()
                 print(
-                    f"{state.step}/{arguments.updates} reward {last.reward:.3f} realism {last.realism:.3f} cost "
-                    f"{last.cost:.2f} steps {last.steps:.1f} computed {last.computed:.1f} clipped "
-                    f"{last.stats.clip_fraction:.0%} discriminator {seen['discriminator']:.2f}",
+                    f"{state.step}/{arguments.updates} reward {last.reward:.3f} cost {last.cost:.2f} steps "
+                    f"{last.steps:.1f} computed {last.computed:.1f} clipped {last.stats.clip_fraction:.0%} "
+                    f"discriminator {seen['discriminator']}",
                     flush=True,
                 )
     heads.requires_grad_(False).save_pretrained(folder / "policy")
     (folder / "training.json").write_text(json.dumps({"cpu_seconds": time.process_time() - started}) + "\n")
+
+
+def goal(pipe: Any, kind: Heads, folder: Path) -> Tensor:
+    """The images that trained ones are to come near."""
+    if kind.order == 1:
+        return references(pipe, TASK, folder)
+    with accelerated(pipe, Recipe([Sampler("heun")])):
+        return references(pipe, TASK, folder / "converged")
 
 
 def costs(pipe: Any, heads: AccelerationPolicy, file: Path) -> dict[str, Any]:
@@ -256,7 +292,7 @@ def protocol(arguments: argparse.Namespace) -> Protocol:
 def quality_stage(arguments: argparse.Namespace) -> None:
     """results.json, table.md and claims.json."""
     folder = arguments.out / arguments.only
-    pipe, policy = pipeline(), load_policy(folder / "policy")
+    pipe, policy, kind = pipeline(), load_policy(folder / "policy"), HEADS[arguments.only]
     scale = policy.config.num_train_timesteps
     paths = traced(pipe, policy, TRACED, TASK.seed)
     (folder / "paths.json").write_text(json.dumps(paths) + "\n")
@@ -266,8 +302,8 @@ def quality_stage(arguments: argparse.Namespace) -> None:
     rows = [
         learned,
         Recipe([dealt], name="dealt out", num_inference_steps=STEPS),
-        Recipe([Sampler("euler", {"grid": grid})], name="average path", num_inference_steps=len(grid) - 1),
-        *map(preset, FREE),
+        Recipe([Sampler(kind.solver, {"grid": grid})], name="average path", num_inference_steps=len(grid) - 1),
+        *map(preset, kind.others),
     ]
     run = folder / "quality"
     with progress() as notify:

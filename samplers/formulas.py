@@ -14,6 +14,11 @@ def predicted(state: Tensor, width: float | Tensor, velocity: Tensor) -> Tensor:
     return state + width * velocity
 
 
+def extrapolated(velocity: Tensor, previous: Tensor, ratio: float | Tensor) -> Tensor:
+    """The slope of a second-order Adams-Bashforth step: `ratio` is its width over that of the step before."""
+    return velocity + ratio / 2 * (velocity - previous)
+
+
 def corrected(state: Tensor, width: float | Tensor, start: Tensor, end: Tensor) -> Tensor:
     """The trapezoid's step between the velocities at its start and at its predicted end."""
     return state + width / 2 * (start + end)

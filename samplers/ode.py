@@ -15,7 +15,7 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
 from flowaccel.samplers.base import Evaluation, FlowSampler, FusedStep, TimeShift
-from flowaccel.samplers.formulas import predicted
+from flowaccel.samplers.formulas import extrapolated, predicted
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,6 @@ class FlowAdamsBashforthScheduler(FlowSampler):
         width = self.width(step)
         slope = velocity
         if self._previous is not None:
-            ratio = width / self.width(step - 1)
-            slope = velocity + ratio / 2 * (velocity - self._previous)
+            slope = extrapolated(velocity, self._previous, width / self.width(step - 1))
         self._previous = velocity
         return self._finished(step, predicted(sample, width, slope))

@@ -1,16 +1,18 @@
-"""Euler steps to wherever somebody decides, with noise levels of its own for every image (RAPID3, arXiv 2509.22323;
-TPDM, arXiv 2412.01243).
+"""Steps to wherever somebody decides, with noise levels of its own for every image (RAPID3, arXiv 2509.22323; TPDM,
+arXiv 2412.01243).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import torch
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
 from flowaccel.samplers.base import Evaluation, FlowSampler, TimeShift
+from flowaccel.samplers.formulas import extrapolated
 
 Decide = Callable[[Tensor, tuple[float, ...]], Sequence[float]]
 """`decide(velocity, levels)`: (B, ...) the network's guided output and the B noise levels that it was made at; returns
@@ -18,16 +20,21 @@ the B levels to go to, each below the present one, or 0 where that is 0 (the ima
 
 
 class PolicyScheduler(FlowSampler):
-    """Euler steps whose ends `decide` chooses while the run goes on, image by image.
+    """Steps whose ends `decide` chooses while the run goes on, image by image.
 
     `timesteps` are entries to loop over: their number is the most steps that a run takes, and the last one goes to 0.
     The times of images that are done sooner stay 0. The network must be called at `levels`, not at the listed
-    timesteps; `flowaccel.LearnedPolicy` sees to that. Without `decide` it is Euler's method on the usual grid.
+    timesteps; `flowaccel.LearnedPolicy` sees to that. Without `decide` it steps on the usual grid.
 
     Args:
         max_steps: the most entries, whatever number of steps is asked for; None for no bound.
+        solver_order: 1 for Euler's method, as in the papers; 2 for Adams-Bashforth's of second order, which takes the
+            velocity of the step before along and allows for steps of different width.
         num_train_timesteps, shift, use_dynamic_shifting, base_shift, max_shift, base_image_seq_len, max_image_seq_len,
             time_shift_type: the grid, as in `FlowTurboScheduler`; only used without `decide`.
+
+    Raises:
+        ValueError: another order.
     """
 
     decide: Decide | None = None
@@ -36,6 +43,7 @@ class PolicyScheduler(FlowSampler):
     def __init__(
         self,
         max_steps: int | None = None,
+        solver_order: Literal[1, 2] = 1,
         num_train_timesteps: int = 1000,
         shift: float = 1.0,
         use_dynamic_shifting: bool = False,
@@ -45,6 +53,8 @@ class PolicyScheduler(FlowSampler):
         max_image_seq_len: int = 4096,
         time_shift_type: TimeShift = "exponential",
     ) -> None:
+        if solver_order not in (1, 2):
+            raise ValueError(f"solver_order must be 1 (Euler) or 2 (Adams-Bashforth), got {solver_order!r}")
         self._initialise()
         self._forget()
 
@@ -74,6 +84,7 @@ class PolicyScheduler(FlowSampler):
 
     def _forget(self) -> None:
         self._levels: tuple[float, ...] = ()
+        self._previous: tuple[Tensor, Tensor] | None = None
 
     def levels(self, images: int) -> tuple[float, ...]:
         """The noise levels at which the network is to be called next for a batch of so many images."""
@@ -101,7 +112,15 @@ class PolicyScheduler(FlowSampler):
         self._levels = after
         width = torch.tensor(after, dtype=torch.float32) - torch.tensor(now, dtype=torch.float32)
         width = width.repeat(copies).to(sample.device).view(-1, *[1] * (sample.dim() - 1))
-        return sample + width * velocity
+        return sample + width * self._slope(velocity, width)
+
+    def _slope(self, velocity: Tensor, width: Tensor) -> Tensor:
+        """Of this step, (B, ...) as the velocity; `width` (B, 1, ...) is 0 for images that are done."""
+        before, self._previous = self._previous, (velocity, width)
+        if self.config.solver_order == 1 or before is None:
+            return velocity
+        previous, last = before
+        return extrapolated(velocity, previous, torch.where(last == 0, 0.0, width / last))
 
 
 def _check(now: tuple[float, ...], after: tuple[float, ...]) -> None:

@@ -105,7 +105,8 @@ def attach_policy(
     config = policy.config
     with ExitStack() as undo:
         if STEP in levels:
-            undo.callback(exchanged_scheduler(pipe, PolicyScheduler, "a policy", max_steps=config.max_steps))
+            options = {"max_steps": config.max_steps, "solver_order": config.solver_order}
+            undo.callback(exchanged_scheduler(pipe, PolicyScheduler, "a policy", **options))
         undo.callback(PolicyRuntime(source, levels, policy, session_of(pipe)).attach())
         return undo.pop_all().close
 

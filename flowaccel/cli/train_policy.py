@@ -77,6 +77,9 @@ def policy(
     estimator: Annotated[str, typer.Option(help="grpo or rloo.")] = "grpo",
     per_decision: Annotated[bool, typer.Option("--per-decision", help="Clip every decision's ratio.")] = False,
     head_width: Annotated[int, typer.Option(min=1, help="Of the heads.")] = 128,
+    solver_order: Annotated[
+        int, typer.Option(min=1, max=2, help="Of steps: 1 for Euler's, the paper's, 2 for Adams-Bashforth's.")
+    ] = 1,
     learning_rate: Annotated[float, typer.Option()] = 1e-5,
     classes: Annotated[str | None, typer.Option(help="Classes to train on, such as 0-9 or 1,5; default all.")] = None,
     prompts: Annotated[str | None, typer.Option(help="File of prompts to train on, or zoo:SET.")] = None,
@@ -116,7 +119,8 @@ def policy(
             arguments=tuple(arguments.items()),
         )
         worth = load_reward(reward, pipeline.device)
-        heads = _heads(pipeline, task, tuple(part.strip() for part in levels.split(",")), head_width, seed)
+        options = {"width": head_width, "solver_order": solver_order}
+        heads = _heads(pipeline, task, tuple(part.strip() for part in levels.split(",")), options, seed)
         work = out / "training"
         with progress_bar() as notify:
             untouched = references(pipeline, task, work, notify=lambda done: notify("references", done, pool))
@@ -147,7 +151,9 @@ def policy(
         )
 
 
-def _heads(pipeline: Any, task: Task, levels: tuple[str, ...], width: int, seed: int) -> AccelerationPolicy:
+def _heads(
+    pipeline: Any, task: Task, levels: tuple[str, ...], options: dict[str, int], seed: int
+) -> AccelerationPolicy:
     """Fresh heads for the pipeline."""
     network = denoiser(pipeline)
     torch.manual_seed(seed)
@@ -156,10 +162,10 @@ def _heads(pipeline: Any, task: Task, levels: tuple[str, ...], width: int, seed:
         condition_dim=condition_width(pipeline, task),
         levels=levels,
         sparsity=(0.75, 0.6, 0.5) if "sparse" in levels else (),
-        width=width,
         num_train_timesteps=pipeline.scheduler.config.num_train_timesteps,
         max_steps=task.steps,
         base=base_of(network),
+        **options,
     ).to(network.device)
     policy.requires_grad_(True)
     return policy

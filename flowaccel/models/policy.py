@@ -74,6 +74,7 @@ class AccelerationPolicy(ModelMixin, ConfigMixin):
         smallest: times below this are taken for 0, or the last steps would be tiny.
         sparse_tokens: the fewest tokens of an image whose attention is made sparse; below 4096 it does not pay.
         dense_blocks: so many of the network's first blocks, and of its last, keep full attention.
+        solver_order: of the steps between chosen times: 1 for Euler's, as in the papers, 2 for Adams-Bashforth's.
         costs: what decisions cost, in computed dense steps: `reuse`, and `sparse`, one per level; measured by the
             training.
         base: the network that it was trained for, by class and a hash of its configuration; None for any.
@@ -96,6 +97,7 @@ class AccelerationPolicy(ModelMixin, ConfigMixin):
         smallest: int = 10,
         sparse_tokens: int = 4096,
         dense_blocks: int = 2,
+        solver_order: int = 1,
         costs: dict[str, Any] | None = None,
         base: str | None = None,
     ) -> None:
@@ -109,6 +111,8 @@ class AccelerationPolicy(ModelMixin, ConfigMixin):
         ):
             if value is not None and value < lowest:
                 raise ValueError(f"{name} must be at least {lowest}, got {value}")
+        if solver_order not in (1, 2):
+            raise ValueError(f"solver_order must be 1 (Euler) or 2 (Adams-Bashforth), got {solver_order!r}")
         dense = logits_of(_DENSE_SHARE, *[(1 - _DENSE_SHARE) / len(sparsity)] * len(sparsity)) if sparsity else ()
         made = {
             STEP: (0, _JUMP_BIAS),

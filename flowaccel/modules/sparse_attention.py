@@ -24,8 +24,8 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 By = Literal["share", "mass"]
 Backend = Literal["auto", "flex", "gather", "sparge"]
 BACKENDS: tuple[str, ...] = get_args(Backend)
-_AT_ONCE = 4
-"""Query blocks whose keys are gathered at once: more leave the caches of a CPU, fewer wait for calls."""
+_CPU_BYTES, _BYTES = 2**21, 2**28
+"""Keys that are gathered at once: more leave the caches of a CPU, fewer wait for calls."""
 _SPARGE, _SPARGE_BLOCKS = "spas_sage_attn", (128, 64)
 
 
@@ -210,40 +210,48 @@ def _gathered(query: Tensor, key: Tensor, value: Tensor, blocks: Blocks) -> tupl
     """
     (end, always), size = blocks.ends, blocks.rule.key_block
     lists = [_in_blocks(part[:, :, :always], size).flatten(0, 2) for part in (key, value)]
-    rests = [part[:, :, always:].flatten(0, 1).unsqueeze(1) for part in (key, value)]
-    asked = _in_blocks(query[:, :, :end], blocks.rule.query_block).flatten(0, 1)
+    rests = [part[:, :, always:].flatten(0, 1) for part in (key, value)]
+    asked = _in_blocks(query[:, :, :end], blocks.rule.query_block).flatten(0, 2).unsqueeze(1)
     kept = blocks.kept.flatten(0, 1)
-    order = kept.to(torch.int8).argsort(dim=2, descending=True, stable=True)
-    order = order + kept.shape[2] * torch.arange(len(kept), device=kept.device).view(-1, 1, 1)
-    counts = kept.sum(2)
-    attended, pairs = [], (query.shape[2] - end) * query.shape[2]
-    for start in range(0, asked.shape[1], _AT_ONCE):
-        part = slice(start, start + _AT_ONCE)
-        most = int(counts[:, part].max()) if blocks.each is None else blocks.each
-        places = order[:, part, :most]
-        keys, values = (_listed(*both, places) for both in zip(lists, rests, strict=True))
-        mask = None if blocks.each is not None else _padding(counts[:, part], most, size, rests[0].shape[2])
-        attended.append(functional.scaled_dot_product_attention(asked[:, part], keys, values, attn_mask=mask))
-        pairs += asked[:, part].shape[1] * asked.shape[2] * keys.shape[2]
+    heads = torch.arange(len(kept), device=kept.device).repeat_interleave(kept.shape[1])
+    order = kept.flatten(0, 1).to(torch.int8).argsort(dim=1, descending=True, stable=True)
+    order = order + kept.shape[2] * heads.unsqueeze(1)
+    counts = kept.sum(2).flatten()
+    widest = int(counts.max()) if blocks.each is None else blocks.each
+    attended, pairs = [], len(kept) * (query.shape[2] - end) * query.shape[2]
+    for part in _portions(len(asked), widest * size * key.shape[3] * key.element_size(), key.device):
+        most = int(counts[part].max()) if blocks.each is None else widest
+        keys, values = (_listed(*both, order[part, :most], heads[part]) for both in zip(lists, rests, strict=True))
+        mask = None if blocks.each is not None else _padding(counts[part], most, size, rests[0].shape[1])
+        attended.append(functional.scaled_dot_product_attention(asked[part], keys, values, attn_mask=mask))
+        pairs += len(keys) * asked.shape[2] * keys.shape[2]
     output = torch.empty_like(query)
-    output[:, :, :end] = torch.cat(attended, 1).flatten(1, 2).unflatten(0, query.shape[:2])
+    output[:, :, :end] = torch.cat(attended).view(*query.shape[:2], end, query.shape[3])
     if end < query.shape[2]:
         output[:, :, end:] = functional.scaled_dot_product_attention(query[:, :, end:], key, value)
-    return output, pairs * len(kept)
+    return output, pairs
 
 
-def _listed(listed: Tensor, rest: Tensor, places: Tensor) -> Tensor:
-    """Blocks (blocks, k, d) by their `places` (B * M, C, n), then the `rest` (B * M, 1, R, d) ->
-    (B * M, C, n * k + R, d).
+def _portions(blocks: int, each: int, device: torch.device) -> list[slice]:
+    """Query blocks that are computed together, so that their keys, `each` bytes a block, have a certain size."""
+    at_once = max(1, (_CPU_BYTES if device.type == "cpu" else _BYTES) // each)
+    return [slice(start, start + at_once) for start in range(0, blocks, at_once)]
+
+
+def _listed(listed: Tensor, rest: Tensor, places: Tensor, heads: Tensor) -> Tensor:
+    """Blocks (blocks, k, d) by their `places` (C, n), then of the `rest` (B * M, R, d) that of the `heads` (C,) ->
+    (C, 1, n * k + R, d).
     """
-    found = listed.index_select(0, places.flatten()).view(*places.shape[:2], -1, listed.shape[2])
-    return torch.cat([found, rest.expand(-1, places.shape[1], -1, -1)], 2)
+    found = listed.index_select(0, places.flatten()).view(len(places), -1, listed.shape[2])
+    if rest.shape[1]:
+        found = torch.cat([found, rest.index_select(0, heads)], 1)
+    return found.unsqueeze(1)
 
 
 def _padding(counts: Tensor, most: int, size: int, rest: int) -> Tensor:
-    """(B * M, Q) numbers of blocks -> (B * M, Q, 1, most * size + rest), true for keys that are really read."""
-    read = torch.arange(most, device=counts.device) < counts.unsqueeze(2)
-    return functional.pad(read.repeat_interleave(size, 2), (0, rest), value=True).unsqueeze(2)
+    """(C,) numbers of blocks -> (C, 1, 1, most * size + rest), true for keys that are really read."""
+    read = torch.arange(most, device=counts.device) < counts.unsqueeze(1)
+    return functional.pad(read.repeat_interleave(size, 1), (0, rest), value=True).unflatten(0, (-1, 1, 1))
 
 
 def _to_the_end(blocks: Blocks, length: int) -> Tensor:

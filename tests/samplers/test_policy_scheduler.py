@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import pytest
 import torch
 from torch import Tensor
 
-from flowaccel.samplers import FlowRungeKuttaScheduler, PolicyScheduler
+from flowaccel.samplers import FlowAdamsBashforthScheduler, FlowRungeKuttaScheduler, FlowSampler, PolicyScheduler
 
 
 def walked(scheduler: PolicyScheduler, state: Tensor, copies: int = 1) -> list[tuple[float, ...]]:
@@ -42,16 +44,46 @@ def test_the_last_entry_goes_to_the_end() -> None:
     assert len(walked(scheduler, torch.ones(1, 1, 2, 2))) == 3
 
 
-def test_without_a_policy_it_is_eulers_method() -> None:
-    torch.manual_seed(0)
-    states = []
-    for scheduler in (PolicyScheduler(shift=2.0), FlowRungeKuttaScheduler("euler", shift=2.0)):
-        scheduler.set_timesteps(5)
-        state = torch.linspace(-1, 1, 8).view(2, 1, 2, 2)
-        for timestep in scheduler.timesteps:
-            state = scheduler.step(state.sin(), timestep, state, return_dict=False)[0]
-        states.append(state)
-    torch.testing.assert_close(*states, atol=1e-6, rtol=1e-6)
+def end_of(scheduler: FlowSampler, state: Tensor, steps: int) -> Tensor:
+    """Where a walk ends in which the velocity is the sine of the state."""
+    scheduler.set_timesteps(steps)
+    for timestep in scheduler.timesteps:
+        state = scheduler.step(state.sin(), timestep, state, return_dict=False)[0]
+    return state
+
+
+@pytest.mark.parametrize(("order", "usual"), [(1, FlowRungeKuttaScheduler), (2, FlowAdamsBashforthScheduler)])
+def test_without_a_policy_it_is_the_usual_method(order: Literal[1, 2], usual: type[FlowSampler]) -> None:
+    options = {"solver": "euler"} if order == 1 else {}
+    start = torch.linspace(-1, 1, 8).view(2, 1, 2, 2)
+    wanted = end_of(usual(shift=2.0, **options), start, 5)
+    torch.testing.assert_close(
+        end_of(PolicyScheduler(shift=2.0, solver_order=order), start, 5), wanted, atol=1e-6, rtol=1e-6
+    )
+
+
+def test_second_order_is_of_every_image_alone() -> None:
+    paths = {1.0: (0.6, 0.9), 0.6: (0.0,), 0.9: (0.7,), 0.7: (0.2,), 0.2: (0.0,)}
+
+    def sent(*images: int) -> Tensor:
+        scheduler = PolicyScheduler(solver_order=2)
+        scheduler.decide = lambda velocity, levels: [
+            0.0 if level == 0 else paths[level][image if len(paths[level]) > 1 else 0]
+            for image, level in zip(images, levels, strict=True)
+        ]
+        return end_of(scheduler, torch.linspace(-1, 1, 8).view(2, 1, 2, 2)[list(images)], 6)
+
+    together = sent(0, 1)
+    torch.testing.assert_close(together, torch.cat([sent(0), sent(1)]), atol=0, rtol=0)
+    for image, grid in ((0, [1.0, 0.6, 0.0]), (1, [1.0, 0.9, 0.7, 0.2, 0.0])):
+        fixed = FlowAdamsBashforthScheduler(grid=grid)
+        wanted = end_of(fixed, torch.linspace(-1, 1, 8).view(2, 1, 2, 2)[[image]], len(grid) - 1)
+        torch.testing.assert_close(together[[image]], wanted, atol=1e-6, rtol=1e-6)
+
+
+def test_orders_that_there_are_not() -> None:
+    with pytest.raises(ValueError, match="solver_order must be 1"):
+        PolicyScheduler(solver_order=3)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("levels", [(0.5,), (1.0, 0.5), (1.2, 0.5), (float("nan"), 0.5)])
