@@ -23,21 +23,19 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from _pairs import compared, pairs_table
-from diffusers import FlowMatchEulerDiscreteScheduler
 from rich.console import Console
 from torch import Tensor
 
-from flowaccel import LearnedPolicy, Sampler, report, zoo
+from flowaccel import LearnedPolicy, Sampler, report
 from flowaccel.accelerators import Accelerator
-from flowaccel.accelerators.learned_policy import attach_policy, base_of, load_policy
+from flowaccel.accelerators.learned_policy import attach_policy, load_policy
 from flowaccel.accelerators.policy import Sight
 from flowaccel.cli.common import progress
 from flowaccel.evaluation import (
-    Classes,
     Protocol,
     console_table,
     environment,
@@ -47,45 +45,21 @@ from flowaccel.evaluation import (
     sample_generator,
 )
 from flowaccel.models import AccelerationPolicy
-from flowaccel.models.policy import CACHE, COMPUTE, REUSE, STEP
-from flowaccel.pipelines import load_pipeline
+from flowaccel.models.policy import COMPUTE, REUSE
 from flowaccel.recipe import Recipe, accelerated, preset
-from flowaccel.training.loop import LoopConfig, train
-from flowaccel.training.policy import PolicyObjective, PolicySettings, Task, fidelity, references
-from flowaccel.training.policy_discriminator import DiscriminatorConfig, DiscriminatorTraining, new_discriminator
-from flowaccel.training.policy_rewards import load_reward
-from flowaccel.training.policy_rollout import measured_costs
+from flowaccel.training.loop import train
+from flowaccel.training.policy import Task, fidelity, references
+from flowaccel.training.zoo_policy import STEPS, TASK, TRAININGS, digits_pipeline, save_policy
 
 RESULTS = Path(__file__).parent / "results"
-STEPS, FEWER, BATCH = 30, (6, 8, 10, 12, 15), 25
-TASK = Task(conditions=Classes(tuple(range(10))), size=512, steps=STEPS, seed=1)
-SETTINGS = PolicySettings(groups=8, group_size=8, discount=0.97, fidelity=1.0)
-UPDATES = 500
-FREE = ("ab2@10", "ab_cache:interval=4", "ab_cache:interval=3,order=2", "taylorseer:interval=3")
-
-
-@dataclass(frozen=True)
-class Heads:
-    """Which heads there are, and what they are compared with."""
-
-    levels: tuple[str, ...] = (STEP, CACHE)
-    order: Literal[1, 2] = 1
-    judged: bool = True
-    """Whether a discriminator learns along."""
-    others: tuple[str, ...] = FREE
-    """Recipes of fixed schedules."""
-
-    @property
-    def solver(self) -> str:
-        """The sampler with steps of this order."""
-        return {1: "euler", 2: "ab2"}[self.order]
-
-
-HEADS = {
-    "policy": Heads(),
-    "second": Heads(order=2, judged=False, others=("ab2@6", "ab2@7", "ab2@8", "ab2@10", "ab2@12", FREE[2])),
-    "step": Heads(levels=(STEP,)),
+FEWER, BATCH = (6, 8, 10, 12, 15), 25
+CACHED = "ab_cache:interval=3,order=2"
+FREE = {
+    1: ("ab2@10", "ab_cache:interval=4", CACHED, "taylorseer:interval=3"),
+    2: ("ab2@6", "ab2@7", "ab2@8", "ab2@10", "ab2@12", CACHED),
 }
+"""By the order of a policy's steps, the fixed schedules that it is compared with."""
+SOLVERS = {1: "euler", 2: "ab2"}
 TRACED = 500
 """Images of the training's pool whose paths are written down."""
 
@@ -94,9 +68,9 @@ def main() -> None:
     """Run the stages that were asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stage", nargs="+", choices=tuple(STAGES), default=tuple(STAGES))
-    parser.add_argument("--only", choices=tuple(HEADS), default="policy", help="which heads")
+    parser.add_argument("--only", choices=tuple(TRAININGS), default="policy", help="which heads")
     parser.add_argument("--seed", type=int, default=0, help="train: of heads and decisions; quality: of the samples")
-    parser.add_argument("--updates", type=int, default=UPDATES)
+    parser.add_argument("--updates", type=int, help="default: 500, or 300 over second-order steps")
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--num-samples", type=int, default=1000)
     parser.add_argument("--rounds", type=int, default=8)
@@ -109,94 +83,36 @@ def main() -> None:
         STAGES[stage](arguments)
 
 
-def pipeline() -> Any:
-    """The digits generator with diffusers' own Euler scheduler."""
-    pipe = load_pipeline(zoo.folder("sit-digits"), torch_dtype=torch.float32)
-    pipe.scheduler = FlowMatchEulerDiscreteScheduler()
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
 # -- training
 
 
 def train_stage(arguments: argparse.Namespace) -> None:
     """Train the heads, and write down what every update saw."""
-    folder = arguments.out / arguments.only
+    folder, training = arguments.out / arguments.only, TRAININGS[arguments.only]
     if (folder / "policy").is_dir():
         return
-    pipe, work, kind = pipeline(), folder / "training", HEADS[arguments.only]
-    torch.manual_seed(arguments.seed)
-    heads = AccelerationPolicy(
-        in_channels=pipe.transformer.config.in_channels,
-        condition_dim=pipe.transformer.pos_embed.shape[-1],
-        levels=kind.levels,
-        width=32,
-        max_steps=STEPS,
-        solver_order=kind.order,
-        base=base_of(pipe.transformer),
-    )
-    wanted = goal(pipe, kind, arguments.out)
-    heads.register_to_config(costs=costs(pipe, heads, folder / "costs.json"))
-    discriminator = None
-    if kind.judged:
-        discriminator = DiscriminatorTraining(
-            new_discriminator("conv", tuple(wanted.shape[1:]), arguments.seed),
-            wanted,
-            DiscriminatorConfig(learning_rate=1e-3, seed=arguments.seed),
-        )
-    objective = PolicyObjective(
-        pipe,
-        TASK,
-        load_reward("accuracy:zoo:digits-features"),
-        SETTINGS,
-        wanted,
-        arguments.updates,
-        discriminator,
-        arguments.seed,
-    )
-    loop = LoopConfig(
-        steps=arguments.updates,
-        learning_rate=arguments.learning_rate,
-        cosine=True,
-        ema_decay=0.95,
-        save_every=25,
-        seed=arguments.seed,
-    )
+    pipe, loop = digits_pipeline(), training.loop(arguments.updates, arguments.learning_rate, arguments.seed)
+    heads, goal = training.heads(pipe, folder, arguments.seed), training.goal(pipe, arguments.out)
+    objective = training.objective(pipe, goal, loop)
     started = time.process_time()
     with (folder / "updates.jsonl").open("a") as log:
-        for state in train(heads, objective, loop, work):
-            last = objective.last
+        for state in train(heads, objective, loop, folder / "training"):
+            last, judge = objective.last, objective.discriminator
             assert last is not None
-            seen = {"update": state.step, "discriminator": discriminator and discriminator.accuracy(), **vars(last)}
-            log.write(json.dumps({**seen, "stats": vars(last.stats)}) + "\n")
+            accuracy = judge and judge.accuracy()
+            log.write(
+                json.dumps({"update": state.step, "discriminator": accuracy, **vars(last), "stats": vars(last.stats)})
+                + "\n"
+            )
             if state.step % 10 == 0:
                 log.flush()
                 print(
-                    f"{state.step}/{arguments.updates} reward {last.reward:.3f} cost {last.cost:.2f} steps "
-                    f"{last.steps:.1f} computed {last.computed:.1f} clipped {last.stats.clip_fraction:.0%} "
-                    f"discriminator {seen['discriminator']}",
+                    f"{state.step}/{loop.steps} reward {last.reward:.3f} cost {last.cost:.2f} steps {last.steps:.1f} "
+                    f"computed {last.computed:.1f} clipped {last.stats.clip_fraction:.0%} discriminator {accuracy}",
                     flush=True,
                 )
-    heads.requires_grad_(False).save_pretrained(folder / "policy")
+    save_policy(heads, pipe, folder)
     (folder / "training.json").write_text(json.dumps({"cpu_seconds": time.process_time() - started}) + "\n")
-
-
-def goal(pipe: Any, kind: Heads, folder: Path) -> Tensor:
-    """The images that trained ones are to come near."""
-    if kind.order == 1:
-        return references(pipe, TASK, folder)
-    with accelerated(pipe, Recipe([Sampler("heun")])):
-        return references(pipe, TASK, folder / "converged")
-
-
-def costs(pipe: Any, heads: AccelerationPolicy, file: Path) -> dict[str, Any]:
-    """Measured once."""
-    if not file.exists():
-        found = measured_costs(pipe, heads, lambda: TASK.generate(pipe, range(BATCH)))
-        file.write_text(json.dumps(found) + "\n")
-    kept: dict[str, Any] = json.loads(file.read_text())
-    return kept
 
 
 # -- what it is compared with
@@ -292,7 +208,7 @@ def protocol(arguments: argparse.Namespace) -> Protocol:
 def quality_stage(arguments: argparse.Namespace) -> None:
     """results.json, table.md and claims.json."""
     folder = arguments.out / arguments.only
-    pipe, policy, kind = pipeline(), load_policy(folder / "policy"), HEADS[arguments.only]
+    pipe, policy = digits_pipeline(), load_policy(folder / "policy")
     scale = policy.config.num_train_timesteps
     paths = traced(pipe, policy, TRACED, TASK.seed)
     (folder / "paths.json").write_text(json.dumps(paths) + "\n")
@@ -302,8 +218,12 @@ def quality_stage(arguments: argparse.Namespace) -> None:
     rows = [
         learned,
         Recipe([dealt], name="dealt out", num_inference_steps=STEPS),
-        Recipe([Sampler(kind.solver, {"grid": grid})], name="average path", num_inference_steps=len(grid) - 1),
-        *map(preset, kind.others),
+        Recipe(
+            [Sampler(SOLVERS[policy.config.solver_order], {"grid": grid})],
+            name="average path",
+            num_inference_steps=len(grid) - 1,
+        ),
+        *map(preset, FREE[policy.config.solver_order]),
     ]
     run = folder / "quality"
     with progress() as notify:
@@ -326,7 +246,7 @@ def quality_stage(arguments: argparse.Namespace) -> None:
 def steps_stage(arguments: argparse.Namespace) -> None:
     """How many steps images take, by class and by how hard they are."""
     folder = arguments.out / arguments.only
-    pipe, policy = pipeline(), load_policy(folder / "policy")
+    pipe, policy = digits_pipeline(), load_policy(folder / "policy")
     paths = traced(pipe, policy, TRACED, TASK.seed)
     steps = torch.tensor([float(len(path)) for path in paths])
     computed = torch.tensor([float(sum(on for _, on in path)) for path in paths])
