@@ -102,7 +102,7 @@ class PolicyScheduler(FlowSampler):
             raise ValueError("PolicyScheduler does not inpaint: its images are at different noise levels; use another")
         now = self.levels(len(sample))
         copies, images = len(sample) // len(now), len(now)
-        if index + 1 == len(self.evaluations):
+        if index + 1 == len(self.evaluations) or not any(now):
             after: tuple[float, ...] = (0.0,) * images
         elif self.decide is None:
             after = (self.evaluations[index + 1].sigma,) * images

@@ -194,6 +194,11 @@ def _check(network: nn.Module, layers: Mapping[str, Any]) -> None:
         )
     _refuse_compiled(network)
     for path, layer in layers.items():
+        if isinstance(layer.processor, SparseAttnProcessor):
+            raise RecipeConflictError(
+                f"{SparseAttention.name} and the sparse head of a policy both set how sparse attention is, and another "
+                f"one of them does for {path}; leave one out, such as by LearnedPolicy(levels=('step', 'cache'))"
+            )
         if type(layer.processor) not in PROCESSORS:
             raise RecipeConflictError(
                 f"{SparseAttention.name} takes the place of stock attention processors, and {path} has a "

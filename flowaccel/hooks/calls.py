@@ -146,7 +146,7 @@ class Run:
         return len(self.timesteps) - (self.begin or 0)
 
     def stop(self) -> None:
-        """The present step is the last one, sooner than planned: all images are done."""
+        """All images are done, sooner than planned. Calls that a pipeline still makes belong to the run as well."""
         self.stopped = True
 
     def end(self, failed: bool = False) -> None:

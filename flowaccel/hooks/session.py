@@ -184,7 +184,7 @@ class Session:
             raise
         if run is not None and run.begin is not None:
             run.steps_done += 1
-            if run.stopped or run.steps_done >= run.num_steps:
+            if run.steps_done >= run.num_steps:
                 run.end()
         return returned
 
@@ -206,7 +206,7 @@ class Session:
 
         def close(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             # Of the run that opened it alone: an aborted run's bar may be collected during the next one.
-            run.end(failed=run.steps_done < run.num_steps)
+            run.end(failed=run.steps_done < run.num_steps and not run.stopped)
             return original(*args, **kwargs)
 
         wrap(bar, "close", close)

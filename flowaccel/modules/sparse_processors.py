@@ -94,6 +94,17 @@ class SparseAttnProcessor:
     def __init__(self, stock: Any, path: str, switch: SparseSwitch) -> None:
         self.stock, self.path, self.switch = stock, path, switch
 
+    @property
+    def _attention_backend(self) -> Any:
+        """What diffusers' `set_attention_backend` chose for full attention; an AttributeError where `stock` lets nobody
+        choose, by which diffusers tells.
+        """
+        return self.stock._attention_backend
+
+    @_attention_backend.setter
+    def _attention_backend(self, backend: Any) -> None:
+        self.stock._attention_backend = backend
+
     def _by_row(
         self,
         dense: Callable[[Tensor, Tensor | None], Output],

@@ -206,10 +206,12 @@ class PolicyRuntime:
 
     def _after_step(self, velocity: Tensor, sample: Tensor, result: Tensor) -> None:
         pipe, run = self._session.pipe, self._session.run
-        if pipe.scheduler.done and run is not None:
-            run.stop()
-            if hasattr(pipe, "_interrupt"):
-                pipe._interrupt = True  # the pipeline's own way to leave out the rest of its loop
+        if run is None or run.stopped or not pipe.scheduler.done:
+            return
+        run.stop()
+        if hasattr(pipe, "_interrupt"):  # the pipeline's own way to leave out the rest of its loop
+            pipe._interrupt = True
+            run.at_end.append(lambda: setattr(pipe, "_interrupt", False))
 
 
 @dataclass(frozen=True)
