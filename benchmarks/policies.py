@@ -5,6 +5,7 @@
     python benchmarks/policies.py --stage steps     # needs the first; a minute
     python benchmarks/policies.py --only second   # the same heads over second-order steps
     python benchmarks/policies.py --only step     # the step head alone, as TPDM
+    python benchmarks/policies.py --only one-shot # one number of steps per image, after AdaDiff
 
 `quality` compares the trained heads with the untouched pipeline (Euler, 30 steps), with fewer steps, with training-free
 recipes, with the heads' average path for all images alike, and with paths of the heads that are dealt out to other
@@ -47,7 +48,7 @@ from flowaccel.evaluation import (
     sample_generator,
 )
 from flowaccel.models import AccelerationPolicy
-from flowaccel.models.policy import CACHE, COMPUTE, REUSE, STEP
+from flowaccel.models.policy import CACHE, COMPUTE, COUNT, REUSE, STEP
 from flowaccel.pipelines import load_pipeline
 from flowaccel.recipe import Recipe, accelerated, preset
 from flowaccel.training.loop import LoopConfig, train
@@ -69,6 +70,8 @@ class Heads:
     """Which heads there are, and what they are compared with."""
 
     levels: tuple[str, ...] = (STEP, CACHE)
+    counts: tuple[int, ...] = ()
+    """Of steps, for the count head to choose from."""
     order: Literal[1, 2] = 1
     judged: bool = True
     """Whether a discriminator learns along."""
@@ -85,6 +88,7 @@ HEADS = {
     "policy": Heads(),
     "second": Heads(order=2, judged=False, others=("ab2@6", "ab2@7", "ab2@8", "ab2@10", "ab2@12", FREE[2])),
     "step": Heads(levels=(STEP,)),
+    "one-shot": Heads(levels=(COUNT,), counts=(4, 6, 8, 10, 14, 20, 28)),
 }
 TRACED = 500
 """Images of the training's pool whose paths are written down."""
@@ -131,6 +135,7 @@ def train_stage(arguments: argparse.Namespace) -> None:
         in_channels=pipe.transformer.config.in_channels,
         condition_dim=pipe.transformer.pos_embed.shape[-1],
         levels=kind.levels,
+        counts=kind.counts,
         width=32,
         max_steps=STEPS,
         solver_order=kind.order,
@@ -233,28 +238,32 @@ class DealtOut(Accelerator):
 
     def attach(self, pipe: Any) -> Any:
         policy = load_policy(Path(self.policy_folder))
-        return attach_policy(pipe, policy, Dealer(self.paths, policy.config.num_train_timesteps))
+        return attach_policy(pipe, policy, Dealer(self.paths, policy.config))
 
 
 class Dealer:
     """Gives every image a path by a hash of what the network says of it first."""
 
-    def __init__(self, paths: Sequence[Trace], scale: int) -> None:
-        self.paths, self.scale, self.dealt = paths, scale, {}
+    def __init__(self, paths: Sequence[Trace], config: Any) -> None:
+        self.paths, self.config, self.dealt = paths, config, {}
 
     def jump(self, sight: Sight, levels: Sequence[float]) -> list[float]:
         if sight.step == 0:
-            self.dealt = {
-                image: self._pick(velocity) for image, velocity in zip(sight.images, sight.features, strict=True)
-            }
+            self._deal(sight)
         return [
-            path[sight.step + 1][0] / self.scale if sight.step + 1 < len(path) else 0.0
+            path[sight.step + 1][0] / self.config.num_train_timesteps if sight.step + 1 < len(path) else 0.0
             for path in (self.dealt[image] for image in sight.images)
         ]
 
     def choose(self, level: str, sight: Sight) -> list[int]:
+        if level == COUNT:
+            self._deal(sight)
+            return [self.config.counts.index(len(self.dealt[image])) for image in sight.images]
         computed = [self.dealt[image][min(sight.step, len(self.dealt[image]) - 1)][1] for image in sight.images]
         return [COMPUTE if on else REUSE for on in computed]
+
+    def _deal(self, sight: Sight) -> None:
+        self.dealt = {image: self._pick(velocity) for image, velocity in zip(sight.images, sight.features, strict=True)}
 
     def _pick(self, velocity: Tensor) -> Trace:
         digest = hashlib.sha256(velocity.mul(100).round().to(torch.int16).numpy().tobytes()).digest()
