@@ -5,6 +5,7 @@
     python benchmarks/policies.py --stage steps     # needs the first; a minute
     python benchmarks/policies.py --only second   # the same heads over second-order steps
     python benchmarks/policies.py --only step     # the step head alone, as TPDM
+    python benchmarks/policies.py --only one-shot # one number of steps per image, after AdaDiff
 
 `quality` compares the trained heads with the untouched pipeline (Euler, 30 steps), with fewer steps, with training-free
 recipes, with the heads' average path for all images alike, and with paths of the heads that are dealt out to other
@@ -45,7 +46,7 @@ from flowaccel.evaluation import (
     sample_generator,
 )
 from flowaccel.models import AccelerationPolicy
-from flowaccel.models.policy import COMPUTE, REUSE
+from flowaccel.models.policy import COMPUTE, COUNT, REUSE
 from flowaccel.recipe import Recipe, accelerated, preset
 from flowaccel.training.loop import train
 from flowaccel.training.policy import Task, fidelity, references
@@ -149,28 +150,32 @@ class DealtOut(Accelerator):
 
     def attach(self, pipe: Any) -> Any:
         policy = load_policy(Path(self.policy_folder))
-        return attach_policy(pipe, policy, Dealer(self.paths, policy.config.num_train_timesteps))
+        return attach_policy(pipe, policy, Dealer(self.paths, policy.config))
 
 
 class Dealer:
     """Gives every image a path by a hash of what the network says of it first."""
 
-    def __init__(self, paths: Sequence[Trace], scale: int) -> None:
-        self.paths, self.scale, self.dealt = paths, scale, {}
+    def __init__(self, paths: Sequence[Trace], config: Any) -> None:
+        self.paths, self.config, self.dealt = paths, config, {}
 
     def jump(self, sight: Sight, levels: Sequence[float]) -> list[float]:
         if sight.step == 0:
-            self.dealt = {
-                image: self._pick(velocity) for image, velocity in zip(sight.images, sight.features, strict=True)
-            }
+            self._deal(sight)
         return [
-            path[sight.step + 1][0] / self.scale if sight.step + 1 < len(path) else 0.0
+            path[sight.step + 1][0] / self.config.num_train_timesteps if sight.step + 1 < len(path) else 0.0
             for path in (self.dealt[image] for image in sight.images)
         ]
 
     def choose(self, level: str, sight: Sight) -> list[int]:
+        if level == COUNT:
+            self._deal(sight)
+            return [self.config.counts.index(len(self.dealt[image])) for image in sight.images]
         computed = [self.dealt[image][min(sight.step, len(self.dealt[image]) - 1)][1] for image in sight.images]
         return [COMPUTE if on else REUSE for on in computed]
+
+    def _deal(self, sight: Sight) -> None:
+        self.dealt = {image: self._pick(velocity) for image, velocity in zip(sight.images, sight.features, strict=True)}
 
     def _pick(self, velocity: Tensor) -> Trace:
         digest = hashlib.sha256(velocity.mul(100).round().to(torch.int16).numpy().tobytes()).digest()

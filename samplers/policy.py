@@ -11,7 +11,7 @@ import torch
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
-from flowaccel.samplers.base import Evaluation, FlowSampler, TimeShift
+from flowaccel.samplers.base import Evaluation, FlowSampler, TimeShift, starting_levels
 from flowaccel.samplers.formulas import extrapolated
 
 Decide = Callable[[Tensor, tuple[float, ...]], Sequence[float]]
@@ -31,7 +31,7 @@ class PolicyScheduler(FlowSampler):
         solver_order: 1 for Euler's method, as in the papers; 2 for Adams-Bashforth's of second order, which takes the
             velocity of the step before along and allows for steps of different width.
         num_train_timesteps, shift, use_dynamic_shifting, base_shift, max_shift, base_image_seq_len, max_image_seq_len,
-            time_shift_type: the grid, as in `FlowTurboScheduler`; only used without `decide`.
+            time_shift_type: the grid, as in `FlowTurboScheduler`; only used without `decide` and by `usual_grid`.
 
     Raises:
         ValueError: another order.
@@ -56,6 +56,7 @@ class PolicyScheduler(FlowSampler):
         if solver_order not in (1, 2):
             raise ValueError(f"solver_order must be 1 (Euler) or 2 (Adams-Bashforth), got {solver_order!r}")
         self._initialise()
+        self._mu: float | None = None
         self._forget()
 
     def set_timesteps(
@@ -78,6 +79,16 @@ class PolicyScheduler(FlowSampler):
             if most is not None and num_inference_steps is not None:
                 num_inference_steps = min(num_inference_steps, most)
         super().set_timesteps(num_inference_steps, device=device, sigmas=sigmas, mu=mu, first_step=first_step)
+        self._mu = mu
+
+    def usual_grid(self, steps: int) -> list[float]:
+        """The steps + 1 noise levels, from 1 to 0, that this run would step over without `decide`, were it asked for so
+        many steps: with the shift of the run, whatever its own number of steps.
+
+        Raises:
+            ValueError: fewer than 1, or before `set_timesteps` where that is what gives the shift.
+        """
+        return self._shifted_grid(starting_levels(steps, None), self._mu)
 
     def _plan(self, steps: int) -> list[Evaluation]:
         return [Evaluation(step=step, stage=0, sigma=self.grid[step]) for step in range(self.first_step, steps)]

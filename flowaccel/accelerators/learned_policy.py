@@ -1,4 +1,5 @@
-"""Learned policies: heads that decide per image and step what is computed (RAPID3, arXiv 2509.22323)."""
+"""Learned policies: heads that decide per image and step what is computed (RAPID3, arXiv 2509.22323), or once per image
+how many steps it takes (after AdaDiff)."""
 
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ from flowaccel.accelerators.serial import learned
 from flowaccel.errors import RecipeConflictError
 from flowaccel.hooks import Identity, denoiser, session_of
 from flowaccel.models import AccelerationPolicy
-from flowaccel.models.policy import STEP, check_levels
+from flowaccel.models.policy import TIMED, check_levels
 from flowaccel.samplers import PolicyScheduler
 
 FOLDER = "policy"
@@ -26,7 +27,8 @@ FOLDER = "policy"
 
 @dataclass(frozen=True)
 class LearnedPolicy(Accelerator):
-    """Let the heads of a policy decide, for every image on its own, where in time to go next and whether blocks run.
+    """Let the heads of a policy decide, for every image on its own, where in time to go next, or once for all how many
+    steps to take, and whether blocks run.
 
     `num_inference_steps` of the pipeline is then the most steps that an image takes.
 
@@ -37,7 +39,7 @@ class LearnedPolicy(Accelerator):
 
     Raises:
         TypeError: `policy` is none of these.
-        ValueError: no levels or unknown ones.
+        ValueError: no levels, unknown ones, or both `step` and `count`.
     """
 
     name: ClassVar[str] = "learned_policy"
@@ -60,7 +62,7 @@ class LearnedPolicy(Accelerator):
         return super().tags | {"cache", "scheduler"}
 
     def attach(self, pipe: Any) -> Detach:
-        """Surround the network's calls and exchange the scheduler, where the policy has a step head.
+        """Surround the network's calls and exchange the scheduler, where the policy has a head that chooses times.
 
         Raises:
             RecipeConflictError: a policy for another network or another scale of time.
@@ -104,7 +106,7 @@ def attach_policy(
     _check(pipe, policy, levels)
     config = policy.config
     with ExitStack() as undo:
-        if STEP in levels:
+        if TIMED & set(levels):
             options = {"max_steps": config.max_steps, "solver_order": config.solver_order}
             undo.callback(exchanged_scheduler(pipe, PolicyScheduler, "a policy", **options))
         undo.callback(PolicyRuntime(source, levels, policy, session_of(pipe)).attach())

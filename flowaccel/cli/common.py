@@ -55,6 +55,18 @@ ArgumentOption = Annotated[
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 
 
+def whole_numbers(option: str, text: str) -> tuple[int, ...]:
+    """Whole numbers between commas.
+
+    Raises:
+        ValueError: something else.
+    """
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdigit() for part in parts):
+        raise ValueError(f"{option} must be whole numbers between commas, such as 4,16, got {text!r}")
+    return tuple(int(part) for part in parts)
+
+
 def resolve_device(name: str) -> str:
     """A device name that this machine has.
 

@@ -20,6 +20,7 @@ from flowaccel.cli.common import (
     friendly_errors,
     open_pipeline,
     say,
+    whole_numbers,
 )
 from flowaccel.cli.common import progress as progress_bar
 from flowaccel.cli.train import known_data, training_data
@@ -84,9 +85,9 @@ def mediators(
     """
     with friendly_errors(" The last checkpoint is kept; the same command goes on from there."):
         settings = MediatorSettings(
-            counts=_numbers("--counts", counts),
+            counts=whole_numbers("--counts", counts),
             per_layer=per_layer,
-            layers=None if layers is None else _numbers("--layers", layers),
+            layers=None if layers is None else whole_numbers("--layers", layers),
             use_bias=bias,
             use_dwc=dwc,
         )
@@ -124,18 +125,6 @@ def mediators(
             as_json,
             lambda: say(f"wrote the recipe to {out}; loss {loss}"),
         )
-
-
-def _numbers(option: str, text: str) -> tuple[int, ...]:
-    """Whole numbers between commas.
-
-    Raises:
-        ValueError: something else.
-    """
-    parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdigit() for part in parts):
-        raise ValueError(f"{option} must be whole numbers between commas, such as 4,16, got {text!r}")
-    return tuple(int(part) for part in parts)
 
 
 def _feature_weight(method: str, given: float | None) -> float:

@@ -26,6 +26,7 @@ from flowaccel.cli.common import (
     friendly_errors,
     open_pipeline,
     say,
+    whole_numbers,
 )
 from flowaccel.cli.common import progress as progress_bar
 from flowaccel.cli.generate import call_arguments, parse_conditions
@@ -54,7 +55,10 @@ def policy(
             "zoo:digits-features, CLIP such as zoo:shapes-clip."
         ),
     ],
-    levels: Annotated[str, typer.Option(help="Heads: step, cache, sparse.")] = "step,cache",
+    levels: Annotated[str, typer.Option(help="Heads: step or count, cache, sparse.")] = "step,cache",
+    counts: Annotated[
+        str | None, typer.Option(help="With the head count: the numbers of steps that it chooses from, as 4,6,8,12,20.")
+    ] = None,
     steps: Annotated[int, typer.Option(min=2, help="Of untouched images, and the most of accelerated ones.")] = 28,
     updates: Annotated[int, typer.Option(min=1)] = 600,
     groups: Annotated[int, typer.Option(min=1, help="Samples per update.")] = 8,
@@ -119,7 +123,11 @@ def policy(
             arguments=tuple(arguments.items()),
         )
         worth = load_reward(reward, pipeline.device)
-        options = {"width": head_width, "solver_order": solver_order}
+        options = {
+            "width": head_width,
+            "solver_order": solver_order,
+            "counts": () if counts is None else whole_numbers("--counts", counts),
+        }
         heads = _heads(pipeline, task, tuple(part.strip() for part in levels.split(",")), options, seed)
         work = out / "training"
         with progress_bar() as notify:
@@ -134,6 +142,7 @@ def policy(
             "levels": levels,
             "pool": pool,
             "untouched_steps": steps,
+            **options,
             **asdict(settings),
         }
         with Live(refresh_per_second=1, transient=True, console=console) as live:
@@ -152,7 +161,7 @@ def policy(
 
 
 def _heads(
-    pipeline: Any, task: Task, levels: tuple[str, ...], options: dict[str, int], seed: int
+    pipeline: Any, task: Task, levels: tuple[str, ...], options: dict[str, Any], seed: int
 ) -> AccelerationPolicy:
     """Fresh heads for the pipeline."""
     network = denoiser(pipeline)

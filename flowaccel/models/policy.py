@@ -1,5 +1,5 @@
 """A learned acceleration policy: which heads it has, what they see, and how likely they find what was chosen (RAPID3,
-arXiv 2509.22323; its step head alone is TPDM, arXiv 2412.01243).
+arXiv 2509.22323; its step head alone is TPDM, arXiv 2412.01243; one number of steps per image is AdaDiff's idea).
 """
 
 from __future__ import annotations
@@ -22,11 +22,15 @@ from flowaccel.modules.policy_heads import (
     logits_of,
 )
 
-STEP, CACHE, SPARSE = "step", "cache", "sparse"
-LEVELS = (STEP, CACHE, SPARSE)
-"""Where a policy saves: jumps in time; blocks whose residual is reused; query-key pairs of attention."""
+STEP, CACHE, SPARSE, COUNT = "step", "cache", "sparse", "count"
+LEVELS = (STEP, CACHE, SPARSE, COUNT)
+"""Where a policy saves: jumps in time; blocks whose residual is reused; query-key pairs of attention; steps, by their
+number."""
+TIMED = frozenset((STEP, COUNT))
+"""Those that choose the times of an image, of which there can be one."""
 COMPUTE, REUSE = 0, 1
-"""The choices of the cache head. Of the sparse head, 0 is dense and the others are its levels."""
+"""The choices of the cache head. Of the sparse head, 0 is dense and the others are its levels; of the count head, they
+are the indices of `counts`."""
 _JUMP_BIAS = (2.5, 1.0)
 _REUSE_SHARE, _DENSE_SHARE = 0.1, 0.85
 
@@ -53,25 +57,30 @@ class Choices:
 
 
 class AccelerationPolicy(ModelMixin, ConfigMixin):
-    """Up to three heads that watch a run and decide, per image and step, what is computed; the network stays frozen.
+    """Up to three heads that watch a run and decide, per image, what is computed; the network stays frozen.
 
     - `step` sees the predicted velocity and says which share of the time that is left the next step keeps.
     - `cache` sees how far the image has moved since its blocks were last computed and says whether what they added is
       reused.
     - `sparse` sees the image and says how many query-key pairs are left out.
+    - `count`, in the place of `step`, sees the first predicted velocity and says, once, how many steps of the
+      scheduler's usual grid the image takes. The idea is AdaDiff's, which looks at the prompt alone; the rest is a
+      reconstruction. The first prediction costs nothing more, because it is the same for all counts.
 
-    All see the embedding that modulates the network's blocks, too.
+    All but the last decide at every step, and all see the embedding that modulates the network's blocks, too.
 
     Args:
         in_channels: C of what the network takes and returns, as a map: 64 for FLUX, whose latents are packed.
         condition_dim: D of the embedding that modulates the blocks.
         levels: which heads there are.
         sparsity: the shares of key blocks that the levels of the sparse head keep, falling; needs the head.
+        counts: the numbers of steps that the count head chooses from, whole and rising; needs the head. One that is
+            above the number of steps of a run is cut to it.
         width: of the heads.
         num_train_timesteps: the scale of time.
         max_steps: the most steps it was trained with; None for any number.
         max_reuse: the most steps in a row that blocks are not computed.
-        smallest: times below this are taken for 0, or the last steps would be tiny.
+        smallest: times below this are taken for 0 by the step head, or its last steps would be tiny.
         sparse_tokens: the fewest tokens of an image whose attention is made sparse; below 4096 it does not pay.
         dense_blocks: so many of the network's first blocks, and of its last, keep full attention.
         solver_order: of the steps between chosen times: 1 for Euler's, as in the papers, 2 for Adams-Bashforth's.
@@ -80,7 +89,8 @@ class AccelerationPolicy(ModelMixin, ConfigMixin):
         base: the network that it was trained for, by class and a hash of its configuration; None for any.
 
     Raises:
-        ValueError: no levels or unknown ones, sparsity that does not fall or without its head, numbers out of range.
+        ValueError: no levels, unknown ones, or both `step` and `count`; sparsity that does not fall, counts that do not
+            rise, either without its head; numbers out of range.
     """
 
     @register_to_config
@@ -90,6 +100,7 @@ class AccelerationPolicy(ModelMixin, ConfigMixin):
         condition_dim: int = 1536,
         levels: Sequence[str] = (STEP, CACHE),
         sparsity: Sequence[float] = (),
+        counts: Sequence[int] = (),
         width: int = 128,
         num_train_timesteps: int = 1000,
         max_steps: int | None = 28,
@@ -104,6 +115,7 @@ class AccelerationPolicy(ModelMixin, ConfigMixin):
         super().__init__()
         check_levels(levels)
         _check_sparsity(SPARSE in levels, sparsity)
+        _check_counts(COUNT in levels, counts)
         for name, value, lowest in (
             ("max_reuse", max_reuse, 1),
             ("smallest", smallest, 1),
@@ -119,6 +131,7 @@ class AccelerationPolicy(ModelMixin, ConfigMixin):
             # and the time since it was computed
             CACHE: (1, logits_of(1 - _REUSE_SHARE, _REUSE_SHARE)),
             SPARSE: (0, dense),
+            COUNT: (0, (0.0,) * len(counts)),
         }
         self.heads = nn.ModuleDict(
             {
@@ -152,9 +165,11 @@ class AccelerationPolicy(ModelMixin, ConfigMixin):
 
 
 def check_levels(levels: Sequence[str]) -> None:
-    """Raise a ValueError unless there is at least one, and all are known."""
+    """Raise a ValueError unless there is at least one, all are known, and at most one of them chooses times."""
     if isinstance(levels, str) or not levels or set(levels) - set(LEVELS):
         raise ValueError(f"levels must hold at least one of {', '.join(LEVELS)}, got {levels!r}")
+    if set(levels) >= TIMED:
+        raise ValueError(f"levels must not hold both 'step' and 'count', which choose the same times, got {levels!r}")
 
 
 def _check_sparsity(head: bool, sparsity: Sequence[float]) -> None:
@@ -163,3 +178,13 @@ def _check_sparsity(head: bool, sparsity: Sequence[float]) -> None:
         raise ValueError(f"sparsity must hold shares in (0, 1) that fall, such as (0.75, 0.6, 0.5), got {sparsity!r}")
     if bool(sparsity) != head:
         raise ValueError(f"sparsity and the level 'sparse' come together, got sparsity={sparsity!r}")
+
+
+def _check_counts(head: bool, counts: Sequence[int]) -> None:
+    whole = all(isinstance(count, int) and not isinstance(count, bool) and count >= 1 for count in counts)
+    if not whole or any(later <= earlier for earlier, later in itertools.pairwise(counts)):
+        raise ValueError(
+            f"counts must hold whole numbers of at least 1 that rise, such as (4, 6, 8, 12, 20), got {counts!r}"
+        )
+    if bool(counts) != head:
+        raise ValueError(f"counts and the level 'count' come together, got counts={counts!r}")

@@ -15,7 +15,7 @@ from flowaccel.accelerators.policy import HeadSource, Sight, Source
 from flowaccel.evaluation import measure_latency
 from flowaccel.hooks import COND, CallRecord, denoiser, session_of
 from flowaccel.models import AccelerationPolicy
-from flowaccel.models.policy import CACHE, COMPUTE, REUSE, SPARSE, STEP, Choices
+from flowaccel.models.policy import CACHE, COMPUTE, COUNT, REUSE, SPARSE, STEP, Choices
 from flowaccel.recipe import Recipe, accelerated
 
 Generate = Callable[[], Any]
@@ -119,6 +119,7 @@ class _Overruled:
 
     heads: HeadSource
     steps: int
+    """Or the nearest number that the count head has."""
     cache: int
     """The choice of the cache head at all steps but the first."""
     sparse: int
@@ -130,7 +131,9 @@ class _Overruled:
 
     def choose(self, level: str, sight: Sight) -> list[int]:
         self.heads.choose(level, sight)
-        return [self.cache if level == CACHE else self.sparse] * len(sight.images)
+        distance = [abs(count - self.steps) for count in self.heads.policy.config.counts]
+        nearest = distance.index(min(distance)) if distance else 0
+        return [{CACHE: self.cache, SPARSE: self.sparse, COUNT: nearest}[level]] * len(sight.images)
 
 
 def measured_costs(
@@ -142,14 +145,15 @@ def measured_costs(
         pipe: a pipeline that is not accelerated.
         policy: the policy.
         generate: calls the pipeline; for at least `steps` steps.
-        steps: of every timed run.
+        steps: of every timed run, if a step head chooses its times; a count head takes the nearest number that it has.
         rounds: of interleaved runs; medians are taken.
 
     Returns:
-        `reuse`: of a step whose blocks are reused; `sparse`: of a step at each level of the sparse head.
+        `reuse`: of a step whose blocks are reused, if there was one; `sparse`: of a step at each level of the sparse
+        head; `dense_seconds`: of a dense step of the batch.
     """
 
-    def run(cache: int, sparse: int) -> Callable[[], Any]:
+    def run(cache: int, sparse: int) -> Callable[[], Rollout]:
         source = _Overruled(HeadSource(policy), steps, cache, sparse)
         return lambda: roll_out(pipe, policy, generate, source)
 
@@ -158,14 +162,17 @@ def measured_costs(
         calls["reuse"] = run(REUSE, 0)
     for level in range(1, 1 + len(policy.config.sparsity)):
         calls[f"sparse{level}"] = run(COMPUTE, level)
+    # how many steps there are, and which of them the rails force, depends on the levels
+    done = {name: call().executed for name, call in calls.items()}
     timings = {
         name: timing.median
         for name, timing in measure_latency(calls, rounds=rounds, device=denoiser(pipe).device).items()
     }
-    dense = timings["dense"] / steps
+    dense = timings["dense"] / int(done["dense"].computed[0])
     found: dict[str, Any] = {"dense_seconds": dense}
-    if "reuse" in timings:
-        found["reuse"] = (timings["reuse"] - dense) / (steps - 1) / dense
+    if "reuse" in done and bool(done["reuse"].reused.any()):
+        computed, reused = int(done["reuse"].computed[0]), int(done["reuse"].reused[done["reuse"].image == 0].sum())
+        found["reuse"] = (timings["reuse"] / dense - computed) / reused
     if SPARSE in policy.levels:
         found["sparse"] = [timings[name] / timings["dense"] for name in timings if name.startswith("sparse")]
     return found

@@ -17,7 +17,7 @@ from flowaccel.accelerators import LearnedPolicy, Sampler
 from flowaccel.accelerators.learned_policy import base_of
 from flowaccel.evaluation import Classes
 from flowaccel.models import AccelerationPolicy
-from flowaccel.models.policy import CACHE, STEP
+from flowaccel.models.policy import CACHE, COUNT, STEP
 from flowaccel.pipelines import load_pipeline
 from flowaccel.recipe import Recipe, accelerated
 from flowaccel.training.loop import LoopConfig, Progress, train
@@ -38,6 +38,8 @@ class Training:
     """One policy and how it is trained."""
 
     levels: tuple[str, ...] = (STEP, CACHE)
+    counts: tuple[int, ...] = ()
+    """Of steps, for a count head to choose from."""
     order: Literal[1, 2] = 1
     """Of its steps. With 2, images are to come near to where the network's differential equation leads (Heun's method),
     with 1 to what the pipeline's own steps make of it."""
@@ -70,6 +72,7 @@ class Training:
             in_channels=pipe.transformer.config.in_channels,
             condition_dim=pipe.transformer.pos_embed.shape[-1],
             levels=self.levels,
+            counts=self.counts,
             width=32,
             max_steps=STEPS,
             solver_order=self.order,
@@ -97,8 +100,9 @@ TRAININGS = {
     "policy": Training(),
     "second": Training(order=2, judged=False, updates=300),
     "step": Training(levels=(STEP,)),
+    "one-shot": Training(levels=(COUNT,), counts=(4, 6, 8, 10, 14, 20, 28)),
 }
-"""The paper's with two of its levels; the same over steps of second order; TPDM's (arXiv 2412.01243)."""
+"""The paper's with two of its levels; the same over steps of second order; as TPDM (arXiv 2412.01243); as AdaDiff."""
 
 
 def digits_pipeline() -> Any:

@@ -25,12 +25,14 @@ from flowaccel import (
 )
 from flowaccel.accelerators.learned_policy import attach_policy, base_of
 from flowaccel.accelerators.policy import HeadSource, ScriptSource, runtime
+from flowaccel.accelerators.sampler import exchanged_scheduler
 from flowaccel.hooks import denoiser
 from flowaccel.models import AccelerationPolicy
-from flowaccel.models.policy import CACHE, SPARSE, STEP
+from flowaccel.models.policy import CACHE, COUNT, SPARSE, STEP
 from flowaccel.samplers import PolicyScheduler
 
 STEPS = 6
+ONE_SHOT: dict[str, Any] = {"levels": (COUNT, CACHE), "counts": (2, 4, 7, 11)}
 CASE = pytest.mark.parametrize("case", [CASES[name] for name in ("sit", "sd3", "flux")], ids=["sit", "sd3", "flux"])
 
 
@@ -98,10 +100,43 @@ def test_images_of_different_length_are_what_they_are_alone(case: Case) -> None:
         assert_close(together[image : image + 1], alone)
 
 
-@CASE
-def test_heads_decide_for_every_image_alone(case: Case) -> None:
+@pytest.mark.parametrize(
+    "case", [CASES[name] for name in ("sit", "sd3", "flux", "flux_img2img")], ids=lambda case: case.name
+)
+def test_a_forced_count_is_the_plain_run_of_so_many_steps(case: Case) -> None:
+    """On the grid of that number, shifted as the pipeline's scheduler is, and from where the run starts."""
     pipe = pipeline(case)
-    policy = policy_for(pipe)
+    policy = policy_for(pipe, max_steps=None, **ONE_SHOT)
+    back = exchanged_scheduler(pipe, PolicyScheduler, "a test")
+    plain = {count: case(pipe, batch=2, steps=count) for count in (2, 4, 6)}
+    back()
+    for choice, count in enumerate((2, 4)):
+        source = ScriptSource(choices={COUNT: [[choice]]})
+        assert torch.equal(driven(pipe, case, source, policy, batch=2, steps=14), plain[count])
+    longest = ScriptSource(choices={COUNT: [[3]]})
+    assert torch.equal(driven(pipe, case, longest, policy, batch=2, steps=6), plain[6])
+    bounded = policy_for(pipe, max_steps=6, **ONE_SHOT)
+    assert torch.equal(driven(pipe, case, longest, bounded, batch=2, steps=14), plain[6])
+
+
+@CASE
+def test_a_batch_mixes_counts(case: Case) -> None:
+    pipe = pipeline(case)
+    policy = policy_for(pipe, **ONE_SHOT)
+    counts, reuse = [[2], [0]], [[0, 1, 0, 1, 1, 0, 0], [0, 1]]
+    together = driven(pipe, case, ScriptSource(choices={COUNT: counts, CACHE: reuse}), policy, batch=2, steps=9)
+    for image in range(2):
+        source = ScriptSource(choices={COUNT: [counts[image]], CACHE: [reuse[image]]})
+        alone = driven(pipe, case, source, policy, batch=1, seed=3 + image, steps=9)
+        assert_close(together[image : image + 1], alone)
+
+
+@pytest.mark.parametrize("config", [{}, ONE_SHOT], ids=["step", "count"])
+@CASE
+def test_heads_decide_for_every_image_alone(case: Case, config: dict[str, Any]) -> None:
+    pipe = pipeline(case)
+    seed = 3 if case.name == "sit" and config else 0  # of heads that do not decide alike about all
+    policy = policy_for(pipe, seed, **config)
     with accelerated(pipe, LearnedPolicy(policy)):
         together = case(pipe, batch=3, steps=20)
         taken = paths(pipe)
@@ -216,12 +251,13 @@ def test_one_level_alone() -> None:
     assert torch.equal(case(pipe, batch=1, steps=STEPS), plain)
 
 
-def test_saved_and_loaded_it_decides_the_same(tmp_path: Path) -> None:
-    case = CASES["sit"]
+@pytest.mark.parametrize("config", [{}, ONE_SHOT], ids=["step", "count"])
+def test_saved_and_loaded_it_decides_the_same(tmp_path: Path, config: dict[str, Any]) -> None:
+    case, used = CASES["sit"], (COUNT if config else STEP,)
     pipe = pipeline(case)
-    accelerate(pipe, LearnedPolicy(policy_for(pipe, base=base_of(denoiser(pipe))), levels=(STEP,)))
+    accelerate(pipe, LearnedPolicy(policy_for(pipe, base=base_of(denoiser(pipe)), **config), levels=used))
     before, taken = case(pipe, batch=2, steps=20), paths(pipe)
-    Recipe([LearnedPolicy(policy_for(pipe), levels=(STEP,))]).save_pretrained(tmp_path)
+    Recipe([LearnedPolicy(policy_for(pipe, **config), levels=used)]).save_pretrained(tmp_path)
     restore(pipe)
     with accelerated(pipe, tmp_path):
         assert torch.equal(case(pipe, batch=2, steps=20), before)
@@ -239,6 +275,8 @@ def test_it_refuses_what_it_was_not_made_for() -> None:
         accelerate(pipe, LearnedPolicy(policy_for(pipe, levels=(STEP,)), levels=(CACHE,)))
     with pytest.raises(ValueError, match="levels must hold at least one"):
         LearnedPolicy(levels=())
+    with pytest.raises(ValueError, match="must not hold both 'step' and 'count'"):
+        LearnedPolicy(levels=(STEP, COUNT))
     with pytest.raises(ValueError, match="looks at 9 channels"):
         accelerate(pipe, LearnedPolicy(AccelerationPolicy(in_channels=9, condition_dim=conditioned(pipe))))
     with pytest.raises(TypeError, match="must be an AccelerationPolicy"):

@@ -33,11 +33,25 @@ def test_train_resume_generate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert len(list(Path("digits").glob("*.png"))) == 2
 
 
+def test_one_shot(tmp_path: Path) -> None:
+    out = str(tmp_path / "mine")
+    one_shot = [*TRAIN, *FAST, "--out", out, "--levels", "count", "--save-every", "1"]
+    said = json.loads(run(*one_shot, "--counts", "1,3", "--json").stdout)
+    assert 1 <= said["cost"] <= 3
+    heads = AccelerationPolicy.from_pretrained(f"{out}/policy")
+    assert heads.levels == ("count",) and list(heads.config.counts) == [1, 3]
+    assert "other settings" in fails(*one_shot, "--counts", "1,4")
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (["--group-size", "1"], "group_size must be at least 2, got 1"),
         (["--levels", "width"], "levels must hold at least one of step, cache, sparse"),
+        (["--levels", "step,count", "--counts", "2,4"], "levels must not hold both 'step' and 'count'"),
+        (["--levels", "count"], "counts and the level 'count' come together"),
+        (["--counts", "2,4"], "counts and the level 'count' come together"),
+        (["--levels", "count", "--counts", "few"], "--counts must be whole numbers between commas"),
         (["--reward", "beauty"], "accuracy:zoo:digits-features"),
         (["--discriminator", "nobody"], "discriminator must be conv, zoo:NAME or clip:PATH"),
         (["--discount", "1.5"], "discount must lie in (0, 1), got 1.5"),

@@ -8,10 +8,13 @@ import pytest
 import torch
 
 from flowaccel.models import AccelerationPolicy
-from flowaccel.models.policy import CACHE, SPARSE, STEP, Choices
+from flowaccel.models.policy import CACHE, COUNT, SPARSE, STEP, Choices
 from flowaccel.modules.policy_heads import jump_distribution, jump_mode
 
 SMALL = {"in_channels": 3, "condition_dim": 6, "width": 8}
+
+
+COUNTED = {"levels": (COUNT, CACHE), "counts": (4, 6, 10), "sparsity": ()}
 
 
 def policy(**config: object) -> AccelerationPolicy:
@@ -30,6 +33,11 @@ def test_at_first_it_jumps_like_tpdm_and_hardly_reuses() -> None:
     assert torch.allclose(heads(CACHE, features, gap).softmax(dim=1)[:, 1], torch.tensor(0.1), atol=0.01)
     shares = heads(SPARSE, features, condition).softmax(dim=1)
     assert torch.allclose(shares, torch.tensor([0.85, 0.075, 0.075]), atol=0.01)
+
+
+def test_at_first_all_counts_are_as_likely() -> None:
+    shares = policy(**COUNTED)(COUNT, torch.randn(4, 3, 8, 8), torch.randn(4, 6)).softmax(dim=1)
+    assert torch.allclose(shares, torch.full((4, 3), 1 / 3), atol=0.01)
 
 
 def test_likelihoods_are_of_what_was_sampled() -> None:
@@ -74,6 +82,14 @@ def test_saved_and_loaded(tmp_path: Path) -> None:
         ({"sparsity": (1.2, 0.7)}, "that fall"),
         ({"sparsity": ()}, "come together"),
         ({"levels": (STEP,)}, "come together"),
+        (COUNTED | {"counts": ()}, "counts and the level 'count' come together"),
+        ({"counts": (4, 6)}, "counts and the level 'count' come together"),
+        (COUNTED | {"counts": (4, 4)}, "that rise, such as"),
+        (COUNTED | {"counts": (6, 4)}, "that rise, such as"),
+        (COUNTED | {"counts": (0, 4)}, "whole numbers of at least 1"),
+        (COUNTED | {"counts": (4.0, 6.0)}, "whole numbers of at least 1"),
+        (COUNTED | {"counts": (True, 4)}, "whole numbers of at least 1"),
+        (COUNTED | {"levels": (STEP, COUNT)}, "must not hold both 'step' and 'count'"),
         ({"max_reuse": 0}, "max_reuse must be at least 1"),
         ({"max_steps": 0}, "max_steps must be at least 1"),
     ],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -60,6 +60,24 @@ def test_without_a_policy_it_is_the_usual_method(order: Literal[1, 2], usual: ty
     torch.testing.assert_close(
         end_of(PolicyScheduler(shift=2.0, solver_order=order), start, 5), wanted, atol=1e-6, rtol=1e-6
     )
+
+
+@pytest.mark.parametrize(
+    ("options", "mu"),
+    [
+        ({"shift": 3.0}, None),
+        ({"use_dynamic_shifting": True}, 0.7),
+        ({"use_dynamic_shifting": True, "time_shift_type": "linear"}, 0.7),
+    ],
+)
+def test_the_usual_grid_is_that_of_a_run_without_a_policy(options: dict[str, Any], mu: float | None) -> None:
+    plain, deciding = PolicyScheduler(**options), PolicyScheduler(**options, max_steps=7)
+    plain.set_timesteps(5, mu=mu)
+    deciding.decide = lambda velocity, levels: [0.0] * len(levels)
+    deciding.set_timesteps(9, mu=mu)
+    assert deciding.usual_grid(5) == plain.grid
+    with pytest.raises(ValueError, match="must be at least 1, got 0"):
+        deciding.usual_grid(0)
 
 
 def test_second_order_is_of_every_image_alone() -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from flowaccel.models.policy import CACHE, LEVELS, REUSE, SPARSE, STEP, AccelerationPolicy, Choices
+from flowaccel.models.policy import CACHE, REUSE, SPARSE, STEP, AccelerationPolicy, Choices
 from flowaccel.training.policy_objective import (
     MOST_CLIPPED,
     PolicyStats,
@@ -32,7 +32,9 @@ IMAGES = GROUPS * SIZE
 
 def policy(seed: int = 0) -> AccelerationPolicy:
     torch.manual_seed(seed)
-    return AccelerationPolicy(in_channels=2, condition_dim=3, levels=LEVELS, sparsity=(0.75, 0.5), width=8)
+    return AccelerationPolicy(
+        in_channels=2, condition_dim=3, levels=(STEP, CACHE, SPARSE), sparsity=(0.75, 0.5), width=8
+    )
 
 
 def rollout(actor: AccelerationPolicy, seed: int = 0) -> dict[str, Choices]:

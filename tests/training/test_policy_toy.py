@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from flowaccel.models.policy import STEP, AccelerationPolicy, Choices
+from flowaccel.models.policy import COUNT, STEP, AccelerationPolicy, Choices
 from flowaccel.modules.policy_heads import JUMP_MARGIN, jump_mode
 from flowaccel.training.policy_objective import (
     PolicyStats,
@@ -26,24 +28,27 @@ from flowaccel.training.policy_objective import (
 POWER, START, END = 0.5, 1000.0, 10.0
 HARM, DISCOUNT = 1.2, 0.8
 GROUPS, SIZE = 4, 16
+COUNTS, HARMS = (2, 4, 8, 16, 28), (HARM / 2, 2 * HARM)
+"""To choose from at once; the second kind of images is harder."""
 
 
 def log_error(share: Tensor) -> Tensor:
     return (1 - POWER * (1 - share)).log() - POWER * share.log()
 
 
-def best_reward(steps: int) -> float:
+def best_reward(steps: int, harm: float = HARM) -> float:
     share = torch.tensor((END / START) ** (1 / steps), dtype=torch.float64)
     literal = sum(DISCOUNT ** (steps - k) for k in range(1, steps + 1)) / steps
-    return math.exp(-HARM * steps * float(log_error(share))) * literal
+    return math.exp(-harm * steps * float(log_error(share))) * literal
 
 
 OPTIMUM = max(range(1, 60), key=best_reward)
+BEST_COUNTS = tuple(max(COUNTS, key=lambda count: best_reward(count, harm)) for harm in HARMS)
 
 
-def small_policy() -> AccelerationPolicy:
+def small_policy(**config: Any) -> AccelerationPolicy:
     torch.manual_seed(0)
-    return AccelerationPolicy(in_channels=1, condition_dim=2, levels=(STEP,), width=8)
+    return AccelerationPolicy(in_channels=1, condition_dim=2, width=8, **{"levels": (STEP,), **config})
 
 
 @torch.no_grad()
@@ -76,12 +81,31 @@ def rollout(
     return {STEP: chosen}, (-HARM * error).exp(), computed
 
 
-def trained(estimator: str, per_decision: bool, updates: int) -> tuple[AccelerationPolicy, list[PolicyStats]]:
-    actor = small_policy()
+@torch.no_grad()
+def one_shot(
+    actor: AccelerationPolicy, images: int, limits: tuple[float, float] | None = None
+) -> tuple[dict[str, Choices], Tensor, Tensor]:
+    """As `rollout`, in as many equal shares as are chosen at first; the groups are of the one kind and the other."""
+    kind = torch.arange(images) // SIZE % len(HARMS)
+    features, condition = torch.full((images, 1, 1, 1), POWER), torch.stack([kind, 1 - kind], dim=1).float()
+    likely = actor.distribution(COUNT, features, condition)
+    action = likely.logits.argmax(dim=1) if limits is None else likely.sample()
+    steps = torch.tensor(COUNTS)[action]
+    error = steps * log_error((END / START) ** (1 / steps))
+    chosen = Choices(torch.arange(images), features, condition, action)
+    return {COUNT: chosen}, (-torch.tensor(HARMS)[kind] * error).exp(), steps.float()
+
+
+Play = Callable[[AccelerationPolicy, int, tuple[float, float] | None], tuple[dict[str, Choices], Tensor, Tensor]]
+
+
+def trained(
+    estimator: str, per_decision: bool, updates: int, actor: AccelerationPolicy, play: Play
+) -> tuple[AccelerationPolicy, list[PolicyStats]]:
     optimizer = torch.optim.AdamW(actor.parameters(), lr=1e-2, betas=(0.9, 0.99), eps=1e-5, weight_decay=0)
     watched = []
     for update in range(updates):
-        choices, quality, steps = rollout(actor, GROUPS * SIZE, early_limits(update / updates))
+        choices, quality, steps = play(actor, GROUPS * SIZE, early_limits(update / updates))
         rewards = discounted_reward(quality, steps, DISCOUNT).reshape(GROUPS, SIZE)
         worth = advantages(rewards, estimator)  # type: ignore[arg-type]
         with torch.no_grad():
@@ -101,7 +125,7 @@ def trained(estimator: str, per_decision: bool, updates: int) -> tuple[Accelerat
 def test_the_known_optimum_is_found(estimator: str, per_decision: bool) -> None:
     at_first = float(rollout(small_policy(), 1)[2])
     assert at_first > OPTIMUM + 3
-    actor, watched = trained(estimator, per_decision, updates=150)
+    actor, watched = trained(estimator, per_decision, 150, small_policy(), rollout)
     _, quality, steps = rollout(actor, 1)
     assert abs(float(steps) - OPTIMUM) <= 1
     reached = float(discounted_reward(quality, steps, DISCOUNT))
@@ -110,6 +134,22 @@ def test_the_known_optimum_is_found(estimator: str, per_decision: bool) -> None:
         assert fresh.ratio == 1 and fresh.clip_fraction == 0 and fresh.kl == 0
     # so that this is no property of the numbers watched; a step can be too small to be seen
     assert sum(second.kl > 0 for second in watched[1::2]) > len(watched) / 4
+
+
+@pytest.mark.slow
+def test_the_best_number_of_steps_of_every_kind_is_found() -> None:
+    actor, _ = trained("grpo", False, 150, small_policy(levels=(COUNT,), counts=COUNTS), one_shot)
+    _, _, steps = one_shot(actor, len(HARMS) * SIZE)
+    assert steps[::SIZE].tolist() == list(BEST_COUNTS)
+
+
+def test_the_best_numbers_of_steps_are_inside() -> None:
+    """So that neither the fewest nor the most pass for them, nor one number for all; and so that they stand out."""
+    for best, harm in zip(BEST_COUNTS, HARMS, strict=True):
+        place = COUNTS.index(best)
+        assert 0 < place < len(COUNTS) - 1
+        assert best_reward(best, harm) > 1.02 * max(best_reward(COUNTS[place + side], harm) for side in (-1, 1))
+    assert len(set(BEST_COUNTS)) == len(HARMS)
 
 
 def test_the_optimum_is_inside() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +17,8 @@ from flowaccel import CheckpointError
 from flowaccel.accelerators.policy import ScriptSource
 from flowaccel.evaluation import Classes
 from flowaccel.models import AccelerationPolicy
-from flowaccel.models.policy import CACHE, STEP
+from flowaccel.models.policy import CACHE, COUNT, STEP
+from flowaccel.training import policy_rollout
 from flowaccel.training.loop import LoopConfig, train
 from flowaccel.training.policy import (
     REFERENCES,
@@ -29,9 +31,10 @@ from flowaccel.training.policy import (
 )
 from flowaccel.training.policy_discriminator import DiscriminatorConfig, DiscriminatorTraining, new_discriminator
 from flowaccel.training.policy_rewards import Reward
-from flowaccel.training.policy_rollout import measured_costs, roll_out, sampled
+from flowaccel.training.policy_rollout import Rollout, measured_costs, roll_out, sampled
 
 POOL = 10
+COUNTS = (2, 3, 5, 8)
 TASK = Task(conditions=Classes((0, 1)), size=POOL, steps=5, seed=1)
 
 
@@ -94,9 +97,10 @@ def test_a_training_with_another_judge_is_not_taken_up(tmp_path: Path) -> None:
         trained(tmp_path)
 
 
-def test_what_an_update_sees(tmp_path: Path) -> None:
+@pytest.mark.parametrize("config", [{}, {"levels": (COUNT,), "counts": COUNTS}], ids=["step", "count"])
+def test_what_an_update_sees(tmp_path: Path, config: dict[str, Any]) -> None:
     pipe = pipeline()
-    policy, found = heads(pipe), objective(pipe, tmp_path)
+    policy, found = heads(pipe, **config), objective(pipe, tmp_path)
     loss = found.at(0)(policy, torch.Generator().manual_seed(0))
     last = found.last
     assert last is not None
@@ -129,6 +133,24 @@ def test_only_what_was_free_is_in_the_choices() -> None:
     assert len(found.choices[CACHE]) == 2 * 5 - forced
 
 
+def test_a_count_is_chosen_once_by_what_the_step_head_sees_first() -> None:
+    pipe = pipeline()
+    ids, seeds = [0, 1, 2], [(1,), (2,), (4,)]
+
+    def played(policy: AccelerationPolicy, task: Task = TASK) -> Rollout:
+        return roll_out(pipe, policy, lambda: task.generate(pipe, ids), sampled(policy, seeds, limits=(0.97, 0.99)))
+
+    policy = heads(pipe, levels=(COUNT, CACHE), counts=COUNTS)
+    found, first = played(policy), played(heads(pipe, levels=(STEP,))).choices[STEP].take(torch.arange(3))
+    chosen = found.choices[COUNT]
+    assert chosen.image.tolist() == ids
+    assert torch.equal(chosen.features, first.features) and torch.equal(chosen.condition, first.condition)
+    counts = [COUNTS[choice] for choice in chosen.action.tolist()]
+    assert len(set(counts)) > 1
+    assert found.executed.steps.tolist() == [min(count, 5) for count in counts]
+    assert COUNT not in played(policy, replace(TASK, steps=1)).choices  # it goes to the end in any case
+
+
 def test_executed_tells_reuse_from_idleness() -> None:
     pipe = pipeline()
     policy = heads(pipe)
@@ -144,6 +166,28 @@ def test_reuse_is_measured_to_cost_less() -> None:
     pipe.set_progress_bar_config(disable=True)
     found = measured_costs(pipe, heads(pipe), lambda: TASK.generate(pipe, range(4)), steps=4, rounds=3)
     assert 0 < found["reuse"] < 0.9
+
+
+@pytest.mark.parametrize(
+    "config",
+    [{"levels": (STEP, CACHE)}, {"levels": (CACHE,)}, {"levels": (COUNT, CACHE), "counts": COUNTS}],
+    ids=["step", "alone", "count"],
+)
+def test_costs_are_of_what_was_done(config: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """With rails that force some steps to compute, and as many steps as the heads allow."""
+
+    def seconds(calls: Any, **options: Any) -> dict[str, Any]:
+        done = {name: call().executed for name, call in calls.items()}
+        computed = {name: int(found.computed[0]) for name, found in done.items()}
+        return {
+            name: SimpleNamespace(median=3 * computed[name] + int(found.steps[0] - computed[name]))
+            for name, found in done.items()
+        }
+
+    monkeypatch.setattr(policy_rollout, "measure_latency", seconds)
+    pipe = pipeline()
+    found = measured_costs(pipe, heads(pipe, max_reuse=1, **config), lambda: TASK.generate(pipe, range(2)))
+    assert found["dense_seconds"] == pytest.approx(3) and found["reuse"] == pytest.approx(1 / 3)
 
 
 def test_references_are_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

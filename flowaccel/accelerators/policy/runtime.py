@@ -18,7 +18,7 @@ from flowaccel.errors import UnsupportedModelError
 from flowaccel.gates import Gate, Step
 from flowaccel.gates.base import State, where
 from flowaccel.hooks import COND, EXTRA, Call, Run, Session, denoiser
-from flowaccel.models.policy import CACHE, REUSE, SPARSE, STEP, AccelerationPolicy
+from flowaccel.models.policy import CACHE, COUNT, REUSE, SPARSE, TIMED, AccelerationPolicy
 from flowaccel.predictors import Hold
 
 _CERTAIN = 2.0
@@ -47,6 +47,8 @@ class _Walk:
     """Per image, whether its blocks are computed at the present step."""
     sparsity: tuple[int, ...] = ()
     """Per image, how sparse its attention is at it: 0 is dense."""
+    grids: tuple[list[float], ...] = ()
+    """Per image, the noise levels of the number of steps that was chosen for it."""
 
     def of_images(self, tensor: Tensor) -> Tensor:
         """(images, ...) as maps (images, C, H, W)."""
@@ -68,6 +70,7 @@ class PolicyRuntime:
 
     def __init__(self, source: Source, levels: Sequence[str], policy: AccelerationPolicy, session: Session) -> None:
         self._source, self._levels, self._config, self._session = source, tuple(levels), policy.config, session
+        self._timed = bool(TIMED & set(levels))
         self._switch = SparseAttention(min_tokens=policy.config.sparse_tokens).switch()
 
     def attach(self) -> Callable[[], None]:
@@ -85,8 +88,8 @@ class PolicyRuntime:
             undo.callback(cache_of(rules, Stack()).attach(self._session))
             undo.callback(self._session.on_call(self._around_call))
             undo.callback(self._session.on_block(self._around_block))
-            if STEP in self._levels:
-                scheduler.decide = self._jump
+            if self._timed:
+                scheduler.decide = self._descend if COUNT in self._levels else self._jump
                 undo.callback(scheduler.__dict__.pop, "decide", None)
                 undo.callback(self._session.on_step(self._after_step))
             return undo.pop_all().close
@@ -100,7 +103,7 @@ class PolicyRuntime:
         if COND in call.branches:
             walk.times = times
             walk.latents = walk.of_images(call.sample[call.rows_of(COND)])
-        if STEP in self._levels:
+        if self._timed:
             call.record.times = tuple(time or None for time in times)
             call = replace(call, arguments={**call.arguments, "timestep": _timestep(call, times, self._scale)})
         if SPARSE not in self._levels:
@@ -118,7 +121,7 @@ class PolicyRuntime:
         return found
 
     def _times(self, walk: _Walk, call: Call) -> tuple[float, ...]:
-        if STEP not in self._levels:
+        if not self._timed:
             return (call.timestep,) * walk.images
         scheduler = self._session.pipe.scheduler
         levels = torch.tensor(scheduler.levels(walk.images), dtype=torch.float32)
@@ -134,7 +137,7 @@ class PolicyRuntime:
     def reuse(self, run: Run, step: int) -> list[bool]:
         """Per image, whether what its blocks added is reused at this step; idle images do."""
         walk: _Walk = run.state[self]
-        found = [time == 0 and STEP in self._levels for time in walk.times]
+        found = [time == 0 and self._timed for time in walk.times]
         open_ = [
             image
             for image, idle in enumerate(found)
@@ -190,19 +193,40 @@ class PolicyRuntime:
         return scale
 
     def _jump(self, velocity: Tensor, levels: tuple[float, ...]) -> list[float]:
-        """The noise levels to go to."""
-        run = self._session.run
-        assert run is not None
-        walk: _Walk = run.state[self]
-        assert walk.condition is not None
+        """The noise levels to go to, chosen step by step."""
         open_ = [image for image, level in enumerate(levels) if level > 0]
-        rows = torch.tensor(open_, device=velocity.device)
-        condition = walk.condition[rows.to(walk.condition.device)]
-        sight = Sight(run.steps_done, open_, walk.of_images(velocity)[rows], condition)
+        sight = self._predicted(velocity, open_)
         found = [0.0] * len(levels)
         for image, level in zip(open_, self._source.jump(sight, [levels[image] for image in open_]), strict=True):
             found[image] = level
         return found
+
+    def _descend(self, velocity: Tensor, levels: tuple[float, ...]) -> list[float]:
+        """The noise levels to go to: the next ones of grids that were chosen at the first step."""
+        walk = self._walked
+        if not walk.grids:
+            scheduler = self._session.pipe.scheduler
+            chosen = self._source.choose(COUNT, self._predicted(velocity, range(len(levels))))
+            steps = [min(self._config.counts[choice], scheduler.num_inference_steps) for choice in chosen]
+            walk.grids = tuple(scheduler.usual_grid(count) for count in steps)
+        return [
+            max((below for below in grid if below < level), default=0.0)
+            for grid, level in zip(walk.grids, levels, strict=True)
+        ]
+
+    @property
+    def _walked(self) -> _Walk:
+        assert self._session.run is not None
+        walk: _Walk = self._session.run.state[self]
+        return walk
+
+    def _predicted(self, velocity: Tensor, images: Sequence[int]) -> Sight:
+        """What heads that choose times see of some images."""
+        run, walk = self._session.run, self._walked
+        assert run is not None and walk.condition is not None
+        rows = torch.tensor(images, device=velocity.device)
+        condition = walk.condition[rows.to(walk.condition.device)]
+        return Sight(run.steps_done, images, walk.of_images(velocity)[rows], condition)
 
     def _after_step(self, velocity: Tensor, sample: Tensor, result: Tensor) -> None:
         pipe, run = self._session.pipe, self._session.run

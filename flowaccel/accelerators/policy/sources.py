@@ -36,7 +36,7 @@ class Source(Protocol):
         """The noise level in [0, 1] that each image goes to next, below its present one in `levels`."""
 
     def choose(self, level: str, sight: Sight) -> list[int]:
-        """A choice for each image, of the head `cache` or `sparse`."""
+        """A choice for each image, of the head `cache`, `sparse` or `count`."""
 
 
 @dataclass
@@ -105,7 +105,7 @@ class ScriptSource:
 
     Args:
         levels: noise levels to go to.
-        choices: per head, choices.
+        choices: per head, choices; 0 of a head that is not among them.
     """
 
     levels: Sequence[Sequence[float]] = ()
