@@ -118,8 +118,8 @@ def train_stage(arguments: argparse.Namespace) -> None:
 
 # -- what it is compared with
 
-Trace = tuple[tuple[float, bool], ...]
-"""Of an image: timesteps, and whether blocks were computed."""
+Trace = tuple[tuple[float, bool, int], ...]
+"""Of an image: timesteps, whether blocks were computed, and how sparse attention was."""
 
 
 def traced(pipe: Any, policy: AccelerationPolicy, count: int, seed: int) -> list[Trace]:
@@ -188,7 +188,7 @@ def average_grid(paths: Sequence[Trace], scale: int) -> list[float]:
     shares = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
     total = torch.zeros(steps + 1, dtype=torch.float64)
     for path in paths:
-        times = torch.tensor([*(time for time, _ in path), 0.0], dtype=torch.float64) / scale
+        times = torch.tensor([*(time for time, *_ in path), 0.0], dtype=torch.float64) / scale
         places = shares * len(path)
         lower = places.floor().long().clamp(max=len(path) - 1)
         total += torch.lerp(times[lower], times[lower + 1], places - lower)
@@ -254,7 +254,7 @@ def steps_stage(arguments: argparse.Namespace) -> None:
     pipe, policy = digits_pipeline(), load_policy(folder / "policy")
     paths = traced(pipe, policy, TRACED, TASK.seed)
     steps = torch.tensor([float(len(path)) for path in paths])
-    computed = torch.tensor([float(sum(on for _, on in path)) for path in paths])
+    computed = torch.tensor([float(sum(on for _, on, _ in path)) for path in paths])
     untouched = references(pipe, TASK, arguments.out)[:TRACED]
     short = torch.cat([few(pipe, range(start, min(start + BATCH, TRACED))) for start in range(0, TRACED, BATCH)])
     hardness = 1 - fidelity(short, untouched)

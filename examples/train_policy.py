@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from flowaccel import LearnedPolicy, Recipe, accelerate, report, zoo
+from flowaccel.accelerators.learned_policy import base_of
 from flowaccel.evaluation import Classes, sample_generator
 from flowaccel.models import AccelerationPolicy
 from flowaccel.pipelines import load_pipeline
@@ -36,8 +37,9 @@ def main() -> None:
         levels=("step", "cache"),
         width=16,
         max_steps=task.steps,
+        base=base_of(pipe.transformer),
     )
-    policy.register_to_config(costs=measured_costs(pipe, policy, lambda: task.generate(pipe, range(8))))
+    policy.register_to_config(costs=measured_costs(pipe, policy, lambda steps: task.generate(pipe, range(8), steps)))
 
     untouched = references(pipe, task, arguments.out / "training")
     reward = load_reward("accuracy:zoo:digits-features")

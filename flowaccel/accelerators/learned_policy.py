@@ -3,6 +3,7 @@ how many steps it takes (after AdaDiff)."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from flowaccel.accelerators.loading import beside, load_network
 from flowaccel.accelerators.policy import HeadSource, PolicyRuntime, Source
 from flowaccel.accelerators.sampler import exchanged_scheduler
 from flowaccel.accelerators.serial import learned
-from flowaccel.errors import RecipeConflictError
+from flowaccel.errors import RecipeConflictError, UnsupportedModelError
 from flowaccel.hooks import Identity, denoiser, session_of
 from flowaccel.models import AccelerationPolicy
 from flowaccel.models.policy import TIMED, check_levels
@@ -118,6 +119,11 @@ def _check(pipe: Any, policy: AccelerationPolicy, levels: Sequence[str]) -> None
     missing = set(levels) - set(policy.levels)
     if missing:
         raise ValueError(f"levels must be among those of the policy, {list(policy.levels)}, got {sorted(missing)}")
+    if TIMED & set(levels) and "mask_image" in inspect.signature(type(pipe).__call__).parameters:
+        raise UnsupportedModelError(
+            f"a {type(pipe).__name__} puts back what is to be kept at one noise level for all images, and a policy "
+            "gives each its own; use it without its step and count heads, as by LearnedPolicy(levels=('cache',))"
+        )
     present = base_of(network)
     if config.base is not None and config.base != present:
         raise RecipeConflictError(

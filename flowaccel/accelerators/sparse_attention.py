@@ -111,16 +111,20 @@ class SparseAttention(Accelerator):
             return proceed()
         with switched(switch, call, self.keep):
             output = proceed()
-        if switch.ran or self.keep == 1:
-            return output
-        reason = ""
-        if not switch.layers:
-            reason = f"dense_blocks={self.dense_blocks} leaves no block; take fewer"
-        elif switch.largest:
-            reason = f"the image has {switch.largest} tokens, and min_tokens={self.min_tokens}; make larger images"
-        if reason:
-            warn_once(session.pipe, (self.name, reason), f"{self.name} does nothing here: {reason}, or leave it out")
+        if self.keep < 1:
+            warn_idle(session.pipe, switch, self.dense_blocks, self.name)
         return output
+
+
+def warn_idle(pipe: Any, switch: SparseSwitch, dense_blocks: int, who: str) -> None:
+    """Say once why a call that was to be sparse was not, if it was not."""
+    reason = ""
+    if not switch.layers:
+        reason = f"dense_blocks={dense_blocks} leaves no block; take fewer"
+    elif switch.largest and not switch.ran:
+        reason = f"the image has {switch.largest} tokens, and min_tokens={switch.min_tokens}; make larger images"
+    if reason:
+        warn_once(pipe, (who, reason), f"{who} does nothing here: {reason}, or leave it out")
 
 
 def put_switch(network: nn.Module, switch: SparseSwitch, dense_blocks: int) -> Detach:

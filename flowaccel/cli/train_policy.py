@@ -35,13 +35,23 @@ from flowaccel.models import AccelerationPolicy
 from flowaccel.recipe import Recipe
 from flowaccel.training.loop import LoopConfig
 from flowaccel.training.loop import train as run_training
-from flowaccel.training.policy import PolicyObjective, PolicySettings, Task, Update, condition_width, references
+from flowaccel.training.policy import (
+    PolicyObjective,
+    PolicySettings,
+    Task,
+    Update,
+    check_launch,
+    condition_width,
+    references,
+)
 from flowaccel.training.policy_discriminator import DiscriminatorConfig, DiscriminatorTraining, new_discriminator
 from flowaccel.training.policy_rewards import load_reward
 from flowaccel.training.policy_rollout import measured_costs
 
 COSTS = "costs.json"
 NO_JUDGE, CONV_RATE = "none", 1e-3
+LARGE = 64
+"""Side of an image from which on crops hide nothing that a discriminator could see."""
 _COST_BATCH = 8
 
 
@@ -79,7 +89,9 @@ def policy(
         float, typer.Option(help="Weight of how near images come to untouched ones; not the paper's.")
     ] = 0.0,
     estimator: Annotated[str, typer.Option(help="grpo or rloo.")] = "grpo",
+    epochs: Annotated[int, typer.Option(min=1, help="Updates on the same rollouts.")] = 1,
     per_decision: Annotated[bool, typer.Option("--per-decision", help="Clip every decision's ratio.")] = False,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images that are made at once.")] = 32,
     head_width: Annotated[int, typer.Option(min=1, help="Of the heads.")] = 128,
     solver_order: Annotated[
         int, typer.Option(min=1, max=2, help="Of steps: 1 for Euler's, the paper's, 2 for Adams-Bashforth's.")
@@ -110,8 +122,14 @@ def policy(
             realism=realism,
             fidelity=fidelity,
             estimator=estimator,  # type: ignore[arg-type]
+            epochs=epochs,
             per_decision=per_decision,
+            batch_size=batch_size,
         )
+        check_launch()
+        settings.check_pool(pool)
+        if save_every % epochs:
+            raise ValueError(f"save_every must be a multiple of epochs, {epochs}, got {save_every}")
         pipeline = open_pipeline(pipe, device)
         pipeline.set_progress_bar_config(disable=True)
         arguments = call_arguments(pipeline, pipe, argument, guidance_scale=guidance_scale)
@@ -131,9 +149,11 @@ def policy(
         heads = _heads(pipeline, task, tuple(part.strip() for part in levels.split(",")), options, seed)
         work = out / "training"
         with progress_bar() as notify:
-            untouched = references(pipeline, task, work, notify=lambda done: notify("references", done, pool))
+            untouched = references(
+                pipeline, task, work, batch_size, notify=lambda done: notify("references", done, pool)
+            )
         heads.register_to_config(costs=_costs(pipeline, heads, task, work / COSTS))
-        judge = _judge(discriminator, untouched, seed)
+        judge = _judge(discriminator, untouched, pipeline.device, seed)
         objective = PolicyObjective(pipeline, task, worth, settings, untouched, updates, judge, seed)
         loop = LoopConfig(steps=updates, learning_rate=learning_rate, ema_decay=0.9, save_every=save_every, seed=seed)
         also = {
@@ -180,20 +200,21 @@ def _heads(
     return policy
 
 
-def _judge(name: str, untouched: Tensor, seed: int) -> DiscriminatorTraining | None:
+def _judge(name: str, untouched: Tensor, device: torch.device, seed: int) -> DiscriminatorTraining | None:
     if name == NO_JUDGE:
         return None
     channels, height, width = untouched.shape[1:]
-    network = new_discriminator(name, (channels, height, width), seed)
+    network = new_discriminator(name, (channels, height, width), seed).to(device)
     rate = CONV_RATE if name == "conv" else DiscriminatorConfig.learning_rate
-    return DiscriminatorTraining(network, untouched, DiscriminatorConfig(learning_rate=rate, seed=seed))
+    config = DiscriminatorConfig(learning_rate=rate, augment=min(height, width) >= LARGE, seed=seed)
+    return DiscriminatorTraining(network, untouched, config)
 
 
 def _costs(pipeline: Any, heads: AccelerationPolicy, task: Task, file: Path) -> dict[str, Any]:
     """Measured once: a resumed training goes on with the same."""
     if not file.exists():
         ids = range(_COST_BATCH)
-        found = measured_costs(pipeline, heads, lambda: task.generate(pipeline, ids))
+        found = measured_costs(pipeline, heads, lambda steps: task.generate(pipeline, ids, steps))
         file.write_text(json.dumps(found) + "\n")
     costs: dict[str, Any] = json.loads(file.read_text())
     return costs

@@ -13,6 +13,7 @@ import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from flowaccel.modules.policy_heads import (
     JUMP_MARGIN,
@@ -32,6 +33,8 @@ COMPUTE, REUSE = 0, 1
 """The choices of the cache head. Of the sparse head, 0 is dense and the others are its levels; of the count head, they
 are the indices of `counts`."""
 _JUMP_BIAS = (2.5, 1.0)
+_AT_ONCE = 2**25
+"""Numbers of a head's first layer that are held at once where likelihoods are taken: 128 MiB of float32."""
 _REUSE_SHARE, _DENSE_SHARE = 0.1, 0.85
 
 
@@ -51,9 +54,14 @@ class Choices:
     def __len__(self) -> int:
         return len(self.image)
 
-    def take(self, rows: Tensor) -> Choices:
+    def take(self, rows: Tensor | slice) -> Choices:
         """Some of the pairs, by their indices."""
         return Choices(self.image[rows], self.features[rows], self.condition[rows], self.action[rows])
+
+    def to(self, device: torch.device) -> Choices:
+        """The same elsewhere."""
+        parts = (self.image, self.features, self.condition, self.action)
+        return Choices(*(part.to(device) for part in parts))
 
 
 class AccelerationPolicy(ModelMixin, ConfigMixin):
@@ -157,11 +165,26 @@ class AccelerationPolicy(ModelMixin, ConfigMixin):
         raw = self(level, features, condition)
         return jump_distribution(raw) if level == STEP else choice_distribution(raw)
 
-    def log_prob(self, level: str, choices: Choices) -> Tensor:
-        """(R,) logarithms of the likelihood of what was chosen."""
-        action = choices.action.clamp(JUMP_MARGIN, 1 - JUMP_MARGIN) if level == STEP else choices.action
-        found: Tensor = self.distribution(level, choices.features, choices.condition).log_prob(action)
-        return found
+    def weigh(self, level: str, choices: Choices) -> tuple[Tensor, Tensor]:
+        """Of what was chosen, wherever it lies, (R,) logarithms of the likelihood, and (R,) entropies of the
+        distributions in nats.
+
+        Where there are many large maps, heads see some at a time, and see them again when gradients are taken.
+        """
+        *_, height, width = choices.features.shape
+        at_once = max(1, _AT_ONCE // (self.config.width * height * width))
+        if len(choices) <= at_once:
+            return self._weigh(level, choices)
+        parts = [choices.take(slice(start, start + at_once)) for start in range(0, len(choices), at_once)]
+        found = [checkpoint(self._weigh, level, part, use_reentrant=False) for part in parts]
+        likely, entropy = zip(*found, strict=True)
+        return torch.cat(likely), torch.cat(entropy)
+
+    def _weigh(self, level: str, choices: Choices) -> tuple[Tensor, Tensor]:
+        seen = choices.to(self.device)
+        distribution = self.distribution(level, seen.features, seen.condition)
+        action = seen.action.clamp(JUMP_MARGIN, 1 - JUMP_MARGIN) if level == STEP else seen.action
+        return distribution.log_prob(action), distribution.entropy()
 
 
 def check_levels(levels: Sequence[str]) -> None:

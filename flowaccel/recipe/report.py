@@ -16,6 +16,9 @@ _BY_NETWORK = (COMPUTED, "mixed", REUSED, "unguided", "partly guided")
 """What the network itself did, at least in part; refiners and the like count nothing here."""
 _LETTERS = 16
 
+Path = tuple[tuple[float, bool, int], ...]
+"""Of an image: its timesteps, whether its blocks were computed there, and at which level attention was thinned."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class StepReport:
@@ -37,6 +40,11 @@ class StepReport:
     def times(self) -> tuple[float | None, ...]:
         """Per image, its own timestep, None where it is done; empty where all have the scheduler's."""
         return next((call.times for call in self.calls if call.times), ())
+
+    @property
+    def sparsity(self) -> tuple[int, ...]:
+        """Per image, the level at which a policy thinned its attention, 0 for none; empty where none does."""
+        return next((call.sparsity for call in self.calls if call.sparsity), ())
 
     @property
     def guided(self) -> tuple[bool, ...]:
@@ -81,11 +89,15 @@ class Report:
         return [call for step in self.steps for call in step.calls]
 
     @property
-    def paths(self) -> tuple[tuple[tuple[float, bool], ...], ...]:
-        """Per image, its timesteps and whether its blocks were computed there; empty where a policy chose no times."""
-        steps = [zip(step.times, step.computed, strict=True) for step in self.steps if step.times]
+    def paths(self) -> tuple[Path, ...]:
+        """Per image, where a policy led it; empty where none chose its times."""
+        steps = [
+            zip(step.times, step.computed, step.sparsity or (0,) * len(step.times), strict=True)
+            for step in self.steps
+            if step.times
+        ]
         images = zip(*steps, strict=True)
-        return tuple(tuple((time, ran) for time, ran in image if time is not None) for image in images)
+        return tuple(tuple((time, *what) for time, *what in image if time is not None) for image in images)
 
     def count(self, what: str) -> int:
         """Network calls that were `what`: `computed`, `reused`, `refined` and so on."""
@@ -188,7 +200,7 @@ class Report:
         return "\n".join(lines)
 
     def _macs_share(self) -> str | None:
-        if self.macs is None or self.macs_saved is None:
+        if self.macs is None or self.macs_saved is None or not self.macs + self.macs_saved:
             return None
         share = self.macs_saved / (self.macs + self.macs_saved)
         if self.capacity is not None:
@@ -235,20 +247,26 @@ class Report:
         ]
 
 
-def _walked(paths: Sequence[Sequence[tuple[float, bool]]]) -> list[str]:
+def _walked(paths: Sequence[Path]) -> list[str]:
     """Where a policy led the images; of many, only in how many steps."""
     if not paths:
         return []
     steps = [len(path) for path in paths]
-    computed = [sum(ran for _, ran in path) for path in paths]
+    computed = [sum(ran for _, ran, _ in path) for path in paths]
     if len(paths) > _LETTERS:
         means = f"{sum(steps) / len(steps):.1f} steps on average, {sum(computed) / len(computed):.1f} computed"
         return [f"{min(steps)} to {max(steps)} steps an image, {means}."]
     return [
         f"image {image}: {len(path)} steps, {computed[image]} computed: "
-        + " ".join(f"{time:.0f}{'' if ran else 'r'}" for time, ran in path)
+        + " ".join(f"{time:.0f}{_mark(ran, level)}" for time, ran, level in path)
         for image, path in enumerate(paths)
     ]
+
+
+def _mark(ran: bool, level: int) -> str:
+    if not ran:
+        return "r"
+    return f"s{level}" if level else ""
 
 
 def _pattern(step: StepReport) -> str:

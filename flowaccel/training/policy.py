@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,12 +21,18 @@ from flowaccel.errors import CheckpointError
 from flowaccel.evaluation import Conditions, sample_generator
 from flowaccel.hooks import Block, Call, Identity, denoiser, session_of
 from flowaccel.models import AccelerationPolicy
+from flowaccel.models.policy import Choices
 from flowaccel.recipe import Recipe, accelerated
 from flowaccel.training.policy_discriminator import DiscriminatorTraining
 from flowaccel.training.policy_objective import (
+    NO_STATS,
     PolicyStats,
     additive_reward,
     advantages,
+    check_clip,
+    check_discount,
+    check_estimator,
+    check_price,
     discounted_reward,
     early_entropy,
     early_limits,
@@ -35,7 +42,7 @@ from flowaccel.training.policy_objective import (
     positive,
 )
 from flowaccel.training.policy_rewards import Reward
-from flowaccel.training.policy_rollout import Rollout, roll_out, sampled
+from flowaccel.training.policy_rollout import Rollout, joined, roll_out, sampled
 
 REFERENCES = "references.safetensors"
 _SHARPNESS, _LEAST = 10.0, 1e-6
@@ -55,11 +62,11 @@ class Task:
     arguments: tuple[tuple[str, Any], ...] = ()
     """Further arguments of the pipeline, such as `guidance_scale`."""
 
-    def generate(self, pipe: Any, ids: Sequence[int]) -> Tensor:
-        """(B, C, H, W) in [0, 1]: these samples, each from its own noise."""
+    def generate(self, pipe: Any, ids: Sequence[int], steps: int | None = None) -> Tensor:
+        """(B, C, H, W) in [0, 1]: these samples, each from its own noise, with so many steps or the task's."""
         output = pipe(
             **self.conditions.arguments(ids),
-            num_inference_steps=self.steps,
+            num_inference_steps=steps or self.steps,
             generator=[sample_generator(self.seed, sample) for sample in ids],
             output_type="pt",
             **dict(self.arguments),
@@ -135,7 +142,7 @@ def condition_width(pipe: Any, task: Task) -> int:
 
     with accelerated(pipe, Recipe()), torch.no_grad():
         session_of(pipe).on_block(look)
-        replace(task, steps=2).generate(pipe, [0])
+        task.generate(pipe, [0], steps=2)
     return found[0]
 
 
@@ -167,18 +174,36 @@ class PolicySettings:
     """Weight of how near an image comes to the untouched one from the same noise, see `fidelity`; not the paper's, and
     a far stronger signal where a discriminator has nothing to see."""
     estimator: Literal["grpo", "rloo"] = "grpo"
+    epochs: int = 1
+    """Updates on the same rollouts; only from the second on is anything clipped."""
     clip: float = 0.2
     per_decision: bool = False
     entropy: float = 1e-3
     """Weight of the choices' entropy in the first third of the training."""
+    batch_size: int = 32
+    """Images that are made at once."""
 
     def __post_init__(self) -> None:
         if self.group_size < 2:
             raise ValueError(
                 f"group_size must be at least 2, got {self.group_size}: an image alone is not better than its group"
             )
-        if self.groups < 1:
-            raise ValueError(f"groups must be at least 1, got {self.groups}")
+        for name in ("groups", "epochs", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("realism", "fidelity", "entropy"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} is a weight of at least 0, got {getattr(self, name)}")
+        check_discount(self.discount)
+        check_estimator(self.estimator)
+        check_clip(self.clip)
+        if self.price is not None:
+            check_price(self.price)
+
+    def check_pool(self, size: int) -> None:
+        """Raise a ValueError unless a pool has as many samples as an update takes."""
+        if size < self.groups:
+            raise ValueError(f"groups must be at most the {size} samples of the pool, got {self.groups}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,8 +221,26 @@ class Update:
     stats: PolicyStats
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Experience:
+    """Rollouts, and what they were worth."""
+
+    choices: dict[str, Choices]
+    old: dict[str, Tensor]
+    advantages: Tensor
+    seen: Update
+    """But for its `stats`."""
+
+
+def check_launch() -> None:
+    """Raise a ValueError where a launcher started several processes: heads learn in one."""
+    processes = os.environ.get("WORLD_SIZE", "1")
+    if processes != "1":
+        raise ValueError(f"a policy is trained by one process, got {processes}; start it without a launcher")
+
+
 class PolicyObjective:
-    """The loss of a policy, for `flowaccel.training.loop.train`: every step makes its own rollouts.
+    """The loss of a policy, for `flowaccel.training.loop.train`: every step, or every `epochs` steps, makes rollouts.
 
     Args:
         pipe: the pipeline, not accelerated, its network frozen.
@@ -208,6 +251,9 @@ class PolicyObjective:
         total: updates of the whole training.
         discriminator: says how unaccelerated images look, and learns to; None for none.
         seed: of the decisions.
+
+    Raises:
+        ValueError: a pool of fewer samples than an update takes, or several processes.
     """
 
     def __init__(
@@ -221,59 +267,86 @@ class PolicyObjective:
         discriminator: DiscriminatorTraining | None = None,
         seed: int = 0,
     ) -> None:
+        settings.check_pool(task.size)
+        check_launch()
         self.pipe, self.task, self.reward, self.settings = pipe, task, reward, settings
         self.untouched, self.total, self.discriminator, self.seed = untouched, total, discriminator, seed
         self.last: Update | None = None
+        self._experience: _Experience | None = None
 
     def at(self, step: int) -> Callable[[nn.Module, torch.Generator], Tensor]:
         """The loss of update `step`."""
         return functools.partial(self._loss, step)
 
     def _loss(self, step: int, model: nn.Module, generator: torch.Generator) -> Tensor:
-        policy: Any = getattr(model, "module", model)
+        policy: Any = model
         settings, progress = self.settings, step / self.total
-        chosen = torch.randperm(self.task.size, generator=generator)[: settings.groups].tolist()
-        ids = [sample for sample in chosen for _ in range(settings.group_size)]
-        rollout = self._rollout(policy, step, ids, progress)
-        quality = self.reward(rollout.images, self.task.asked(ids))
-        score = positive(quality, self.reward.bounds)
-        if settings.fidelity:
-            score = score + settings.fidelity * fidelity(rollout.images, self.untouched[ids])
-        realism = None
-        if self.discriminator is not None:
-            realism = self.discriminator.score(rollout.images)
-            score = score + settings.realism * realism
-            self.discriminator.add(rollout.images, torch.tensor(ids))
-            self.discriminator.update()
-        done = rollout.executed
-        cost = equivalent_steps(done.image, done.reused, done.level, len(ids), policy.config.costs)
-        rewards = self._rewards(score, cost).view(settings.groups, settings.group_size)
-        old = {level: value.detach() for level, value in log_probs(policy, rollout.choices).items()}
+        if step % settings.epochs == 0:
+            self._experience = self._gather(policy, step, generator)
+        if self._experience is None:
+            raise ValueError(
+                f"update {step} goes on with the rollouts of update {step - step % settings.epochs}, which no state "
+                f"holds; let save_every be a multiple of epochs, {settings.epochs}"
+            )
         loss, stats = policy_loss(
             policy,
-            rollout.choices,
-            old,
-            advantages(rewards, settings.estimator),
+            self._experience.choices,
+            self._experience.old,
+            self._experience.advantages,
             clip=settings.clip,
             per_decision=settings.per_decision,
             entropy=early_entropy(progress, settings.entropy),
         )
-        self.last = Update(
+        self.last = replace(self._experience.seen, stats=stats)
+        return loss
+
+    def _gather(self, policy: AccelerationPolicy, step: int, generator: torch.Generator) -> _Experience:
+        settings = self.settings
+        chosen = torch.randperm(self.task.size, generator=generator)[: settings.groups].tolist()
+        ids = [sample for sample in chosen for _ in range(settings.group_size)]
+        with torch.no_grad():
+            rollout = self._rollout(policy, step, ids)
+            old = log_probs(policy, rollout.choices)
+        quality = self.reward(rollout.images, self.task.asked(ids))
+        score, realism = self._score(rollout.images, quality, ids)
+        done = rollout.executed
+        cost = equivalent_steps(done.image, done.reused, done.level, len(ids), policy.config.costs)
+        rewards = self._rewards(score, cost)
+        seen = Update(
             reward=float(rewards.mean()),
             quality=float(quality.mean()),
-            realism=None if realism is None else float(realism.mean()),
+            realism=realism,
             cost=float(cost.mean()),
             steps=float(done.steps.float().mean()),
             computed=float(done.computed.float().mean()),
-            stats=stats,
+            stats=NO_STATS,
         )
-        return loss
+        grouped = rewards.view(settings.groups, settings.group_size)
+        return _Experience(
+            choices=rollout.choices, old=old, advantages=advantages(grouped, settings.estimator), seen=seen
+        )
 
-    def _rollout(self, policy: AccelerationPolicy, step: int, ids: Sequence[int], progress: float) -> Rollout:
-        seeds = [(self.seed, step, row) for row in range(len(ids))]
-        source = sampled(policy, seeds, early_limits(progress))
-        with torch.no_grad():
-            return roll_out(self.pipe, policy, lambda: self.task.generate(self.pipe, ids), source)
+    def _score(self, images: Tensor, quality: Tensor, ids: Sequence[int]) -> tuple[Tensor, float | None]:
+        """(B,) quality, fidelity and realism together, and the mean of the last; the discriminator learns."""
+        settings, score = self.settings, positive(quality, self.reward.bounds)
+        if settings.fidelity:
+            score = score + settings.fidelity * fidelity(images, self.untouched[ids])
+        if self.discriminator is None:
+            return score, None
+        realism = self.discriminator.score(images)
+        self.discriminator.add(images, torch.tensor(ids))
+        self.discriminator.update()
+        return score + settings.realism * realism, float(realism.mean())
+
+    def _rollout(self, policy: AccelerationPolicy, step: int, ids: Sequence[int]) -> Rollout:
+        limits, size = early_limits(step / self.total), self.settings.batch_size
+        parts = []
+        for start in range(0, len(ids), size):
+            rows = range(start, min(start + size, len(ids)))
+            source = sampled(policy, [(self.seed, step, row) for row in rows], limits)
+            generate = functools.partial(self.task.generate, self.pipe, [ids[row] for row in rows])
+            parts.append(roll_out(self.pipe, policy, generate, source))
+        return joined(parts)
 
     def _rewards(self, score: Tensor, cost: Tensor) -> Tensor:
         if self.settings.price is not None:

@@ -40,13 +40,14 @@ def equivalent_steps(
         reused: (R,) booleans: the blocks were not computed; nothing can be left out of them then.
         level: (R,) 0 for dense attention, else the number of the level.
         images: B.
-        costs: the policy's, what a step costs in dense ones: `reuse`, and `sparse` with one number per level.
+        costs: the policy's, what a step costs in dense ones: `reuse`, and `sparse` with one number per level. Above 1
+            is what costs more than it saves.
 
     Returns:
         (B,) float32.
 
     Raises:
-        ValueError: costs are missing, not in [0, 1], or there is no such level.
+        ValueError: costs are missing or negative, or there is no such level.
     """
     of_reuse = _costs(costs, "reuse", 1) if bool(reused.any()) else [0.0]
     deepest = int(level.max()) if len(level) else 0
@@ -58,10 +59,10 @@ def equivalent_steps(
 def _costs(costs: Mapping[str, Any] | None, name: str, wanted: int) -> list[float]:
     found = (costs or {}).get(name)
     numbers = [float(cost) for cost in (found if isinstance(found, (list, tuple)) else [found]) if cost is not None]
-    if len(numbers) < wanted or any(not 0 <= cost <= 1 for cost in numbers):
+    if len(numbers) < wanted or any(not 0 <= cost < math.inf for cost in numbers):
         raise ValueError(
-            f"costs[{name!r}] must give what such a step costs in dense ones, in [0, 1] (needed: {wanted}), got "
-            f"{found!r}; measure it on the hardware of use: seconds of such a step over those of a dense one"
+            f"costs[{name!r}] must give what such a step costs in dense ones, 0 or more (needed: {wanted}), got "
+            f"{found!r}; measure it on the hardware of use, with `measured_costs`"
         )
     return numbers
 
@@ -99,8 +100,7 @@ def discounted_reward(score: Tensor, steps: Tensor, discount: float = 0.97) -> T
     Raises:
         ValueError: a negative score, K of 0 or less, lambda out of range.
     """
-    if not 0 < discount < 1:
-        raise ValueError(f"discount must lie in (0, 1), got {discount}")
+    check_discount(discount)
     _check_steps(score, steps)
     if bool((score < 0).any()):
         raise ValueError(
@@ -121,10 +121,21 @@ def additive_reward(score: Tensor, steps: Tensor, price: float) -> Tensor:
     Raises:
         ValueError: K of 0 or less, a negative price.
     """
-    if price < 0:
-        raise ValueError(f"price must be at least 0, got {price}")
+    check_price(price)
     _check_steps(score, steps)
     return score - price * steps
+
+
+def check_discount(discount: float) -> None:
+    """Raise a ValueError unless it lies in (0, 1)."""
+    if not 0 < discount < 1:
+        raise ValueError(f"discount must lie in (0, 1), got {discount}")
+
+
+def check_price(price: float) -> None:
+    """Raise a ValueError unless it is at least 0."""
+    if not price >= 0:
+        raise ValueError(f"price must be at least 0, got {price}")
 
 
 def _check_steps(score: Tensor, steps: Tensor) -> None:
@@ -147,8 +158,7 @@ def advantages(rewards: Tensor, estimator: Literal["grpo", "rloo"] = "grpo") -> 
     Raises:
         ValueError: groups of one image, another shape, an unknown estimator.
     """
-    if estimator not in ESTIMATORS:
-        raise ValueError(f"estimator must be one of {', '.join(ESTIMATORS)}, got {estimator!r}")
+    check_estimator(estimator)
     if rewards.ndim != 2 or rewards.shape[1] < 2:
         raise ValueError(
             f"rewards must be (groups, images of a group) with at least 2 images, got shape {tuple(rewards.shape)}: "
@@ -163,6 +173,12 @@ def advantages(rewards: Tensor, estimator: Literal["grpo", "rloo"] = "grpo") -> 
         found = above * size / (size - 1)
     # a mean of equal numbers is not always that number
     return torch.where((rewards == rewards[:, :1]).all(dim=1, keepdim=True), 0.0, found)
+
+
+def check_estimator(estimator: str) -> None:
+    """Raise a ValueError unless it is known."""
+    if estimator not in ESTIMATORS:
+        raise ValueError(f"estimator must be one of {', '.join(ESTIMATORS)}, got {estimator!r}")
 
 
 # --- the objective
@@ -189,11 +205,15 @@ class PolicyStats:
         return self.clip_fraction > MOST_CLIPPED
 
 
+NO_STATS = PolicyStats(clip_fraction=0.0, ratio=1.0, entropy=0.0, kl=0.0, skipped=0)
+"""Before any evaluation."""
+
+
 def log_probs(policy: AccelerationPolicy, choices: Mapping[str, Choices]) -> dict[str, Tensor]:
     """(R,) logarithms of the likelihoods of what each level chose. Taken without gradients before an update, they are
     its old ones; what was forced is not in `choices`, so it is in neither.
     """
-    return {level: policy.log_prob(level, chosen) for level, chosen in choices.items()}
+    return {level: policy.weigh(level, chosen)[0] for level, chosen in choices.items()}
 
 
 def policy_loss(
@@ -225,34 +245,36 @@ def policy_loss(
     Raises:
         ValueError: images of `choices` without an advantage, levels that differ, `clip` out of range.
     """
-    if not 0 < clip < 1:
-        raise ValueError(f"clip must lie in (0, 1), got {clip}")
+    check_clip(clip)
     if set(old) != set(choices) or not choices:
         raise ValueError(f"old must be of the levels of choices, {sorted(choices)}, got {sorted(old)}")
+    advantages = advantages.to(policy.device)
     images, worth = advantages.numel(), advantages.flatten()
-    image = torch.cat([chosen.image for chosen in choices.values()])
+    image = torch.cat([chosen.image for chosen in choices.values()]).to(policy.device)
     if len(image) and int(image.max()) >= images:
         raise ValueError(f"choices are of at least {int(image.max()) + 1} images, advantages of {images}")
-    new = log_probs(policy, choices)
-    change = torch.cat([new[level] - old[level] for level in choices])
+    new = {level: policy.weigh(level, chosen) for level, chosen in choices.items()}
+    change = torch.cat([new[level][0] - old[level] for level in choices])
     if not per_decision:
         change, image = by_image(change, image, images), torch.arange(images, device=worth.device)
     informative = (advantages != 0).any(dim=1)
     counts = informative.repeat_interleave(advantages.shape[1])
     ratio, gain = change.exp(), worth[image]
     terms = torch.minimum(ratio * gain, ratio.clamp(1 - clip, 1 + clip) * gain)
-    bonus = _entropy(policy, choices)
+    bonus = _entropy(new, policy.device)
     loss = -terms.sum() / max(1, int(counts.sum())) - entropy * bonus
     return loss, _stats(change.detach()[counts[image]], clip, bonus, int((~informative).sum()))
 
 
-def _entropy(policy: AccelerationPolicy, choices: Mapping[str, Choices]) -> Tensor:
-    found = [
-        policy.distribution(level, chosen.features, chosen.condition).entropy()
-        for level, chosen in choices.items()
-        if level != STEP and len(chosen)
-    ]
-    return torch.cat(found).mean() if found else torch.zeros(())
+def check_clip(clip: float) -> None:
+    """Raise a ValueError unless it lies in (0, 1)."""
+    if not 0 < clip < 1:
+        raise ValueError(f"clip must lie in (0, 1), got {clip}")
+
+
+def _entropy(weighed: Mapping[str, tuple[Tensor, Tensor]], device: torch.device) -> Tensor:
+    found = [entropy for level, (_, entropy) in weighed.items() if level != STEP and len(entropy)]
+    return torch.cat(found).mean() if found else torch.zeros((), device=device)
 
 
 def _stats(change: Tensor, clip: float, entropy: Tensor, skipped: int) -> PolicyStats:

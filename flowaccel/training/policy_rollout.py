@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from flowaccel.accelerators.policy import HeadSource, Sight, Source
 from flowaccel.evaluation import measure_latency
 from flowaccel.hooks import COND, CallRecord, denoiser, session_of
 from flowaccel.models import AccelerationPolicy
-from flowaccel.models.policy import CACHE, COMPUTE, COUNT, REUSE, SPARSE, STEP, Choices
+from flowaccel.models.policy import CACHE, COMPUTE, COUNT, REUSE, SPARSE, Choices
 from flowaccel.recipe import Recipe, accelerated
 
 Generate = Callable[[], Any]
@@ -54,6 +55,24 @@ class Rollout:
     choices: dict[str, Choices]
     """Per head, what was decided and not forced."""
     executed: Executed
+
+
+def joined(parts: Sequence[Rollout]) -> Rollout:
+    """Several as one, their images numbered one after the other."""
+    starts = list(itertools.accumulate((len(part.images) for part in parts[:-1]), initial=0))
+    choices: dict[str, list[Choices]] = {}
+    for start, part in zip(starts, parts, strict=True):
+        for level, chosen in part.choices.items():
+            choices.setdefault(level, []).append(replace(chosen, image=chosen.image + start))
+    return Rollout(
+        torch.cat([part.images for part in parts]),
+        {level: _joined(chosen) for level, chosen in choices.items()},
+        Executed(
+            torch.cat([part.executed.image + start for start, part in zip(starts, parts, strict=True)]),
+            torch.cat([part.executed.reused for part in parts]),
+            torch.cat([part.executed.level for part in parts]),
+        ),
+    )
 
 
 def roll_out(
@@ -119,60 +138,69 @@ class _Overruled:
 
     heads: HeadSource
     steps: int
-    """Or the nearest number that the count head has."""
+    """As many as the pipeline is asked for; at most the largest number of a count head."""
     cache: int
     """The choice of the cache head at all steps but the first."""
     sparse: int
 
     def jump(self, sight: Sight, levels: Sequence[float]) -> list[float]:
-        if STEP in self.heads.policy.levels:
-            self.heads.jump(sight, levels)
+        self.heads.jump(sight, levels)
         return [1 - (sight.step + 1) / self.steps] * len(levels)
 
     def choose(self, level: str, sight: Sight) -> list[int]:
         self.heads.choose(level, sight)
-        distance = [abs(count - self.steps) for count in self.heads.policy.config.counts]
-        nearest = distance.index(min(distance)) if distance else 0
-        return [{CACHE: self.cache, SPARSE: self.sparse, COUNT: nearest}[level]] * len(sight.images)
+        largest = len(self.heads.policy.config.counts) - 1
+        return [{CACHE: self.cache, SPARSE: self.sparse, COUNT: largest}[level]] * len(sight.images)
 
 
 def measured_costs(
-    pipe: Any, policy: AccelerationPolicy, generate: Generate, steps: int = 4, rounds: int = _ROUNDS
+    pipe: Any,
+    policy: AccelerationPolicy,
+    generate: Callable[[int], Any],
+    steps: tuple[int, int] = (2, 6),
+    rounds: int = _ROUNDS,
 ) -> dict[str, Any]:
-    """What decisions cost on this device, in computed dense steps, the heads' own time included.
+    """What decisions cost on this device, in computed dense steps, the heads' own time included. Text encoders,
+    decoders and whatever else does not grow with the steps are left out.
 
     Args:
         pipe: a pipeline that is not accelerated.
         policy: the policy.
-        generate: calls the pipeline; for at least `steps` steps.
-        steps: of every timed run, if a step head chooses its times; a count head takes the nearest number that it has.
+        generate: calls the pipeline with so many steps, and returns its images (B, C, H, W).
+        steps: of two lengths of run that are timed; what they take alike is not the steps'.
         rounds: of interleaved runs; medians are taken.
 
     Returns:
         `reuse`: of a step whose blocks are reused, if there was one; `sparse`: of a step at each level of the sparse
         head; `dense_seconds`: of a dense step of the batch.
     """
+    short, long = steps
 
-    def run(cache: int, sparse: int) -> Callable[[], Rollout]:
-        source = _Overruled(HeadSource(policy), steps, cache, sparse)
-        return lambda: roll_out(pipe, policy, generate, source)
+    def run(count: int, cache: int, sparse: int) -> Callable[[], Rollout]:
+        source = _Overruled(HeadSource(policy), count, cache, sparse)
+        return lambda: roll_out(pipe, policy, lambda: generate(count), source)
 
-    calls = {"dense": run(COMPUTE, 0)}
+    calls = {"short": run(short, COMPUTE, 0), "dense": run(long, COMPUTE, 0)}
     if CACHE in policy.levels:
-        calls["reuse"] = run(REUSE, 0)
+        calls["reuse"] = run(long, REUSE, 0)
     for level in range(1, 1 + len(policy.config.sparsity)):
-        calls[f"sparse{level}"] = run(COMPUTE, level)
+        calls[f"sparse{level}"] = run(long, COMPUTE, level)
     # how many steps there are, and which of them the rails force, depends on the levels
     done = {name: call().executed for name, call in calls.items()}
     timings = {
         name: timing.median
         for name, timing in measure_latency(calls, rounds=rounds, device=denoiser(pipe).device).items()
     }
-    dense = timings["dense"] / int(done["dense"].computed[0])
+    few, many = (int(done[name].computed[0]) for name in ("short", "dense"))
+    even = timings["dense"] / many
+    growth = (timings["dense"] - timings["short"]) / (many - few) if many > few else even
+    dense = growth if 0 < growth < even else even
+    fixed = many * (even - dense)
     found: dict[str, Any] = {"dense_seconds": dense}
     if "reuse" in done and bool(done["reuse"].reused.any()):
         computed, reused = int(done["reuse"].computed[0]), int(done["reuse"].reused[done["reuse"].image == 0].sum())
-        found["reuse"] = (timings["reuse"] / dense - computed) / reused
+        found["reuse"] = max(0.0, ((timings["reuse"] - fixed) / dense - computed) / reused)
     if SPARSE in policy.levels:
-        found["sparse"] = [timings[name] / timings["dense"] for name in timings if name.startswith("sparse")]
+        levels = [timings[name] for name in timings if name.startswith("sparse")]
+        found["sparse"] = [max(0.0, (seconds - fixed) / dense / many) for seconds in levels]
     return found

@@ -80,7 +80,7 @@ class Training:
         )
         file = work / COSTS
         if not file.exists():
-            found = measured_costs(pipe, heads, lambda: TASK.generate(pipe, range(COST_BATCH)))
+            found = measured_costs(pipe, heads, lambda steps: TASK.generate(pipe, range(COST_BATCH), steps))
             work.mkdir(parents=True, exist_ok=True)
             file.write_text(json.dumps(found) + "\n")
         heads.register_to_config(costs=json.loads(file.read_text()))

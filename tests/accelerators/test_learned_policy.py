@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3InpaintPipeline
 from torch import Tensor
 
 from families import CASES, Case, assert_close
@@ -17,7 +17,9 @@ from flowaccel import (
     LearnedPolicy,
     Recipe,
     RecipeConflictError,
+    SiTInpaintPipeline,
     SparseAttention,
+    UnsupportedModelError,
     accelerate,
     accelerated,
     report,
@@ -296,3 +298,48 @@ def test_a_pipeline_of_embeddings_that_are_not_known_is_refused() -> None:
     policy = AccelerationPolicy(in_channels=denoiser(pipe).config.in_channels, condition_dim=4, levels=(CACHE,))
     with accelerated(pipe, LearnedPolicy(policy)), pytest.raises(Exception, match="embedding"):
         CASES["pixart"](pipe)
+
+
+@pytest.mark.parametrize("kind", [SiTInpaintPipeline, StableDiffusion3InpaintPipeline], ids=["sit", "sd3"])
+def test_inpainting_with_times_per_image_is_refused(kind: Any) -> None:
+    pipe = kind.from_pipe(pipeline(CASES["sit" if kind is SiTInpaintPipeline else "sd3"]))
+    policy = policy_for(pipe)
+    with pytest.raises(UnsupportedModelError, match="puts back what is to be kept"):
+        accelerate(pipe, LearnedPolicy(policy))
+    accelerate(pipe, LearnedPolicy(policy, levels=(CACHE,)))
+
+
+def test_modulation_of_another_width_is_refused() -> None:
+    case = CASES["sit"]
+    pipe = pipeline(case)
+    other = AccelerationPolicy(pipe.transformer.config.in_channels, conditioned(pipe) + 1, width=8)
+    with accelerated(pipe, LearnedPolicy(other)), pytest.raises(RecipeConflictError, match="numbers modulate"):
+        case(pipe, batch=1, steps=4)
+
+
+def test_the_trace_tells_how_sparse_a_step_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = CASES["sit"]
+    small = functools.partial(SparseAttention, query_block=4, key_block=4)
+    monkeypatch.setattr(runtime, "SparseAttention", small)
+    pipe = pipeline(case)
+    policy = policy_for(
+        pipe, levels=(STEP, CACHE, SPARSE), max_steps=None, sparse_tokens=1, dense_blocks=0, sparsity=(0.5, 0.25)
+    )
+    source = ScriptSource([[0.8, 0.5, 0.0]], {CACHE: [[0, 1, 0]], SPARSE: [[0, 0, 2]]})
+    with accelerated(pipe, Recipe()):
+        detach = attach_policy(pipe, policy, source)
+        case(pipe, batch=1, steps=9)
+        found = report(pipe)
+        detach()
+    (path,) = found.paths
+    assert [what for _, *what in path] == [[True, 0], [False, 0], [True, 2]]
+    assert "1000 800r 500s2" in str(found)
+
+
+def test_a_sparse_head_that_does_nothing_says_so() -> None:
+    case = CASES["sit"]
+    pipe = pipeline(case)
+    policy = policy_for(pipe, levels=(STEP, SPARSE), sparsity=(0.5,), dense_blocks=0)
+    source = ScriptSource([[0.5, 0.0]], {SPARSE: [[1]]})
+    with pytest.warns(UserWarning, match="the sparse head of a policy does nothing here: the image has"):
+        driven(pipe, case, source, policy, batch=1, steps=4)

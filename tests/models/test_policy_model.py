@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from flowaccel.models import AccelerationPolicy
+from flowaccel.models import policy as policy_model
 from flowaccel.models.policy import CACHE, COUNT, SPARSE, STEP, Choices
 from flowaccel.modules.policy_heads import jump_distribution, jump_mode
 
@@ -44,13 +45,38 @@ def test_likelihoods_are_of_what_was_sampled() -> None:
     heads = policy()
     features, condition = torch.randn(5, 3, 6, 4), torch.randn(5, 6)
     shares = torch.tensor([0.2, 0.5, 0.9, 1.0, 0.0])
-    found = heads.log_prob(STEP, Choices(torch.arange(5), features, condition, shares))
+    found = heads.weigh(STEP, Choices(torch.arange(5), features, condition, shares))[0]
     expected = jump_distribution(heads(STEP, features, condition)).log_prob(shares.clamp(1e-3, 1 - 1e-3))
     assert torch.equal(found, expected) and found.isfinite().all()
     chosen = torch.tensor([0, 2, 1, 0, 0])
-    found = heads.log_prob(SPARSE, Choices(torch.arange(5), features, condition, chosen))
+    found, entropy = heads.weigh(SPARSE, Choices(torch.arange(5), features, condition, chosen))
     logits = heads(SPARSE, features, condition).log_softmax(dim=1)
     assert torch.allclose(found, logits[torch.arange(5), chosen])
+    assert torch.allclose(entropy, -(logits.exp() * logits).sum(dim=1))
+
+
+def test_large_maps_are_weighed_in_portions(monkeypatch: pytest.MonkeyPatch) -> None:
+    features, condition = torch.randn(5, 3, 6, 4), torch.randn(5, 6)
+    choices = Choices(torch.arange(5), features, condition, torch.tensor([0.2, 0.5, 0.9, 0.4, 0.6]))
+
+    def weighed() -> tuple[torch.Tensor, torch.Tensor]:
+        heads = policy()
+        likely, entropy = heads.weigh(STEP, choices)
+        (likely.sum() + entropy.sum()).backward()
+        return likely, heads.heads[STEP].conv1.weight.grad
+
+    whole = weighed()
+    seen: list[int] = []
+    forward = AccelerationPolicy.forward
+    monkeypatch.setattr(policy_model, "_AT_ONCE", 2 * 8 * 6 * 4)
+    monkeypatch.setattr(
+        AccelerationPolicy,
+        "forward",
+        lambda self, level, maps, by: seen.append(len(maps)) or forward(self, level, maps, by),
+    )
+    for expected, found in zip(whole, weighed(), strict=True):
+        assert torch.allclose(found, expected, atol=1e-5)
+    assert set(seen) == {1, 2}
 
 
 def test_heads_compute_in_float32_whatever_is_around() -> None:

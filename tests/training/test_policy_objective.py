@@ -86,7 +86,7 @@ def test_equivalent_steps_count_what_was_left_out() -> None:
         (None, "reuse"),
         ({"sparse": [0.5]}, "reuse"),
         ({"reuse": 0.1, "sparse": [0.5]}, "sparse"),
-        ({"reuse": 1.5, "sparse": [0.5, 0.4]}, "reuse"),
+        ({"reuse": float("inf"), "sparse": [0.5, 0.4]}, "reuse"),
         ({"reuse": 0.1, "sparse": [0.5, -0.1]}, "sparse"),
     ],
 )

@@ -35,6 +35,7 @@ from flowaccel.training.policy_rollout import Rollout, measured_costs, roll_out,
 
 POOL = 10
 COUNTS = (2, 3, 5, 8)
+FIXED = 40
 TASK = Task(conditions=Classes((0, 1)), size=POOL, steps=5, seed=1)
 
 
@@ -164,7 +165,7 @@ def test_reuse_is_measured_to_cost_less() -> None:
     pipe = tiny.sit_pipeline(num_layers=12, num_attention_heads=4, attention_head_dim=32)
     pipe.scheduler = FlowMatchEulerDiscreteScheduler()
     pipe.set_progress_bar_config(disable=True)
-    found = measured_costs(pipe, heads(pipe), lambda: TASK.generate(pipe, range(4)), steps=4, rounds=3)
+    found = measured_costs(pipe, heads(pipe), lambda steps: TASK.generate(pipe, range(4), steps), rounds=3)
     assert 0 < found["reuse"] < 0.9
 
 
@@ -174,19 +175,19 @@ def test_reuse_is_measured_to_cost_less() -> None:
     ids=["step", "alone", "count"],
 )
 def test_costs_are_of_what_was_done(config: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """With rails that force some steps to compute, and as many steps as the heads allow."""
+    """With rails that force some steps to compute, as many steps as the heads allow, and text encoders."""
 
     def seconds(calls: Any, **options: Any) -> dict[str, Any]:
         done = {name: call().executed for name, call in calls.items()}
         computed = {name: int(found.computed[0]) for name, found in done.items()}
         return {
-            name: SimpleNamespace(median=3 * computed[name] + int(found.steps[0] - computed[name]))
+            name: SimpleNamespace(median=FIXED + 3 * computed[name] + int(found.steps[0] - computed[name]))
             for name, found in done.items()
         }
 
     monkeypatch.setattr(policy_rollout, "measure_latency", seconds)
     pipe = pipeline()
-    found = measured_costs(pipe, heads(pipe, max_reuse=1, **config), lambda: TASK.generate(pipe, range(2)))
+    found = measured_costs(pipe, heads(pipe, max_reuse=1, **config), lambda steps: TASK.generate(pipe, range(2), steps))
     assert found["dense_seconds"] == pytest.approx(3) and found["reuse"] == pytest.approx(1 / 3)
 
 
@@ -214,8 +215,66 @@ def test_fidelity() -> None:
     assert fidelity(1.1 * images, images)[0].item() == pytest.approx(2.718281828**-1, abs=1e-4)
 
 
-def test_bad_settings() -> None:
-    with pytest.raises(ValueError, match="group_size must be at least 2, got 1"):
-        PolicySettings(group_size=1)
-    with pytest.raises(ValueError, match="groups must be at least 1"):
-        PolicySettings(groups=0)
+def test_batches_of_rollouts_are_one(tmp_path: Path) -> None:
+    pipe = pipeline()
+    policy, found = heads(pipe), []
+    for size in (6, 4):
+        made = objective(pipe, tmp_path, judged=False, batch_size=size)
+        made.at(0)(policy, torch.Generator().manual_seed(0))
+        found.append(made._experience)
+    whole, parts = found
+    assert torch.allclose(whole.advantages, parts.advantages, atol=1e-3)
+    for level in (STEP, CACHE):
+        one, two = (experience.choices[level] for experience in found)
+        order, other = one.image.argsort(stable=True), two.image.argsort(stable=True)
+        assert torch.equal(one.image[order], two.image[other])
+        assert torch.allclose(one.action[order].double(), two.action[other].double(), atol=1e-4)
+
+
+def test_later_epochs_are_clipped_and_make_no_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = pipeline()
+    policy, made = heads(pipe), objective(pipe, tmp_path, judged=False, epochs=2)
+    optimizer = torch.optim.SGD(policy.parameters(), lr=1.0)
+    made.at(0)(policy, torch.Generator().manual_seed(0)).backward()
+    first = made.last
+    assert first is not None and first.stats.ratio == 1
+    optimizer.step()
+    with monkeypatch.context() as patch:
+        patch.setattr(Task, "generate", None)
+        made.at(1)(policy, torch.Generator().manual_seed(1))
+    second = made.last
+    assert second is not None and second.reward == first.reward
+    assert second.stats.ratio != 1 and second.stats.clip_fraction > 0
+    with pytest.raises(ValueError, match="save_every be a multiple of epochs, 2"):
+        objective(pipe, tmp_path, judged=False, epochs=2).at(1)(policy, torch.Generator())
+
+
+def test_several_processes_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="trained by one process, got 2"):
+        objective(pipeline(), tmp_path)
+
+
+def test_a_pool_holds_the_samples_of_an_update(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="groups must be at most the 10 samples of the pool, got 11"):
+        objective(pipeline(), tmp_path, groups=11)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"group_size": 1}, "group_size must be at least 2, got 1"),
+        ({"groups": 0}, "groups must be at least 1"),
+        ({"epochs": 0}, "epochs must be at least 1"),
+        ({"batch_size": 0}, "batch_size must be at least 1"),
+        ({"discount": 1.0}, "discount must lie in"),
+        ({"estimator": "ppo"}, "estimator must be one of grpo, rloo"),
+        ({"clip": 0.0}, "clip must lie in"),
+        ({"price": -1.0}, "price must be at least 0"),
+        ({"realism": -1.0}, "realism is a weight"),
+        ({"fidelity": float("nan")}, "fidelity is a weight"),
+    ],
+)
+def test_bad_settings(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        PolicySettings(**settings)

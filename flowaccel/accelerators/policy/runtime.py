@@ -13,8 +13,8 @@ from torch import Tensor
 from flowaccel.accelerators.caching import Guard, Rules, Stack, cache_of
 from flowaccel.accelerators.caching.runtime import require_tensor
 from flowaccel.accelerators.policy.sources import Sight, Source
-from flowaccel.accelerators.sparse_attention import SparseAttention, put_switch, switched
-from flowaccel.errors import UnsupportedModelError
+from flowaccel.accelerators.sparse_attention import SparseAttention, put_switch, switched, warn_idle
+from flowaccel.errors import RecipeConflictError, UnsupportedModelError
 from flowaccel.gates import Gate, Step
 from flowaccel.gates.base import State, where
 from flowaccel.hooks import COND, EXTRA, Call, Run, Session, denoiser
@@ -37,16 +37,17 @@ class _Walk:
     latents: Tensor | None = None
     """(images, C, H, W) of the present call."""
     condition: Tensor | None = None
-    """(images, D) what modulates the blocks in it."""
+    """(images, D) what modulates the blocks in the present call."""
     anchor: Tensor | None = None
-    """(images, C, H, W) latents when blocks were last computed, and"""
+    """(images, C, H, W) latents when blocks were last computed."""
     anchor_times: list[float] = field(default_factory=list)
+    """Per image, the timestep at which that was."""
     reused: list[int] = field(default_factory=list)
     """Per image, steps since then."""
     computing: list[bool] = field(default_factory=list)
     """Per image, whether its blocks are computed at the present step."""
     sparsity: tuple[int, ...] = ()
-    """Per image, how sparse its attention is at it: 0 is dense."""
+    """Per image, how sparse its attention is at the present step, 0 for dense; empty where no blocks ran."""
     grids: tuple[list[float], ...] = ()
     """Per image, the noise levels of the number of steps that was chosen for it."""
 
@@ -101,7 +102,7 @@ class PolicyRuntime:
         walk = self._walk(call)
         times = self._times(walk, call)
         if COND in call.branches:
-            walk.times = times
+            walk.times, walk.sparsity = times, ()
             walk.latents = walk.of_images(call.sample[call.rows_of(COND)])
         if self._timed:
             call.record.times = tuple(time or None for time in times)
@@ -111,6 +112,8 @@ class PolicyRuntime:
         with switched(self._switch, call, None):
             output = proceed(call)
         call.record.sparsity = walk.sparsity
+        if any(walk.sparsity):
+            warn_idle(self._session.pipe, self._switch, self._config.dense_blocks, "the sparse head of a policy")
         return output
 
     def _walk(self, call: Call) -> _Walk:
@@ -129,7 +132,13 @@ class PolicyRuntime:
 
     def _around_block(self, proceed: Callable[..., Any], call: Call, block: Any) -> Any:
         if block.index == 0 and COND in call.branches and EXTRA not in call.branches:
-            self._walk(call).condition = block.condition[call.rows_of(COND)]
+            condition = block.condition[call.rows_of(COND)]
+            if condition.shape[1] != self._config.condition_dim:
+                raise RecipeConflictError(
+                    f"the policy was trained for blocks that {self._config.condition_dim} numbers modulate, and those "
+                    f"of this {type(call.module).__name__} have {condition.shape[1]}; train one for this network"
+                )
+            self._walk(call).condition = condition
         return proceed()
 
     # -- blocks
