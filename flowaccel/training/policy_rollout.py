@@ -171,8 +171,8 @@ def measured_costs(
     dense = timings["dense"] / int(done["dense"].computed[0])
     found: dict[str, Any] = {"dense_seconds": dense}
     if "reuse" in done and bool(done["reuse"].reused.any()):
-        computed, reused = int(done["reuse"].computed[0]), int(done["reuse"].reused[done["reuse"].image == 0].sum())
-        found["reuse"] = (timings["reuse"] / dense - computed) / reused
+        steps, computed = int(done["reuse"].steps[0]), int(done["reuse"].computed[0])
+        found["reuse"] = (timings["reuse"] / dense - computed) / (steps - computed)
     if SPARSE in policy.levels:
         found["sparse"] = [timings[name] / timings["dense"] for name in timings if name.startswith("sparse")]
     return found
