@@ -153,7 +153,7 @@ class FlowSampler(SchedulerMixin, ConfigMixin):
                 step that is out of range or cannot be a first one.
         """
         if self._fixed is None:
-            self.grid = self._shifted_grid(starting_levels(num_inference_steps, sigmas), mu)
+            self.grid = self._usual(num_inference_steps, sigmas, mu)
         else:
             self.grid = _fixed_levels(self._fixed, num_inference_steps, sigmas)
         self.num_inference_steps = len(self.grid) - 1
@@ -171,8 +171,8 @@ class FlowSampler(SchedulerMixin, ConfigMixin):
         self._step_index = None
         self._forget()
 
-    def _shifted_grid(self, starts: Sequence[float], mu: float | None) -> list[float]:
-        return [self._shift(level, mu) for level in starts] + [0.0]
+    def _usual(self, count: int | None, sigmas: Sequence[float] | None, mu: float | None) -> list[float]:
+        return [self._shift(level, mu) for level in _starting_levels(count, sigmas)] + [0.0]
 
     def _shift(self, sigma: float, mu: float | None) -> float:
         if not self.config.use_dynamic_shifting:
@@ -271,12 +271,7 @@ class FlowSampler(SchedulerMixin, ConfigMixin):
         return self.config.num_train_timesteps
 
 
-def starting_levels(count: int | None, sigmas: Sequence[float] | None) -> list[float]:
-    """The noise levels, before any shift, that steps start from: `count` uniform ones, or `sigmas`.
-
-    Raises:
-        ValueError: neither, or both and they disagree; levels that do not fall in (0, 1].
-    """
+def _starting_levels(count: int | None, sigmas: Sequence[float] | None) -> list[float]:
     if sigmas is None:
         if count is None or count < 1:
             raise ValueError(f"num_inference_steps must be at least 1, got {count}")
@@ -297,7 +292,7 @@ def _fixed_levels(grid: Sequence[float], count: int | None, sigmas: Sequence[flo
     Pipelines hand over the uniform levels of their number of steps on their own; any others are somebody's wish.
     """
     steps = len(grid) - 1
-    asked = starting_levels(steps if count is None and sigmas is None else count, sigmas)
+    asked = _starting_levels(steps if count is None and sigmas is None else count, sigmas)
     if len(asked) != steps:
         raise ValueError(
             f"this scheduler has a grid of {steps} steps, but num_inference_steps is {len(asked)}; call the pipeline "

@@ -11,7 +11,7 @@ import torch
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
-from flowaccel.samplers.base import Evaluation, FlowSampler, TimeShift, starting_levels
+from flowaccel.samplers.base import Evaluation, FlowSampler, TimeShift
 from flowaccel.samplers.formulas import extrapolated
 
 Decide = Callable[[Tensor, tuple[float, ...]], Sequence[float]]
@@ -88,7 +88,7 @@ class PolicyScheduler(FlowSampler):
         Raises:
             ValueError: fewer than 1, or before `set_timesteps` where that is what gives the shift.
         """
-        return self._shifted_grid(starting_levels(steps, None), self._mu)
+        return self._usual(steps, None, self._mu)
 
     def _plan(self, steps: int) -> list[Evaluation]:
         return [Evaluation(step=step, stage=0, sigma=self.grid[step]) for step in range(self.first_step, steps)]

@@ -192,7 +192,9 @@ def check_levels(levels: Sequence[str]) -> None:
     if isinstance(levels, str) or not levels or set(levels) - set(LEVELS):
         raise ValueError(f"levels must hold at least one of {', '.join(LEVELS)}, got {levels!r}")
     if set(levels) >= TIMED:
-        raise ValueError(f"levels must not hold both 'step' and 'count', which choose the same times, got {levels!r}")
+        raise ValueError(
+            f"levels must not hold both 'step' and 'count', which choose the same times, got {levels!r}; leave one out"
+        )
 
 
 def _check_sparsity(head: bool, sparsity: Sequence[float]) -> None:
@@ -210,4 +212,4 @@ def _check_counts(head: bool, counts: Sequence[int]) -> None:
             f"counts must hold whole numbers of at least 1 that rise, such as (4, 6, 8, 12, 20), got {counts!r}"
         )
     if bool(counts) != head:
-        raise ValueError(f"counts and the level 'count' come together, got counts={counts!r}")
+        raise ValueError(f"counts and the level 'count' come together, got counts={counts!r}; give both or neither")
