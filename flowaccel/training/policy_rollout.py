@@ -198,8 +198,8 @@ def measured_costs(
     fixed = many * (even - dense)
     found: dict[str, Any] = {"dense_seconds": dense}
     if "reuse" in done and bool(done["reuse"].reused.any()):
-        steps, computed = int(done["reuse"].steps[0]), int(done["reuse"].computed[0])
-        found["reuse"] = max(0.0, ((timings["reuse"] - fixed) / dense - computed) / (steps - computed))
+        taken, computed = int(done["reuse"].steps[0]), int(done["reuse"].computed[0])
+        found["reuse"] = max(0.0, ((timings["reuse"] - fixed) / dense - computed) / (taken - computed))
     if SPARSE in policy.levels:
         levels = [timings[name] for name in timings if name.startswith("sparse")]
         found["sparse"] = [max(0.0, (seconds - fixed) / dense / many) for seconds in levels]
