@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from pathlib import Path
 from typing import Any
 
@@ -17,60 +16,21 @@ from flowaccel import (
     LearnedPolicy,
     Recipe,
     RecipeConflictError,
-    SparseAttention,
     accelerate,
     accelerated,
     report,
     restore,
 )
-from flowaccel.accelerators.learned_policy import attach_policy, base_of
+from flowaccel.accelerators.learned_policy import base_of
 from flowaccel.accelerators.policy import HeadSource, ScriptSource, runtime
 from flowaccel.hooks import denoiser
 from flowaccel.models import AccelerationPolicy
 from flowaccel.models.policy import CACHE, SPARSE, STEP
 from flowaccel.samplers import PolicyScheduler
+from policies import FAMILIES, SMALL_BLOCKS, conditioned, driven, pipeline, policy_for
 
 STEPS = 6
-CASE = pytest.mark.parametrize("case", [CASES[name] for name in ("sit", "sd3", "flux")], ids=["sit", "sd3", "flux"])
-
-
-def conditioned(pipe: Any) -> int:
-    """Width of what modulates the blocks."""
-    network = denoiser(pipe)
-    return int(getattr(network, "inner_dim", 0) or network.pos_embed.shape[-1])
-
-
-def policy_for(pipe: Any, seed: int = 0, **config: Any) -> AccelerationPolicy:
-    """Heads that look: with larger weights, so that images are decided about differently."""
-    torch.manual_seed(seed)
-    network = denoiser(pipe)
-    policy = AccelerationPolicy(
-        in_channels=network.config.in_channels, condition_dim=conditioned(pipe), width=16, **config
-    )
-    with torch.no_grad():
-        for head in policy.heads.values():
-            for layer in (head.conv1, head.conv2, head.fc1, head.fc2):
-                layer.weight.normal_(std=0.6)
-            head.modulation.weight.normal_(std=0.3)
-            head.fc2.weight.mul_(0.03)
-    return policy.eval()
-
-
-def pipeline(case: Case) -> Any:
-    pipe = case.make()
-    if case.name == "sit":
-        pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=2.0)
-    return pipe
-
-
-def driven(pipe: Any, case: Case, source: Any, policy: AccelerationPolicy, **options: Any) -> Tensor:
-    """One call in which `source` decides."""
-    with accelerated(pipe, Recipe()):
-        detach = attach_policy(pipe, policy, source)
-        try:
-            return case(pipe, **options)
-        finally:
-            detach()
+CASE = pytest.mark.parametrize("case", FAMILIES, ids=lambda case: case.name)
 
 
 @CASE
@@ -104,22 +64,12 @@ def test_heads_decide_for_every_image_alone(case: Case) -> None:
     policy = policy_for(pipe)
     with accelerated(pipe, LearnedPolicy(policy)):
         together = case(pipe, batch=3, steps=20)
-        taken = paths(pipe)
+        taken = report(pipe).paths
         assert len({len(path) for path in taken}) > 1 or len(set(taken)) > 1
         for image in range(3):
             alone = case(pipe, batch=1, seed=3 + image, steps=20)
-            assert paths(pipe) == [taken[image]]
+            assert report(pipe).paths == (taken[image],)
             assert_close(together[image : image + 1], alone)
-
-
-def paths(pipe: Any) -> list[tuple[tuple[float, bool], ...]]:
-    """Per image of the last run, its times and whether it was computed at them."""
-    calls = [call for call in report(pipe).calls if "cond" in call.branches]
-    images = len(calls[0].times)
-    return [
-        tuple((call.times[image], call.computed[image]) for call in calls if call.times[image] is not None)
-        for image in range(images)
-    ]
 
 
 @CASE
@@ -145,7 +95,7 @@ def pipe_runs(pipe: Any, case: Case, policy: AccelerationPolicy) -> list[Any]:
         found = report(pipe)
         assert not found.failed
         assert len(found.steps) < 40
-        return paths(pipe)
+        return report(pipe).paths
 
 
 def test_a_sampled_rollout_depends_on_its_generator_alone() -> None:
@@ -164,8 +114,7 @@ def test_a_sampled_rollout_depends_on_its_generator_alone() -> None:
 
 @CASE
 def test_the_sparse_head_sets_every_image_apart(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    small = functools.partial(SparseAttention, query_block=4, key_block=4)
-    monkeypatch.setattr(runtime, "SparseAttention", small)
+    monkeypatch.setattr(runtime, "SparseAttention", SMALL_BLOCKS)
     pipe = pipeline(case)
     options = {"max_steps": None, "sparse_tokens": 1, "dense_blocks": 0, "sparsity": (0.5, 0.25)}
     policy = policy_for(pipe, levels=(STEP, CACHE, SPARSE), **options)
@@ -194,7 +143,7 @@ def test_rails_hold() -> None:
         policy.heads[STEP].fc2.bias.copy_(torch.tensor([3.0, 0.0]))
     with accelerated(pipe, LearnedPolicy(policy)):
         case(pipe, batch=1, steps=20)
-        (path,) = paths(pipe)
+        (path,) = report(pipe).paths
     assert [computed for _, computed in path][:7] == [True, False, False, True, False, False, True]
     assert len(path) <= 8
     assert min(time for time, _ in path) >= 100
@@ -212,7 +161,7 @@ def test_one_level_alone() -> None:
     with accelerated(pipe, LearnedPolicy(policy, levels=(STEP,))):
         case(pipe, batch=1, steps=20)
         assert type(pipe.scheduler) is PolicyScheduler
-        assert all(computed for (path,) in [paths(pipe)] for _, computed in path)
+        assert all(computed for (path,) in [report(pipe).paths] for _, computed in path)
     assert torch.equal(case(pipe, batch=1, steps=STEPS), plain)
 
 
@@ -220,12 +169,12 @@ def test_saved_and_loaded_it_decides_the_same(tmp_path: Path) -> None:
     case = CASES["sit"]
     pipe = pipeline(case)
     accelerate(pipe, LearnedPolicy(policy_for(pipe, base=base_of(denoiser(pipe))), levels=(STEP,)))
-    before, taken = case(pipe, batch=2, steps=20), paths(pipe)
+    before, taken = case(pipe, batch=2, steps=20), report(pipe).paths
     Recipe([LearnedPolicy(policy_for(pipe), levels=(STEP,))]).save_pretrained(tmp_path)
     restore(pipe)
     with accelerated(pipe, tmp_path):
         assert torch.equal(case(pipe, batch=2, steps=20), before)
-        assert paths(pipe) == taken
+        assert report(pipe).paths == taken
 
 
 def test_it_refuses_what_it_was_not_made_for() -> None:

@@ -46,7 +46,7 @@ class _Walk:
     computing: list[bool] = field(default_factory=list)
     """Per image, whether its blocks are computed at the present step."""
     sparsity: tuple[int, ...] = ()
-    """Per image, how sparse its attention is at it: 0 is dense."""
+    """Per image, how sparse its attention is at it: 0 is dense, or none is computed."""
 
     def of_images(self, tensor: Tensor) -> Tensor:
         """(images, ...) as maps (images, C, H, W)."""
@@ -140,7 +140,7 @@ class PolicyRuntime:
             for image, idle in enumerate(found)
             if not idle and CACHE in self._levels and walk.reused[image] < self._config.max_reuse
         ]
-        walk.computing = [not idle for idle in found]
+        walk.computing, walk.sparsity = [not idle for idle in found], (0,) * walk.images
         if not open_:
             return found
         assert walk.latents is not None and walk.anchor is not None and walk.condition is not None
