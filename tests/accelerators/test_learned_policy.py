@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from pathlib import Path
 from typing import Any
 
@@ -18,63 +17,24 @@ from flowaccel import (
     Recipe,
     RecipeConflictError,
     SiTInpaintPipeline,
-    SparseAttention,
     UnsupportedModelError,
     accelerate,
     accelerated,
     report,
     restore,
 )
-from flowaccel.accelerators.learned_policy import attach_policy, base_of
+from flowaccel.accelerators.learned_policy import base_of
 from flowaccel.accelerators.policy import HeadSource, ScriptSource, runtime
 from flowaccel.accelerators.sampler import exchanged_scheduler
 from flowaccel.hooks import denoiser
 from flowaccel.models import AccelerationPolicy
 from flowaccel.models.policy import CACHE, COUNT, SPARSE, STEP
 from flowaccel.samplers import PolicyScheduler
+from policies import FAMILIES, SMALL_BLOCKS, conditioned, decided_by, driven, pipeline, policy_for
 
 STEPS = 6
 ONE_SHOT: dict[str, Any] = {"levels": (COUNT, CACHE), "counts": (2, 4, 7, 11)}
-CASE = pytest.mark.parametrize("case", [CASES[name] for name in ("sit", "sd3", "flux")], ids=["sit", "sd3", "flux"])
-
-
-def conditioned(pipe: Any) -> int:
-    """Width of what modulates the blocks."""
-    network = denoiser(pipe)
-    return int(getattr(network, "inner_dim", 0) or network.pos_embed.shape[-1])
-
-
-def policy_for(pipe: Any, seed: int = 0, **config: Any) -> AccelerationPolicy:
-    """Heads that look: with larger weights, so that images are decided about differently."""
-    torch.manual_seed(seed)
-    network = denoiser(pipe)
-    policy = AccelerationPolicy(
-        in_channels=network.config.in_channels, condition_dim=conditioned(pipe), width=16, **config
-    )
-    with torch.no_grad():
-        for head in policy.heads.values():
-            for layer in (head.conv1, head.conv2, head.fc1, head.fc2):
-                layer.weight.normal_(std=0.6)
-            head.modulation.weight.normal_(std=0.3)
-            head.fc2.weight.mul_(0.03)
-    return policy.eval()
-
-
-def pipeline(case: Case) -> Any:
-    pipe = case.make()
-    if case.name == "sit":
-        pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=2.0)
-    return pipe
-
-
-def driven(pipe: Any, case: Case, source: Any, policy: AccelerationPolicy, **options: Any) -> Tensor:
-    """One call in which `source` decides."""
-    with accelerated(pipe, Recipe()):
-        detach = attach_policy(pipe, policy, source)
-        try:
-            return case(pipe, **options)
-        finally:
-            detach()
+CASE = pytest.mark.parametrize("case", FAMILIES, ids=lambda case: case.name)
 
 
 @CASE
@@ -141,22 +101,12 @@ def test_heads_decide_for_every_image_alone(case: Case, config: dict[str, Any]) 
     policy = policy_for(pipe, seed, **config)
     with accelerated(pipe, LearnedPolicy(policy)):
         together = case(pipe, batch=3, steps=20)
-        taken = paths(pipe)
+        taken = report(pipe).paths
         assert len({len(path) for path in taken}) > 1 or len(set(taken)) > 1
         for image in range(3):
             alone = case(pipe, batch=1, seed=3 + image, steps=20)
-            assert paths(pipe) == [taken[image]]
+            assert report(pipe).paths == (taken[image],)
             assert_close(together[image : image + 1], alone)
-
-
-def paths(pipe: Any) -> list[tuple[tuple[float, bool], ...]]:
-    """Per image of the last run, its times and whether it was computed at them."""
-    calls = [call for call in report(pipe).calls if "cond" in call.branches]
-    images = len(calls[0].times)
-    return [
-        tuple((call.times[image], call.computed[image]) for call in calls if call.times[image] is not None)
-        for image in range(images)
-    ]
 
 
 @CASE
@@ -169,7 +119,7 @@ def test_what_runs_is_what_was_decided(case: Case) -> None:
     driven(pipe, case, HeadSource(policy, generators, log=log), policy, batch=2, steps=20)
     run = pipe_runs(pipe, case, policy)
     for path in run:
-        times = [time for time, _ in path]
+        times = [time for time, *_ in path]
         assert times == sorted(times, reverse=True)
         assert all(abs(time - round(time)) < 1e-3 for time in times)
     assert set(log) == {STEP, CACHE}
@@ -182,7 +132,7 @@ def pipe_runs(pipe: Any, case: Case, policy: AccelerationPolicy) -> list[Any]:
         found = report(pipe)
         assert not found.failed
         assert len(found.steps) < 40
-        return paths(pipe)
+        return report(pipe).paths
 
 
 def test_a_sampled_rollout_depends_on_its_generator_alone() -> None:
@@ -201,8 +151,7 @@ def test_a_sampled_rollout_depends_on_its_generator_alone() -> None:
 
 @CASE
 def test_the_sparse_head_sets_every_image_apart(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    small = functools.partial(SparseAttention, query_block=4, key_block=4)
-    monkeypatch.setattr(runtime, "SparseAttention", small)
+    monkeypatch.setattr(runtime, "SparseAttention", SMALL_BLOCKS)
     pipe = pipeline(case)
     options = {"max_steps": None, "sparse_tokens": 1, "dense_blocks": 0, "sparsity": (0.5, 0.25)}
     policy = policy_for(pipe, levels=(STEP, CACHE, SPARSE), **options)
@@ -231,10 +180,10 @@ def test_rails_hold() -> None:
         policy.heads[STEP].fc2.bias.copy_(torch.tensor([3.0, 0.0]))
     with accelerated(pipe, LearnedPolicy(policy)):
         case(pipe, batch=1, steps=20)
-        (path,) = paths(pipe)
+        (path,) = report(pipe).paths
     assert [computed for _, computed in path][:7] == [True, False, False, True, False, False, True]
     assert len(path) <= 8
-    assert min(time for time, _ in path) >= 100
+    assert min(time for time, *_ in path) >= 100
 
 
 def test_one_level_alone() -> None:
@@ -249,7 +198,7 @@ def test_one_level_alone() -> None:
     with accelerated(pipe, LearnedPolicy(policy, levels=(STEP,))):
         case(pipe, batch=1, steps=20)
         assert type(pipe.scheduler) is PolicyScheduler
-        assert all(computed for (path,) in [paths(pipe)] for _, computed in path)
+        assert all(computed for (path,) in [report(pipe).paths] for _, computed in path)
     assert torch.equal(case(pipe, batch=1, steps=STEPS), plain)
 
 
@@ -258,12 +207,12 @@ def test_saved_and_loaded_it_decides_the_same(tmp_path: Path, config: dict[str, 
     case, used = CASES["sit"], (COUNT if config else STEP,)
     pipe = pipeline(case)
     accelerate(pipe, LearnedPolicy(policy_for(pipe, base=base_of(denoiser(pipe)), **config), levels=used))
-    before, taken = case(pipe, batch=2, steps=20), paths(pipe)
+    before, taken = case(pipe, batch=2, steps=20), report(pipe).paths
     Recipe([LearnedPolicy(policy_for(pipe, **config), levels=used)]).save_pretrained(tmp_path)
     restore(pipe)
     with accelerated(pipe, tmp_path):
         assert torch.equal(case(pipe, batch=2, steps=20), before)
-        assert paths(pipe) == taken
+        assert report(pipe).paths == taken
 
 
 def test_it_refuses_what_it_was_not_made_for() -> None:
@@ -319,18 +268,15 @@ def test_modulation_of_another_width_is_refused() -> None:
 
 def test_the_trace_tells_how_sparse_a_step_was(monkeypatch: pytest.MonkeyPatch) -> None:
     case = CASES["sit"]
-    small = functools.partial(SparseAttention, query_block=4, key_block=4)
-    monkeypatch.setattr(runtime, "SparseAttention", small)
+    monkeypatch.setattr(runtime, "SparseAttention", SMALL_BLOCKS)
     pipe = pipeline(case)
     policy = policy_for(
         pipe, levels=(STEP, CACHE, SPARSE), max_steps=None, sparse_tokens=1, dense_blocks=0, sparsity=(0.5, 0.25)
     )
     source = ScriptSource([[0.8, 0.5, 0.0]], {CACHE: [[0, 1, 0]], SPARSE: [[0, 0, 2]]})
-    with accelerated(pipe, Recipe()):
-        detach = attach_policy(pipe, policy, source)
+    with decided_by(pipe, source, policy):
         case(pipe, batch=1, steps=9)
         found = report(pipe)
-        detach()
     (path,) = found.paths
     assert [what for _, *what in path] == [[True, 0], [False, 0], [True, 2]]
     assert "1000 800r 500s2" in str(found)

@@ -14,8 +14,6 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate import cpu_offload
-from accelerate.hooks import remove_hook_from_module
 from diffusers import (
     DDIMScheduler,
     DiffusionPipeline,
@@ -23,8 +21,7 @@ from diffusers import (
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
-from diffusers.hooks import apply_group_offloading, apply_layerwise_casting
-from peft import LoraConfig
+from diffusers.hooks import apply_layerwise_casting
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -55,6 +52,7 @@ from flowaccel.gates import (
 )
 from flowaccel.hooks import ATTENTION, FAMILIES, FEED_FORWARD, Block, Call, networks, session_of
 from flowaccel.predictors import Hold, Newton
+from neighbours import NEIGHBOURS, load_lora, unload_lora
 
 SHORT = 7
 """Evaluations that are enough for the caches which never wait long to save something."""
@@ -577,48 +575,6 @@ def test_a_fresh_process_decides_and_makes_the_same(tmp_path: Path) -> None:
 # -- 10: beside others
 
 
-def modules(pipe: Any) -> list[nn.Module]:
-    return [component for component in pipe.components.values() if isinstance(component, nn.Module)]
-
-
-def sequential_offload(pipe: Any) -> Callable[[], None]:
-    """What `enable_sequential_cpu_offload` puts on, with the CPU in the part of the GPU."""
-    for module in modules(pipe):
-        cpu_offload(module, execution_device=torch.device("cpu"))
-    return lambda: [remove_hook_from_module(module, recurse=True) for module in modules(pipe)].clear()
-
-
-def group_offload(kind: str) -> Callable[[Any], Callable[[], None]]:
-    def put_on(pipe: Any) -> Callable[[], None]:
-        cpu = torch.device("cpu")
-        more = {"num_blocks_per_group": 1} if kind == "block_level" else {}
-        for network in networks(pipe).values():
-            apply_group_offloading(network, onload_device=cpu, offload_device=cpu, offload_type=kind, **more)
-        return lambda: _remove_diffusers_hooks(pipe)
-
-    return put_on
-
-
-def layerwise_casting(pipe: Any) -> Callable[[], None]:
-    for network in networks(pipe).values():
-        apply_layerwise_casting(network, storage_dtype=torch.float32, compute_dtype=torch.float32)
-    return lambda: None  # it cannot be taken off
-
-
-def _remove_diffusers_hooks(pipe: Any) -> None:
-    for network in networks(pipe).values():
-        for module in network.modules():
-            registry = module.__dict__.get("_diffusers_hook")
-            for name in list(registry.hooks) if registry else ():
-                registry.remove_hook(name, recurse=False)
-
-
-NEIGHBOURS = {
-    "sequential": sequential_offload,
-    "group leaf": group_offload("leaf_level"),
-    "group block": group_offload("block_level"),
-    "casting": layerwise_casting,
-}
 KINDS = ["fbcache", "teacache", "module"]
 
 
@@ -673,35 +629,23 @@ def test_weights_stored_in_lower_precision_are_as_they_were_after_the_cache(name
 @pytest.mark.parametrize("kind", ["teacache", "module"])
 @pytest.mark.parametrize("order", ["LoRA first", "cache first"])
 def test_lora_can_come_and_go(case: Case, kind: str, order: str) -> None:
-    def load(which: Any) -> None:
-        torch.manual_seed(0)
-        for network in networks(which).values():
-            targets = ["to_q", "to_v", "net.2", "proj_mlp"]
-            network.add_adapter(
-                LoraConfig(r=2, lora_alpha=8, target_modules=targets, init_lora_weights=False), adapter_name="style"
-            )
-
-    def unload(which: Any) -> None:
-        for network in networks(which).values():
-            network.unload_lora()
-
     reference, pipe = case.make(), case.make()
-    load(reference)
+    load_lora(reference)
     accelerate(reference, kind_of(case, kind))
     expected = made(case, reference, SHORT)
-    steps = [load, lambda which: accelerate(which, kind_of(case, kind))]
+    steps = [load_lora, lambda which: accelerate(which, kind_of(case, kind))]
     for step in steps if order == "LoRA first" else reversed(steps):
         step(pipe)
     assert torch.equal(made(case, pipe, SHORT), expected)
-    unload(pipe)
+    unload_lora(pipe)
     without = case.make()
     accelerate(without, kind_of(case, kind))
     cached = made(case, without, SHORT)
     assert not torch.equal(cached, expected)
     assert torch.equal(made(case, pipe, SHORT), cached)
-    load(pipe)
+    load_lora(pipe)
     assert torch.equal(made(case, pipe, SHORT), expected)
-    unload(pipe)
+    unload_lora(pipe)
     restore(pipe)
     assert torch.equal(made(case, pipe, SHORT), untouched(case.name, 1, SHORT))
 

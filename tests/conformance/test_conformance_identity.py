@@ -13,16 +13,12 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from accelerate import cpu_offload
-from accelerate.hooks import remove_hook_from_module
-from diffusers.hooks import apply_group_offloading, apply_layerwise_casting
-from peft import LoraConfig
-from torch import nn
 
 import tiny
 from families import CASES, STEPS, Case
 from flowaccel import Accelerator, accelerate, accelerated, report, restore
-from flowaccel.hooks import Block, Call, networks, session_of
+from flowaccel.hooks import Block, Call, session_of
+from neighbours import NEIGHBOURS, load_lora, unload_lora
 
 ALL = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 FEW = pytest.mark.parametrize("case", [CASES[name] for name in ("sd3", "flux", "wan22")], ids=["sd3", "flux", "wan22"])
@@ -77,39 +73,8 @@ def test_output_is_bit_identical(case: Case, recipe: Any, guided: bool) -> None:
     assert keys(pipe) == before
 
 
-def modules(pipe: Any) -> list[nn.Module]:
-    return [component for component in pipe.components.values() if isinstance(component, nn.Module)]
-
-
-def sequential_offload(pipe: Any) -> Callable[[], None]:
-    """What `enable_sequential_cpu_offload` puts on, with the CPU in the part of the GPU."""
-    for module in modules(pipe):
-        cpu_offload(module, execution_device=torch.device("cpu"))
-    return lambda: [remove_hook_from_module(module, recurse=True) for module in modules(pipe)].clear()
-
-
-def group_offload(pipe: Any) -> Callable[[], None]:
-    cpu = torch.device("cpu")
-    for network in networks(pipe).values():
-        apply_group_offloading(network, onload_device=cpu, offload_device=cpu, offload_type="leaf_level")
-
-    def undo() -> None:
-        for module in pipe.transformer.modules():
-            registry = module.__dict__.get("_diffusers_hook")
-            for name in list(registry.hooks) if registry else ():
-                registry.remove_hook(name, recurse=False)
-
-    return undo
-
-
-def layerwise_casting(pipe: Any) -> Callable[[], None]:
-    for network in networks(pipe).values():
-        apply_layerwise_casting(network, storage_dtype=torch.float32, compute_dtype=torch.float32)
-    return lambda: None
-
-
 @FEW
-@pytest.mark.parametrize("neighbour", [sequential_offload, group_offload, layerwise_casting])
+@pytest.mark.parametrize("neighbour", NEIGHBOURS.values(), ids=NEIGHBOURS)
 @pytest.mark.parametrize("order", ["accelerate first", "neighbour first"])
 def test_beside_offloading_in_both_orders(case: Case, neighbour: Callable[[Any], Any], order: str) -> None:
     pipe, twin = case.make(), case.make()
@@ -145,29 +110,19 @@ def test_lora_can_come_and_go(case: Case, order: str) -> None:
     pipe, twin = case.make(), case.make()
     expected = case(pipe)
 
-    def load(which: Any) -> None:
-        config = LoraConfig(r=2, lora_alpha=8, target_modules=["to_q", "to_v"], init_lora_weights=False)
-        torch.manual_seed(0)
-        for network in networks(which).values():
-            network.add_adapter(config)
-
-    def unload(which: Any) -> None:
-        for network in networks(which).values():
-            network.unload_lora()
-
-    load(twin)
+    load_lora(twin)
     with_lora = case(twin)
     assert not torch.equal(with_lora, expected)
-    for step in (load, lambda which: accelerate(which, Identity()))[:: 1 if order == "LoRA first" else -1]:
+    for step in (load_lora, lambda which: accelerate(which, Identity()))[:: 1 if order == "LoRA first" else -1]:
         step(pipe)
     assert torch.equal(case(pipe), with_lora)
-    unload(pipe)
+    unload_lora(pipe)
     assert torch.equal(case(pipe), expected)
-    load(pipe)
+    load_lora(pipe)
     assert torch.equal(case(pipe), with_lora)
     restore(pipe)
     assert torch.equal(case(pipe), with_lora)
-    unload(pipe)
+    unload_lora(pipe)
     assert torch.equal(case(pipe), expected)
 
 

@@ -47,7 +47,7 @@ class _Walk:
     computing: list[bool] = field(default_factory=list)
     """Per image, whether its blocks are computed at the present step."""
     sparsity: tuple[int, ...] = ()
-    """Per image, how sparse its attention is at the present step, 0 for dense; empty where no blocks ran."""
+    """Per image, how sparse its attention is at the present step; 0 is dense, or none is computed."""
     grids: tuple[list[float], ...] = ()
     """Per image, the noise levels of the number of steps that was chosen for it."""
 
@@ -102,7 +102,7 @@ class PolicyRuntime:
         walk = self._walk(call)
         times = self._times(walk, call)
         if COND in call.branches:
-            walk.times, walk.sparsity = times, ()
+            walk.times = times
             walk.latents = walk.of_images(call.sample[call.rows_of(COND)])
         if self._timed:
             call.record.times = tuple(time or None for time in times)
@@ -152,7 +152,7 @@ class PolicyRuntime:
             for image, idle in enumerate(found)
             if not idle and CACHE in self._levels and walk.reused[image] < self._config.max_reuse
         ]
-        walk.computing = [not idle for idle in found]
+        walk.computing, walk.sparsity = [not idle for idle in found], (0,) * walk.images
         if not open_:
             return found
         assert walk.latents is not None and walk.anchor is not None and walk.condition is not None
