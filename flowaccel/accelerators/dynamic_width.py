@@ -94,6 +94,11 @@ class DynamicWidth(Variant):
             return network.applied(base, Identity.of(base).config).eval()
         return self.fitted_to(network, base)
 
+    @property
+    def tags(self) -> frozenset[str]:
+        """Those of every accelerator, and that its widths are of the loop's times."""
+        return super().tags | {"network by the time"}
+
     def attach(self, pipe: Any) -> Detach:
         """Exchange the network; undone by putting the old object back."""
         network = self.stand_in(pipe)

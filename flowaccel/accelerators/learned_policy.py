@@ -59,8 +59,12 @@ class LearnedPolicy(Accelerator):
 
     @property
     def tags(self) -> frozenset[str]:
-        """Those of every accelerator, and of a cache and of a scheduler, because it is both."""
-        return super().tags | {"cache", "scheduler"}
+        """Those of every accelerator, and of a cache and of a scheduler, because it is both; and whether images have
+        times of their own, as far as that is known before it is loaded.
+        """
+        known = self.policy.levels if isinstance(self.policy, AccelerationPolicy) else tuple(TIMED)
+        timed = TIMED & set(self.levels or known)
+        return super().tags | {"cache", "scheduler"} | ({"times per image"} if timed else set())
 
     def attach(self, pipe: Any) -> Detach:
         """Surround the network's calls and exchange the scheduler, where the policy has a head that chooses times.

@@ -84,6 +84,11 @@ class Mediators(Variant):
         """
         return self.fitted_to(self.resolve(pipe), denoiser(pipe))
 
+    @property
+    def tags(self) -> frozenset[str]:
+        """Those of every accelerator, and whether the mediators are of the loop's times."""
+        return super().tags | ({"network by the time"} if self.schedule is not None else set())
+
     def attach(self, pipe: Any) -> Detach:
         """Exchange the network; undone by putting back the old object and the old numbers of mediators.
 

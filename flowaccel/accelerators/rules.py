@@ -66,6 +66,13 @@ RULES = (
     ),
     Rule(
         "excludes",
+        "times per image",
+        "network by the time",
+        "its work follows the loop's time, which is not that of the images; use the policy without its step and "
+        "count heads, LearnedPolicy(levels=('cache',))",
+    ),
+    Rule(
+        "excludes",
         "sampler without R steps",
         "velocity_refiner",
         "the refiner works on the R steps of FlowTurbo; put Sampler('flowturbo', {'blocks': 'H2P4R2'}) before it",

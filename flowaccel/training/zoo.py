@@ -23,6 +23,7 @@ from flowaccel.training.flow import FlowObjective, shift_augment
 from flowaccel.training.loop import LoopConfig, Progress, train
 from flowaccel.training.refiner import RefinerObjective
 from flowaccel.training.zoo_mediators import build_mediators
+from flowaccel.training.zoo_policy import build_policy
 from flowaccel.training.zoo_moe import build_moe
 from flowaccel.training.zoo_shapes import build_shapes_clip, build_shapes_features, build_t2i_shapes
 from flowaccel.training.zoo_width import build_width
@@ -108,6 +109,7 @@ BUILDERS: dict[str, Callable[[Path], Iterator[Step]]] = {
     "sit-digits-width-tokens": functools.partial(build_width, tokens=True),
     "sit-digits-moe": build_moe,
     "sit-digits-mediators": build_mediators,
+    "sit-digits-policy": build_policy,
     "t2i-shapes": build_t2i_shapes,
     "shapes-features": build_shapes_features,
     "shapes-clip": build_shapes_clip,

@@ -88,6 +88,11 @@ ENTRIES = {
             description="for zoo:sit-digits: attention through 4 mediators in the first half of a run, then 16",
         ),
         Entry(
+            name="sit-digits-policy",
+            kind="recipe",
+            description="for zoo:sit-digits: heads that choose every image's steps, and which of them reuse the blocks",
+        ),
+        Entry(
             name="digits-features",
             kind="features",
             description="convolutional digit classifier; its 32 features serve Frechet distances and class accuracy",

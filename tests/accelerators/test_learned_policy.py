@@ -14,6 +14,7 @@ from torch import Tensor
 from families import CASES, Case, assert_close
 from flowaccel import (
     LearnedPolicy,
+    MixtureOfExperts,
     Recipe,
     RecipeConflictError,
     SiTInpaintPipeline,
@@ -30,6 +31,7 @@ from flowaccel.hooks import denoiser
 from flowaccel.models import AccelerationPolicy
 from flowaccel.models.policy import CACHE, COUNT, SPARSE, STEP
 from flowaccel.samplers import PolicyScheduler
+from moe_networks import fitted
 from policies import FAMILIES, SMALL_BLOCKS, conditioned, decided_by, driven, pipeline, policy_for
 
 STEPS = 6
@@ -289,3 +291,16 @@ def test_a_sparse_head_that_does_nothing_says_so() -> None:
     source = ScriptSource([[0.5, 0.0]], {SPARSE: [[1]]})
     with pytest.warns(UserWarning, match="the sparse head of a policy does nothing here: the image has"):
         driven(pipe, case, source, policy, batch=1, steps=4)
+
+
+def test_over_a_network_with_experts() -> None:
+    case = CASES["sit"]
+    pipe = pipeline(case)
+    network = fitted(pipe, lambda whole: case(whole, batch=2, steps=4))
+    policy = policy_for(pipe)
+    recipe = [MixtureOfExperts(network), LearnedPolicy(policy)]
+    with accelerated(pipe, recipe):
+        together, taken = case(pipe, batch=2, steps=20), report(pipe).paths
+        alone = case(pipe, batch=1, seed=4, steps=20)
+        assert report(pipe).paths == taken[1:]
+        assert_close(together[1:], alone)

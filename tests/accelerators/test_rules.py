@@ -8,8 +8,19 @@ from typing import Any, ClassVar
 
 import pytest
 
-from flowaccel import Accelerator, Recipe, RecipeConflictError, Sampler, VelocityRefiner
+from flowaccel import (
+    Accelerator,
+    DynamicWidth,
+    LearnedPolicy,
+    Mediators,
+    MediatorSchedule,
+    Recipe,
+    RecipeConflictError,
+    Sampler,
+    VelocityRefiner,
+)
 from flowaccel.accelerators.rules import RULES, Rule, check
+from flowaccel.models import AccelerationPolicy
 
 
 @dataclass(frozen=True)
@@ -75,6 +86,17 @@ def test_refiner_needs_steps_to_refine() -> None:
         with pytest.raises(RecipeConflictError, match=r"'sampler' \(sampler without R steps\) excludes 'velocity_ref"):
             Recipe([sampler, VelocityRefiner()])
     Recipe([VelocityRefiner()])  # the pipeline's own scheduler may have them
+
+
+def test_networks_that_follow_the_time_do_not_go_with_times_per_image() -> None:
+    heads = AccelerationPolicy(4, 8, levels=("cache",), width=4)
+    for variant in (DynamicWidth("width"), Mediators("mediators", schedule=MediatorSchedule(fixed=((0.0, 4),)))):
+        for timed in (LearnedPolicy(), LearnedPolicy(levels=("step", "cache"))):
+            with pytest.raises(RecipeConflictError, match=r"'learned_policy' \(times per image\) excludes"):
+                Recipe([variant, timed])
+        Recipe([variant, LearnedPolicy(levels=("cache",))])
+        Recipe([variant, LearnedPolicy(heads)])
+    Recipe([Mediators("mediators"), LearnedPolicy()])
 
 
 @pytest.mark.parametrize("rule", RULES, ids=str)
