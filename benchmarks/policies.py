@@ -9,8 +9,8 @@
 
 `quality` compares the trained heads with the untouched pipeline (Euler, 30 steps), with fewer steps, with training-free
 recipes, with the heads' average path for all images alike, and with paths of the heads that are dealt out to other
-images: if that is as good, the heads do not look at the image. `steps` says how many steps images take, and what that
-goes with. With `--only second` steps are of second order (Adams-Bashforth), `fidelity` is to where the network's
+images: if that is as good, the heads do not look at the image. `steps` says how many steps images take, what that
+goes with, and what the training saw. With `--only second` steps are of second order (Adams-Bashforth), `fidelity` is to where the network's
 differential equation leads (Heun's method), not to the untouched pipeline's own steps, and there is no discriminator.
 """
 
@@ -24,6 +24,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean
 from typing import Any, ClassVar
 
 import torch
@@ -261,6 +262,7 @@ def steps_stage(arguments: argparse.Namespace) -> None:
     labels = torch.tensor(TASK.asked(range(TRACED)))
     found = {
         "environment": environment(torch.device("cpu")),
+        "training": summary(folder),
         "images": TRACED,
         "steps": counts(steps),
         "computed": counts(computed),
@@ -274,6 +276,18 @@ def steps_stage(arguments: argparse.Namespace) -> None:
     (folder / "steps.json").write_text(json.dumps(found, indent=1) + "\n")
     if arguments.record:
         shutil.copyfile(folder / "steps.json", RESULTS / f"policies_{arguments.only}_steps_cpu.json")
+
+
+def summary(folder: Path) -> dict[str, Any]:
+    """What the training saw, in means over its first and last tenth, and what it took."""
+    seen = [json.loads(line) for line in (folder / "updates.jsonl").read_text().splitlines()]
+    tenth = max(1, len(seen) // 10)
+    names = ("reward", "quality", "cost", "steps", "computed")
+    found = {name: [mean(row[name] for row in part) for part in (seen[:tenth], seen[-tenth:])] for name in names}
+    judged = [row["discriminator"] for row in seen if row["discriminator"] is not None]
+    accuracy = [min(judged), mean(judged), max(judged)] if judged else None
+    taken = json.loads((folder / "training.json").read_text())
+    return {"updates": len(seen), **taken, **found, "discriminator_accuracy_min_mean_max": accuracy}
 
 
 def few(pipe: Any, ids: Sequence[int]) -> Tensor:

@@ -23,8 +23,8 @@ from flowaccel.training.flow import FlowObjective, shift_augment
 from flowaccel.training.loop import LoopConfig, Progress, train
 from flowaccel.training.refiner import RefinerObjective
 from flowaccel.training.zoo_mediators import build_mediators
-from flowaccel.training.zoo_policy import build_policy
 from flowaccel.training.zoo_moe import build_moe
+from flowaccel.training.zoo_policy import build_policy
 from flowaccel.training.zoo_shapes import build_shapes_clip, build_shapes_features, build_t2i_shapes
 from flowaccel.training.zoo_width import build_width
 
