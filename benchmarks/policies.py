@@ -9,9 +9,10 @@
 
 `quality` compares the trained heads with the untouched pipeline (Euler, 30 steps), with fewer steps, with training-free
 recipes, with the heads' average path for all images alike, and with paths of the heads that are dealt out to other
-images: if that is as good, the heads do not look at the image. `steps` says how many steps images take, what that
-goes with, and what the training saw. With `--only second` steps are of second order (Adams-Bashforth), `fidelity` is to where the network's
-differential equation leads (Heun's method), not to the untouched pipeline's own steps, and there is no discriminator.
+images: if that is as good, the heads do not look at the image. `steps` says how many steps images take, what that goes
+with, and what the training saw. With `--only second` steps are of second order (Adams-Bashforth), `fidelity` is to
+where the network's differential equation leads (Heun's method), not to the untouched pipeline's own steps, and there is
+no discriminator.
 """
 
 from __future__ import annotations
