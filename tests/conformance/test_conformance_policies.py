@@ -111,7 +111,7 @@ def test_what_this_file_switches_on_does_something(case: Case) -> None:
     assert_fresh(case, pipe, "policy")
     made, (paths, calls), runs = *fresh(case.name, "policy"), report(pipe).calls
     assert len(set(map(len, paths))) > 1
-    assert {ran for path in paths for _, ran in path} == {True, False}
+    assert {ran for path in paths for _, ran, _ in path} == {True, False}
     assert {level for sparsity, _, _ in calls for level in sparsity} == {0, 1, 2}
     assert any(done < full for _, _, (done, full) in calls)
     assert all(ran or not level for run in runs for ran, level in zip(run.computed, run.sparsity, strict=True))
