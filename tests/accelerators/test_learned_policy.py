@@ -183,7 +183,7 @@ def test_rails_hold() -> None:
     with accelerated(pipe, LearnedPolicy(policy)):
         case(pipe, batch=1, steps=20)
         (path,) = report(pipe).paths
-    assert [computed for _, computed in path][:7] == [True, False, False, True, False, False, True]
+    assert [computed for _, computed, _ in path][:7] == [True, False, False, True, False, False, True]
     assert len(path) <= 8
     assert min(time for time, *_ in path) >= 100
 
@@ -200,7 +200,7 @@ def test_one_level_alone() -> None:
     with accelerated(pipe, LearnedPolicy(policy, levels=(STEP,))):
         case(pipe, batch=1, steps=20)
         assert type(pipe.scheduler) is PolicyScheduler
-        assert all(computed for (path,) in [report(pipe).paths] for _, computed in path)
+        assert all(computed for (path,) in [report(pipe).paths] for _, computed, _ in path)
     assert torch.equal(case(pipe, batch=1, steps=STEPS), plain)
 
 
