@@ -11,6 +11,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, cast
 
+from torch import nn
+
 from flowaccel.accelerators import (
     CACHE_PRESETS,
     LEVELS,
@@ -188,6 +190,11 @@ def resolve(recipe: RecipeLike) -> Recipe:
         return _from_hub(recipe) if is_hub_id(recipe) else preset(recipe)  # no preset has a slash
     if isinstance(recipe, (list, tuple)) and all(isinstance(part, Accelerator) for part in recipe):
         return Recipe(recipe)
+    if isinstance(recipe, nn.Module):
+        raise TypeError(
+            f"recipe must be a Recipe or an accelerator, got the network {type(recipe).__name__}; put it in its "
+            "accelerator, such as LearnedPolicy(network) or VelocityRefiner(network)"
+        )
     raise TypeError(
         f"recipe must be a Recipe, an accelerator, a list of them, a preset name, a path or a Hub id, got {recipe!r}"
     )

@@ -157,6 +157,19 @@ def test_wrong_options(options: dict[str, Any]) -> None:
         SparseAttention(**options)
 
 
+def test_fused_projections_of_flux_are_attended_alike() -> None:
+    case = CASES["flux"]
+    images = []
+    for fuse in (False, True):
+        pipe = case.make()
+        if fuse:
+            pipe.transformer.fuse_qkv_projections()
+        with accelerated(pipe, SparseAttention(keep=0.5, **SMALL)):
+            images.append(made(case, pipe, STEPS))
+            assert report(pipe).calls[0].sparse_layers
+    assert_close(*images)
+
+
 def test_what_is_refused() -> None:
     with pytest.raises(UnsupportedModelError, match="this DiTTransformer2DModel has none"):
         accelerate(families.dit_pipeline(), SparseAttention())

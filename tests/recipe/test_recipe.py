@@ -159,6 +159,11 @@ def test_resolve_refuses_the_rest(wrong: Any) -> None:
         resolve(wrong)
 
 
+def test_a_network_is_no_recipe() -> None:
+    with pytest.raises(TypeError, match="got the network Linear; put it in its accelerator"):
+        resolve(torch.nn.Linear(1, 1))  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
     "recipe",
     [

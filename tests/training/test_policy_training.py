@@ -111,6 +111,14 @@ def test_what_an_update_sees(tmp_path: Path, config: dict[str, Any]) -> None:
     assert 0 <= last.quality <= 1 and last.realism is not None and 0 <= last.realism <= 1
 
 
+@pytest.mark.gpu
+def test_an_update_on_a_gpu(tmp_path: Path) -> None:
+    pipe = pipeline().to("cuda")
+    policy, found = heads(pipe).to("cuda"), objective(pipe, tmp_path)
+    found.at(0)(policy, torch.Generator().manual_seed(0)).backward()
+    assert all(parameter.grad is not None and parameter.grad.is_cuda for parameter in policy.parameters())
+
+
 def test_rollouts_of_one_sample_differ_by_decisions_alone() -> None:
     pipe = pipeline()
     policy = heads(pipe)
