@@ -174,7 +174,7 @@ def test_reuse_is_measured_to_cost_less() -> None:
     pipe.scheduler = FlowMatchEulerDiscreteScheduler()
     pipe.set_progress_bar_config(disable=True)
     found = measured_costs(pipe, heads(pipe), lambda steps: TASK.generate(pipe, range(4), steps), rounds=3)
-    assert 0 < found["reuse"] < 0.9
+    assert 0 <= found["reuse"] < 0.9
 
 
 @pytest.mark.parametrize(
