@@ -50,8 +50,9 @@ from flowaccel.evaluation import (
 from flowaccel.models import AccelerationPolicy
 from flowaccel.models.policy import COMPUTE, COUNT, REUSE
 from flowaccel.recipe import Recipe, accelerated, preset
+from flowaccel.recipe.report import ImagePath
 from flowaccel.training.loop import train
-from flowaccel.training.policy import Task, fidelity, references
+from flowaccel.training.policy import fidelity, references
 from flowaccel.training.zoo_policy import STEPS, TASK, TRAININGS, digits_pipeline, save_policy
 
 RESULTS = Path(__file__).parent / "results"
@@ -120,13 +121,10 @@ def train_stage(arguments: argparse.Namespace) -> None:
 
 # -- what it is compared with
 
-Trace = tuple[tuple[float, bool, int], ...]
-"""Of an image: timesteps, whether blocks were computed, and how sparse attention was."""
 
-
-def traced(pipe: Any, policy: AccelerationPolicy, count: int, seed: int) -> list[Trace]:
+def traced(pipe: Any, policy: AccelerationPolicy, count: int, seed: int) -> list[ImagePath]:
     """The paths of images of another seed than those that are evaluated."""
-    found: list[Trace] = []
+    found: list[ImagePath] = []
     with accelerated(pipe, LearnedPolicy(policy)):
         for start in range(0, count, BATCH):
             ids = range(start, min(start + BATCH, count))
@@ -144,7 +142,7 @@ class DealtOut(Accelerator):
     name: ClassVar[str] = "dealt_out"
 
     policy_folder: str
-    paths: tuple[Trace, ...]
+    paths: tuple[ImagePath, ...]
 
     @property
     def tags(self) -> frozenset[str]:
@@ -158,7 +156,7 @@ class DealtOut(Accelerator):
 class Dealer:
     """Gives every image a path by a hash of what the network says of it first."""
 
-    def __init__(self, paths: Sequence[Trace], config: Any) -> None:
+    def __init__(self, paths: Sequence[ImagePath], config: Any) -> None:
         self.paths, self.config, self.dealt = paths, config, {}
 
     def jump(self, sight: Sight, levels: Sequence[float]) -> list[float]:
@@ -179,12 +177,12 @@ class Dealer:
     def _deal(self, sight: Sight) -> None:
         self.dealt = {image: self._pick(velocity) for image, velocity in zip(sight.images, sight.features, strict=True)}
 
-    def _pick(self, velocity: Tensor) -> Trace:
+    def _pick(self, velocity: Tensor) -> ImagePath:
         digest = hashlib.sha256(velocity.mul(100).round().to(torch.int16).numpy().tobytes()).digest()
         return self.paths[int.from_bytes(digest[:8], "little") % len(self.paths)]
 
 
-def average_grid(paths: Sequence[Trace], scale: int) -> list[float]:
+def average_grid(paths: Sequence[ImagePath], scale: int) -> list[float]:
     """As many steps as images take on average, at the average of where they are after each share of their steps."""
     steps = round(sum(len(path) for path in paths) / len(paths))
     shares = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
@@ -258,7 +256,8 @@ def steps_stage(arguments: argparse.Namespace) -> None:
     steps = torch.tensor([float(len(path)) for path in paths])
     computed = torch.tensor([float(sum(on for _, on, _ in path)) for path in paths])
     untouched = references(pipe, TASK, arguments.out)[:TRACED]
-    short = torch.cat([few(pipe, range(start, min(start + BATCH, TRACED))) for start in range(0, TRACED, BATCH)])
+    parts = [range(start, min(start + BATCH, TRACED)) for start in range(0, TRACED, BATCH)]
+    short = torch.cat([TASK.generate(pipe, ids, steps=10) for ids in parts])
     hardness = 1 - fidelity(short, untouched)
     labels = torch.tensor(TASK.asked(range(TRACED)))
     found = {
@@ -289,12 +288,6 @@ def summary(folder: Path) -> dict[str, Any]:
     accuracy = [min(judged), mean(judged), max(judged)] if judged else None
     taken = json.loads((folder / "training.json").read_text())
     return {"updates": len(seen), **taken, **found, "discriminator_accuracy_min_mean_max": accuracy}
-
-
-def few(pipe: Any, ids: Sequence[int]) -> Tensor:
-    """Untouched images at 10 steps."""
-    short = Task(conditions=TASK.conditions, size=TASK.size, steps=10, seed=TASK.seed)
-    return short.generate(pipe, ids)
 
 
 def counts(values: Tensor) -> dict[str, int]:

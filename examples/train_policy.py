@@ -12,14 +12,11 @@ from pathlib import Path
 import torch
 
 from flowaccel import LearnedPolicy, Recipe, accelerate, report, zoo
-from flowaccel.accelerators.learned_policy import base_of
 from flowaccel.evaluation import Classes, sample_generator
-from flowaccel.models import AccelerationPolicy
 from flowaccel.pipelines import load_pipeline
 from flowaccel.training.loop import LoopConfig, train
-from flowaccel.training.policy import PolicyObjective, PolicySettings, Task, condition_width, references
+from flowaccel.training.policy import PolicyObjective, PolicySettings, Task, new_policy, references, set_costs
 from flowaccel.training.policy_rewards import load_reward
-from flowaccel.training.policy_rollout import measured_costs
 
 
 def main() -> None:
@@ -31,15 +28,8 @@ def main() -> None:
     pipe = load_pipeline(zoo.folder("sit-digits"))
     pipe.set_progress_bar_config(disable=True)
     task = Task(conditions=Classes(tuple(range(10))), size=100, steps=12)
-    policy = AccelerationPolicy(
-        in_channels=pipe.transformer.config.in_channels,
-        condition_dim=condition_width(pipe, task),
-        levels=("step", "cache"),
-        width=16,
-        max_steps=task.steps,
-        base=base_of(pipe.transformer),
-    )
-    policy.register_to_config(costs=measured_costs(pipe, policy, lambda steps: task.generate(pipe, range(8), steps)))
+    policy = new_policy(pipe, task, ("step", "cache"), width=16)
+    set_costs(pipe, policy, task, arguments.out / "training")
 
     untouched = references(pipe, task, arguments.out / "training")
     reward = load_reward("accuracy:zoo:digits-features")

@@ -97,7 +97,7 @@ class DynamicWidth(Variant):
     @property
     def tags(self) -> frozenset[str]:
         """Those of every accelerator, and that its widths are of the loop's times."""
-        return super().tags | {"network by the time"}
+        return super().tags | {"follows the loop's time"}
 
     def attach(self, pipe: Any) -> Detach:
         """Exchange the network; undone by putting the old object back."""

@@ -9,10 +9,8 @@ from flowaccel.accelerators.base import Accelerator, Detach
 from flowaccel.accelerators.guidance import WHENS, AdaptiveGuidance, Guiding, When
 from flowaccel.accelerators.parts import chosen_part, with_options
 from flowaccel.accelerators.serial import component
-from flowaccel.errors import RecipeConflictError
 from flowaccel.hooks import session_of
 from flowaccel.predictors import Hold, Newton, Predictor
-from flowaccel.samplers import PolicyScheduler
 
 Mode = Literal["drop", "hold", "extrapolate"]
 _PREDICTORS: dict[str, Predictor | None] = {"drop": None, "hold": Hold(), "extrapolate": Newton(order=1)}
@@ -52,21 +50,12 @@ class GuidanceSkip(Accelerator):
         if mode not in _PREDICTORS:
             raise ValueError(f"mode must be one of {', '.join(_PREDICTORS)}, got {mode!r}")
 
+    @property
+    def tags(self) -> frozenset[str]:
+        """Those of every accelerator, and whether it reckons with the time of a call."""
+        timed = self.mode == "extrapolate" or getattr(self.when, "space", None) == "x0"
+        return super().tags | ({"follows the loop's time"} if timed else set())
+
     def attach(self, pipe: Any) -> Detach:
-        """Surround the network's calls.
-
-        Raises:
-            RecipeConflictError: a policy lets images have times of their own, and a setting asks for the call's.
-        """
-        if isinstance(pipe.scheduler, PolicyScheduler):
-            self._refuse_timed()
+        """Surround the network's calls."""
         return Guiding(self.when, _PREDICTORS[self.mode], session_of(pipe)).attach()
-
-    def _refuse_timed(self) -> None:
-        settings = {"mode": (self.mode, "extrapolate", "hold"), "space": (getattr(self.when, "space", None), "x0", "v")}
-        for name, (value, timed, other) in settings.items():
-            if value == timed:
-                raise RecipeConflictError(
-                    f"{self.name} with {name}={value!r} reckons with the time of a call, and a policy with a step head "
-                    f"gives every image times of its own; take {name}={other!r}"
-                )

@@ -87,7 +87,7 @@ class Mediators(Variant):
     @property
     def tags(self) -> frozenset[str]:
         """Those of every accelerator, and whether the mediators are of the loop's times."""
-        return super().tags | ({"network by the time"} if self.schedule is not None else set())
+        return super().tags | ({"follows the loop's time"} if self.schedule is not None else set())
 
     def attach(self, pipe: Any) -> Detach:
         """Exchange the network; undone by putting back the old object and the old numbers of mediators.

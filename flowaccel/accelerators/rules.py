@@ -67,9 +67,9 @@ RULES = (
     Rule(
         "excludes",
         "times per image",
-        "network by the time",
-        "its work follows the loop's time, which is not that of the images; use the policy without its step and "
-        "count heads, LearnedPolicy(levels=('cache',))",
+        "follows the loop's time",
+        "the loop's time is not that of the images; use the policy without its step and count heads, "
+        "LearnedPolicy(levels=('cache',)), or guidance_skip with mode='hold' and space='v'",
     ),
     Rule(
         "excludes",

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import typer
@@ -14,7 +13,6 @@ from rich.table import Table
 from torch import Tensor
 
 from flowaccel.accelerators import LearnedPolicy
-from flowaccel.accelerators.learned_policy import base_of
 from flowaccel.cli.common import (
     ArgumentOption,
     DeviceOption,
@@ -30,8 +28,7 @@ from flowaccel.cli.common import (
 )
 from flowaccel.cli.common import progress as progress_bar
 from flowaccel.cli.generate import call_arguments, parse_conditions
-from flowaccel.hooks import denoiser
-from flowaccel.models import AccelerationPolicy
+from flowaccel.models.policy import SPARSE
 from flowaccel.recipe import Recipe
 from flowaccel.training.loop import LoopConfig
 from flowaccel.training.loop import train as run_training
@@ -41,18 +38,17 @@ from flowaccel.training.policy import (
     Task,
     Update,
     check_launch,
-    condition_width,
+    new_policy,
     references,
+    set_costs,
 )
 from flowaccel.training.policy_discriminator import DiscriminatorConfig, DiscriminatorTraining, new_discriminator
 from flowaccel.training.policy_rewards import load_reward
-from flowaccel.training.policy_rollout import measured_costs
 
-COSTS = "costs.json"
+SPARSITY = (0.75, 0.6, 0.5)
 NO_JUDGE, CONV_RATE = "none", 1e-3
 LARGE = 64
 """Side of an image from which on crops hide nothing that a discriminator could see."""
-_COST_BATCH = 8
 
 
 def policy(
@@ -145,14 +141,15 @@ def policy(
             "width": head_width,
             "solver_order": solver_order,
             "counts": () if counts is None else whole_numbers("--counts", counts),
+            "sparsity": SPARSITY if SPARSE in levels else (),
         }
-        heads = _heads(pipeline, task, tuple(part.strip() for part in levels.split(",")), options, seed)
+        heads = new_policy(pipeline, task, tuple(part.strip() for part in levels.split(",")), seed, **options)
         work = out / "training"
         with progress_bar() as notify:
             untouched = references(
                 pipeline, task, work, batch_size, notify=lambda done: notify("references", done, pool)
             )
-        heads.register_to_config(costs=_costs(pipeline, heads, task, work / COSTS))
+        set_costs(pipeline, heads, task, work)
         judge = _judge(discriminator, untouched, pipeline.device, seed)
         objective = PolicyObjective(pipeline, task, worth, settings, untouched, updates, judge, seed)
         loop = LoopConfig(steps=updates, learning_rate=learning_rate, ema_decay=0.9, save_every=save_every, seed=seed)
@@ -180,26 +177,6 @@ def policy(
         )
 
 
-def _heads(
-    pipeline: Any, task: Task, levels: tuple[str, ...], options: dict[str, Any], seed: int
-) -> AccelerationPolicy:
-    """Fresh heads for the pipeline."""
-    network = denoiser(pipeline)
-    torch.manual_seed(seed)
-    policy = AccelerationPolicy(
-        in_channels=network.config.in_channels,
-        condition_dim=condition_width(pipeline, task),
-        levels=levels,
-        sparsity=(0.75, 0.6, 0.5) if "sparse" in levels else (),
-        num_train_timesteps=pipeline.scheduler.config.num_train_timesteps,
-        max_steps=task.steps,
-        base=base_of(network),
-        **options,
-    ).to(network.device)
-    policy.requires_grad_(True)
-    return policy
-
-
 def _judge(name: str, untouched: Tensor, device: torch.device, seed: int) -> DiscriminatorTraining | None:
     if name == NO_JUDGE:
         return None
@@ -208,16 +185,6 @@ def _judge(name: str, untouched: Tensor, device: torch.device, seed: int) -> Dis
     rate = CONV_RATE if name == "conv" else DiscriminatorConfig.learning_rate
     config = DiscriminatorConfig(learning_rate=rate, augment=min(height, width) >= LARGE, seed=seed)
     return DiscriminatorTraining(network, untouched, config)
-
-
-def _costs(pipeline: Any, heads: AccelerationPolicy, task: Task, file: Path) -> dict[str, Any]:
-    """Measured once: a resumed training goes on with the same."""
-    if not file.exists():
-        ids = range(_COST_BATCH)
-        found = measured_costs(pipeline, heads, lambda steps: task.generate(pipeline, ids, steps))
-        file.write_text(json.dumps(found) + "\n")
-    costs: dict[str, Any] = json.loads(file.read_text())
-    return costs
 
 
 def _table(done: int, total: int, last: Update) -> Table:

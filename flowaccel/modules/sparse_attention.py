@@ -217,10 +217,10 @@ def _gathered(query: Tensor, key: Tensor, value: Tensor, blocks: Blocks) -> tupl
     order = kept.flatten(0, 1).to(torch.int8).argsort(dim=1, descending=True, stable=True)
     order = order + kept.shape[2] * heads.unsqueeze(1)
     counts = kept.sum(2).flatten()
-    widest = int(counts.max()) if blocks.each is None else blocks.each
+    numbers = counts.tolist() if blocks.each is None else [blocks.each] * len(counts)  # one wait for the device
     attended, pairs = [], len(kept) * (query.shape[2] - end) * query.shape[2]
-    for part in _portions(len(asked), widest * size * key.shape[3] * key.element_size(), key.device):
-        most = int(counts[part].max()) if blocks.each is None else widest
+    for part in _portions(len(asked), max(numbers) * size * key.shape[3] * key.element_size(), key.device):
+        most = max(numbers[part])
         keys, values = (_listed(*both, order[part, :most], heads[part]) for both in zip(lists, rests, strict=True))
         mask = None if blocks.each is not None else _padding(counts[part], most, size, rests[0].shape[1])
         attended.append(functional.scaled_dot_product_attention(asked[part], keys, values, attn_mask=mask))

@@ -16,7 +16,7 @@ _BY_NETWORK = (COMPUTED, "mixed", REUSED, "unguided", "partly guided")
 """What the network itself did, at least in part; refiners and the like count nothing here."""
 _LETTERS = 16
 
-Path = tuple[tuple[float, bool, int], ...]
+ImagePath = tuple[tuple[float, bool, int], ...]
 """Of an image: its timesteps, whether its blocks were computed there, and at which level attention was thinned."""
 
 
@@ -89,7 +89,7 @@ class Report:
         return [call for step in self.steps for call in step.calls]
 
     @property
-    def paths(self) -> tuple[Path, ...]:
+    def paths(self) -> tuple[ImagePath, ...]:
         """Per image, where a policy led it; empty where none chose its times."""
         steps = [
             zip(step.times, step.computed, step.sparsity or (0,) * len(step.times), strict=True)
@@ -247,7 +247,7 @@ class Report:
         ]
 
 
-def _walked(paths: Sequence[Path]) -> list[str]:
+def _walked(paths: Sequence[ImagePath]) -> list[str]:
     """Where a policy led the images; of many, only in how many steps."""
     if not paths:
         return []

@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from flowaccel.accelerators.learned_policy import base_of
 from flowaccel.errors import CheckpointError
 from flowaccel.evaluation import Conditions, sample_generator
 from flowaccel.hooks import Block, Call, Identity, denoiser, session_of
@@ -42,9 +43,9 @@ from flowaccel.training.policy_objective import (
     positive,
 )
 from flowaccel.training.policy_rewards import Reward
-from flowaccel.training.policy_rollout import Rollout, joined, roll_out, sampled
+from flowaccel.training.policy_rollout import Rollout, joined, measured_costs, roll_out, sampled
 
-REFERENCES = "references.safetensors"
+REFERENCES, COSTS = "references.safetensors", "costs.json"
 _SHARPNESS, _LEAST = 10.0, 1e-6
 
 
@@ -125,6 +126,48 @@ def _kept(path: Path, meta: dict[str, str]) -> Tensor:
             f"{path} holds images of another task, {there.get('task')}; delete it, or use another --out"
         )
     return images
+
+
+def new_policy(pipe: Any, task: Task, levels: Sequence[str], seed: int = 0, **config: Any) -> AccelerationPolicy:
+    """Fresh heads for a pipeline's network, which learn, on its device.
+
+    Args:
+        pipe: the pipeline, not accelerated.
+        task: of the training.
+        levels: which heads.
+        seed: of their weights.
+        config: further arguments of `AccelerationPolicy`.
+
+    Raises:
+        UnsupportedModelError: the network has no blocks that an embedding modulates.
+        ValueError: as `AccelerationPolicy`.
+    """
+    network: Any = denoiser(pipe)
+    width = condition_width(pipe, task)
+    torch.manual_seed(seed)
+    policy = AccelerationPolicy(
+        in_channels=network.config.in_channels,
+        condition_dim=width,
+        levels=levels,
+        num_train_timesteps=pipe.scheduler.config.num_train_timesteps,
+        max_steps=task.steps,
+        base=base_of(network),
+        **config,
+    )
+    policy.to(network.device).requires_grad_(True)
+    return policy
+
+
+def set_costs(pipe: Any, policy: AccelerationPolicy, task: Task, folder: Path, images: int = 8) -> None:
+    """Enter in a policy's configuration what its decisions cost here, for so many images at once; measured once and
+    kept in `folder`, so that a resumed training goes on with the same.
+    """
+    file = folder / COSTS
+    if not file.exists():
+        found = measured_costs(pipe, policy, lambda steps: task.generate(pipe, range(images), steps))
+        folder.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(found) + "\n")
+    policy.register_to_config(costs=json.loads(file.read_text()))
 
 
 def condition_width(pipe: Any, task: Task) -> int:

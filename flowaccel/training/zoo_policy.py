@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,23 +13,21 @@ from torch import Tensor
 
 from flowaccel import zoo
 from flowaccel.accelerators import LearnedPolicy, Sampler
-from flowaccel.accelerators.learned_policy import base_of
 from flowaccel.evaluation import Classes
 from flowaccel.models import AccelerationPolicy
 from flowaccel.models.policy import CACHE, COUNT, STEP
 from flowaccel.pipelines import load_pipeline
 from flowaccel.recipe import Recipe, accelerated
 from flowaccel.training.loop import LoopConfig, Progress, train
-from flowaccel.training.policy import PolicyObjective, PolicySettings, Task, references
+from flowaccel.training.policy import PolicyObjective, PolicySettings, Task, new_policy, references, set_costs
 from flowaccel.training.policy_discriminator import DiscriminatorConfig, DiscriminatorTraining, new_discriminator
 from flowaccel.training.policy_rewards import load_reward
-from flowaccel.training.policy_rollout import measured_costs
 
 STEPS = 30
 TASK = Task(conditions=Classes(tuple(range(10))), size=512, steps=STEPS, seed=1)
 SETTINGS = PolicySettings(groups=8, group_size=8, discount=0.97, fidelity=1.0)
 REWARD = "accuracy:zoo:digits-features"
-COSTS, COST_BATCH = "costs.json", 25
+COST_BATCH = 25
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,24 +63,9 @@ class Training:
             return references(pipe, TASK, folder / "converged")
 
     def heads(self, pipe: Any, work: Path, seed: int) -> AccelerationPolicy:
-        """Fresh ones, with what their decisions cost here, which is measured once and kept in `work`."""
-        torch.manual_seed(seed)
-        heads = AccelerationPolicy(
-            in_channels=pipe.transformer.config.in_channels,
-            condition_dim=pipe.transformer.pos_embed.shape[-1],
-            levels=self.levels,
-            counts=self.counts,
-            width=32,
-            max_steps=STEPS,
-            solver_order=self.order,
-            base=base_of(pipe.transformer),
-        )
-        file = work / COSTS
-        if not file.exists():
-            found = measured_costs(pipe, heads, lambda steps: TASK.generate(pipe, range(COST_BATCH), steps))
-            work.mkdir(parents=True, exist_ok=True)
-            file.write_text(json.dumps(found) + "\n")
-        heads.register_to_config(costs=json.loads(file.read_text()))
+        """Fresh ones, with what their decisions cost here, which is kept in `work`."""
+        heads = new_policy(pipe, TASK, self.levels, seed, counts=self.counts, width=32, solver_order=self.order)
+        set_costs(pipe, heads, TASK, work, COST_BATCH)
         return heads
 
     def objective(self, pipe: Any, goal: Tensor, loop: LoopConfig) -> PolicyObjective:

@@ -398,13 +398,13 @@ def test_guidance_ends_after_a_policy(case: Case, when: str) -> None:
         assert [step.guided[0] for step in alone.steps][:steps] == [flags[image] for flags in guided][:steps]
 
 
-@pytest.mark.parametrize(("name", "options"), [("mode", {"mode": "extrapolate"}), ("space", {"space": "x0"})])
+@pytest.mark.parametrize("options", [{"mode": "extrapolate"}, {"space": "x0"}], ids=["mode", "space"])
 def test_guidance_that_reckons_with_the_time_of_a_call_is_refused_where_images_have_their_own(
-    name: str, options: dict[str, Any]
+    options: dict[str, Any],
 ) -> None:
     pipe = pipeline(CASES["sit"])
     policy = policy_for(pipe)
-    with pytest.raises(RecipeConflictError, match=f"guidance_skip with {name}="):
+    with pytest.raises(RecipeConflictError, match="mode='hold' and space='v'"):
         accelerate(pipe, [LearnedPolicy(policy), GuidanceSkip(**options)])
     assert torch.equal(images(CASES["sit"], pipe), untouched("sit"))
     accelerate(pipe, [LearnedPolicy(policy, levels=(CACHE,)), GuidanceSkip(**options)])
