@@ -17,12 +17,16 @@ PYTHON ?= $(shell \
 # Extra arguments for pytest, the demo and the benchmark: make test ARGS="-k sampler -x"
 ARGS ?=
 
+# Two workers; a group of tests that share what they made runs in one of them (tests/tiers.py).
+WORKERS ?= 2
+PYTEST := $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadgroup
+
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test style quality bench wheel clean
+.PHONY: help install demo test test-full soak style quality bench wheel clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo "  Variables: PYTHON=/path/to/python (3.11 or newer, for a new .venv), ARGS=\"...\" (test, demo, bench)"
 
 install: $(STAMP) ## create .venv and install flowaccel with its development tools
@@ -46,8 +50,14 @@ $(STAMP): pyproject.toml constraints.txt | $(BIN)/python
 demo: install ## sample the embedded model with and without acceleration, and write a report
 	$(BIN)/flowaccel demo $(ARGS)
 
-test: install ## run the tests
-	$(BIN)/python -m pytest -q $(ARGS)
+test: install ## run the default tests: every feature, family and method once (minutes)
+	$(PYTEST) $(ARGS)
+
+test-full: install ## run all tests but the soak tests
+	$(PYTEST) --tier full $(ARGS)
+
+soak: install ## kill, damage and crowd it, for long
+	$(PYTEST) --tier soak $(ARGS)
 
 style: install ## format the code and mend what ruff can mend
 	$(BIN)/ruff format .

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +27,7 @@ from flowaccel.errors import UnsupportedModelError
 from flowaccel.models.dynamic import DYNAMIC, DynamicSettings, make_dynamic
 from flowaccel.models.dynamic.fused import TokenSingleBlock
 from flowaccel.training.width import MacsCosts
+from tiers import Process
 
 CLOSE, CLOSE_HALF = 1e-5, 2e-2
 """Of the largest value, in float32 and bfloat16."""
@@ -467,7 +466,7 @@ def test_a_saved_network_returns_the_same(family: Family, tmp_path: Path) -> Non
     assert {parameter.dtype for parameter in half.dynamic.parameters()} == {torch.float32}
 
 
-def test_a_saved_network_returns_the_same_in_a_fresh_process(tmp_path: Path) -> None:
+def test_a_saved_network_returns_the_same_in_a_fresh_process(tmp_path: Path, process: Process) -> None:
     family = FAMILIES["sd35"]
     network = family.dynamic(1)
     network.save_pretrained(tmp_path)
@@ -484,7 +483,7 @@ def test_a_saved_network_returns_the_same_in_a_fresh_process(tmp_path: Path) -> 
             output = network(**load_file(folder + "/inputs.safetensors"), return_dict=False)[0]
         save_file({"output": output}, folder + "/output.safetensors")
     """
-    subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=True, capture_output=True)
+    process("-c", program, tmp_path)
     expected = sliced(network, **family.arguments())
     torch.testing.assert_close(load_file(tmp_path / "output.safetensors")["output"], expected, atol=1e-6, rtol=1e-6)
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import importlib
 import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tiers import Process
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -40,10 +40,8 @@ def test_break_even_outside_of_what_was_measured(script: Any) -> None:
     assert script.said(None, slower) == "none measured, up to 1024 tokens"
 
 
-def test_a_quick_run(tmp_path: Path) -> None:
-    command = [sys.executable, str(BENCHMARKS / "mediators_time.py"), "--quick", "--out", str(tmp_path)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=600)
-    assert result.returncode == 0, result.stderr
+def test_a_quick_run(tmp_path: Path, process: Process) -> None:
+    result = process(BENCHMARKS / "mediators_time.py", "--quick", "--out", tmp_path)
     found = {stage: json.loads((tmp_path / f"{stage}.json").read_text()) for stage in ("layers", "models", "agents")}
     for stage in ("layers", "models"):
         assert [row["tokens"] for row in found[stage]["rows"]] == [16, 64]
@@ -62,8 +60,6 @@ def test_a_quick_run(tmp_path: Path) -> None:
         assert calls["3 steps"]["ideal"] == pytest.approx(5 / 3, rel=0.01)
 
 
-def test_a_quick_run_has_nothing_to_record(tmp_path: Path) -> None:
-    command = [sys.executable, str(BENCHMARKS / "mediators_time.py"), "--quick", "--record", "--out", str(tmp_path)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=600)
-    assert result.returncode == 2
+def test_a_quick_run_has_nothing_to_record(tmp_path: Path, process: Process) -> None:
+    result = process(BENCHMARKS / "mediators_time.py", "--quick", "--record", "--out", tmp_path, code=2)
     assert "--quick has no numbers to --record" in result.stderr

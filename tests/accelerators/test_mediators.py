@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +32,7 @@ from flowaccel import (
 from flowaccel.evaluation import count_macs
 from flowaccel.models import MediatorSiTTransformer2DModel, make_dynamic
 from flowaccel.models.mediators import mediator_layers, set_mediators
+from tiers import Process
 
 SIT = CASES["sit"]
 STEPS = 6
@@ -454,15 +453,14 @@ save_file({{"images": CASES["sit"](pipe, batch=4, steps=6).contiguous()}}, {fold
 """
 
 
-def test_the_same_image_in_a_fresh_process(tmp_path: Path) -> None:
+def test_the_same_image_in_a_fresh_process(tmp_path: Path, process: Process) -> None:
     pipe, network = sit()
     accelerate(pipe, Mediators(network, schedule=DISTANCE))
     expected = images(pipe)
     pipe.save_pretrained(tmp_path)
     assert '"SiTTransformer2DModel"' in (tmp_path / "transformer" / "config.json").read_text()
     script = AGAIN.format(tests=str(Path(__file__).parents[1]), folder=str(tmp_path))
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=280)
-    assert done.returncode == 0, done.stderr[-3000:]
+    process("-c", script)
     assert Recipe.from_pretrained(tmp_path).accelerators[0].schedule == DISTANCE
     assert torch.equal(load_file(tmp_path / "made.safetensors")["images"], expected)
 

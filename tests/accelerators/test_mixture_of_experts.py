@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -37,6 +35,7 @@ from flowaccel.evaluation import count_macs
 from flowaccel.models import make_dynamic, upcycle_to_moe
 from flowaccel.modules.moe import ROUTING, moe_layers, set_moe_budget, set_moe_capacity, unpack_experts
 from moe_networks import SMALL, fitted, with_experts
+from tiers import Process
 
 NAMES = ("sit", "dit", "sd3", "flux")
 FAMILIES = pytest.mark.parametrize("case", [CASES[name] for name in NAMES], ids=NAMES)
@@ -365,15 +364,14 @@ save_file({{"images": CASES["sit"](pipe, batch=2).contiguous()}}, {folder!r} + "
 """
 
 
-def test_the_same_image_in_a_fresh_process(tmp_path: Path) -> None:
+def test_the_same_image_in_a_fresh_process(tmp_path: Path, process: Process) -> None:
     pipe, network = sit()
     accelerate(pipe, MixtureOfExperts(network, capacity=0.8))
     expected = pair(pipe)
     pipe.save_pretrained(tmp_path)
     assert '"SiTTransformer2DModel"' in (tmp_path / "transformer" / "config.json").read_text()
     script = AGAIN.format(tests=str(Path(__file__).parents[1]), folder=str(tmp_path))
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=280)
-    assert done.returncode == 0, done.stderr[-3000:]
+    process("-c", script)
     found = flowaccel.Recipe.from_pretrained(tmp_path)
     assert found.accelerators[0].capacity == 0.8
     assert torch.equal(load_file(tmp_path / "made.safetensors")["images"], expected)

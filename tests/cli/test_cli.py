@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import errno
 import json
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +25,7 @@ from flowaccel.evaluation import load_features, load_results, runner
 from flowaccel.evaluation.schema import check_results
 from flowaccel.pipelines import load_pipeline
 from flowaccel.recipe import PRESETS
+from tiers import Process
 
 FLOWTURBO = "flowturbo-H1P2R2"
 COMMANDS = (
@@ -104,20 +103,18 @@ def test_unknown_command_and_option() -> None:
     assert "No such option" in fails("generate", "x", "--colour", "red")
 
 
-def test_as_a_module(saved: str, elsewhere: Path) -> None:
+def test_as_a_module(saved: str, elsewhere: Path, process: Process) -> None:
     """In a process of its own, and with the same images as in this one."""
-    command = [sys.executable, "-m", "flowaccel", "generate", saved, "--recipe", FLOWTURBO, "--device", "cpu", "--json"]
-    ended = subprocess.run([*command, "--out", "own"], capture_output=True, text=True, check=True)
+    command = ["-m", "flowaccel", "generate", saved, "--recipe", FLOWTURBO, "--device", "cpu", "--json"]
+    ended = process(*command, "--out", "own")
     assert json.loads(ended.stdout)["files"][0] == str(Path("own") / "00000.png")
     run("generate", saved, "--recipe", FLOWTURBO, "--device", "cpu", "--out", "here")
     assert images("own") == images("here")
     assert len(images("own")) == 10
 
 
-def test_as_a_module_with_a_mistake(saved: str) -> None:
-    command = [sys.executable, "-m", "flowaccel", "generate", saved, "--recipe", "huen"]
-    ended = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert ended.returncode == 2
+def test_as_a_module_with_a_mistake(saved: str, process: Process) -> None:
+    ended = process("-m", "flowaccel", "generate", saved, "--recipe", "huen", code=2)
     assert ended.stdout == ""
     assert "error: unknown recipe 'huen': did you mean 'heun'?" in ended.stderr
     assert "Traceback" not in ended.stderr

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +13,7 @@ from commands import run
 from flowaccel import accelerate
 from flowaccel.evaluation import load_results
 from flowaccel.pipelines import load_pipeline
+from tiers import Process
 
 ROOT = Path(__file__).resolve().parents[2]
 FLOWTURBO = "flowturbo-H1P2R2"
@@ -93,7 +92,5 @@ def test_json_stays_json_beside_the_report(plain: str) -> None:
 
 
 @pytest.mark.parametrize("script", sorted((ROOT / "benchmarks").glob("[!_]*.py")), ids=lambda path: path.name)
-def test_every_benchmark_says_how_it_is_used(script: Path) -> None:
-    result = subprocess.run([sys.executable, str(script), "--help"], capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr
-    assert "--record" in result.stdout
+def test_every_benchmark_says_how_it_is_used(script: Path, process: Process) -> None:
+    assert "--record" in process(script, "--help").stdout

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +16,7 @@ from PIL import Image
 import tiny
 from commands import run
 from flowaccel.cli import generate as generate_command
+from tiers import Process
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = ["--height", "32", "--width", "48", "--num-frames", "5", "--steps", "2", "--device", "cpu"]
@@ -115,17 +115,13 @@ def test_a_pipeline_whose_output_has_no_images() -> None:
 
 
 @pytest.mark.slow
-def test_two_processes_write_what_one_does(saved: str) -> None:
+def test_two_processes_write_what_one_does(saved: str, process: Process) -> None:
     environment = os.environ | {"PYTHONPATH": str(blocked())}
     command = ["-m", "flowaccel", "generate", saved, "--prompt", "a cat", "--num-images", "3", *SMALL]
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     for out, start in (("one", []), ("two", torchrun)):
         world = ["--expect-world", "2" if start else "1"]
-        done = subprocess.run(
-            [sys.executable, *start, *command, "--out", out, *world],
-            capture_output=True, text=True, check=False, env=environment,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
+        done = process(*start, *command, "--out", out, *world, env=environment)
         assert done.stderr.count("wrote 3 videos") == 1
     names = [path.name for path in sorted(Path("one").iterdir())]
     assert len(names) == 3
@@ -142,12 +138,8 @@ def blocked() -> Path:
     return folder
 
 
-def test_the_example(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "examples" / "generate_video.py")],
-        capture_output=True, text=True, check=False, env=os.environ | {"PYTHONPATH": str(blocked())},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+def test_the_example(tmp_path: Path, process: Process) -> None:
+    done = process(ROOT / "examples" / "generate_video.py", env=os.environ | {"PYTHONPATH": str(blocked())})
     assert "noise" in done.stdout
     videos = sorted(tmp_path.glob("*.webp"))
     assert [path.name for path in videos] == ["video.webp"]

@@ -5,8 +5,6 @@ from __future__ import annotations
 import functools
 import inspect
 import json
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,6 +51,7 @@ from flowaccel.gates import (
 from flowaccel.hooks import ATTENTION, FAMILIES, FEED_FORWARD, Block, Call, networks, session_of
 from flowaccel.predictors import Hold, Newton
 from neighbours import NEIGHBOURS, load_lora, unload_lora
+from tiers import Process
 
 SHORT = 7
 """Evaluations that are enough for the caches which never wait long to save something."""
@@ -553,7 +552,7 @@ save_file(found, folder / "found.safetensors", taken)
 """
 
 
-def test_a_fresh_process_decides_and_makes_the_same(tmp_path: Path) -> None:
+def test_a_fresh_process_decides_and_makes_the_same(tmp_path: Path, process: Process) -> None:
     """A preset for each family."""
     expected, taken = {}, {}
     for (name, case), preset in zip(CASES.items(), CACHE_PRESETS, strict=True):
@@ -565,8 +564,7 @@ def test_a_fresh_process_decides_and_makes_the_same(tmp_path: Path) -> None:
         taken[name] = repr(found)
     here = Path(__file__).parent
     script = LOADED.format(tests=str(here.parent), here=str(here), folder=str(tmp_path))
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=280)
-    assert done.returncode == 0, done.stderr[-3000:]
+    process("-c", script)
     made_there = load_file(tmp_path / "found.safetensors")
     assert {name for name in expected if not torch.equal(made_there[name], expected[name])} == set()
     assert json.loads((tmp_path / "taken.json").read_text()) == taken

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -42,6 +40,7 @@ from flowaccel.models import MediatorSiTTransformer2DModel
 from flowaccel.models.policy import CACHE, STEP
 from neighbours import NEIGHBOURS, load_lora, unload_lora
 from policies import FAMILIES, SMALL_BLOCKS, decided_by, lively, pipeline, policy_for
+from tiers import Process
 
 STEPS, BATCH = 12, 3
 SMALL: dict[str, Any] = {"dense_blocks": 0, "min_tokens": 8, "query_block": 8, "key_block": 4}
@@ -316,7 +315,7 @@ save_file(found, folder / "found.safetensors")
 """
 
 
-def test_a_fresh_process_decides_and_makes_the_same(tmp_path: Path) -> None:
+def test_a_fresh_process_decides_and_makes_the_same(tmp_path: Path, process: Process) -> None:
     expected, taken = {}, {}
     for case in FAMILIES:
         for kind in KINDS:
@@ -327,8 +326,7 @@ def test_a_fresh_process_decides_and_makes_the_same(tmp_path: Path) -> None:
             taken[case.name + kind] = repr(found)
     here = Path(__file__).parent
     script = LOADED.format(tests=str(here.parent), here=str(here), folder=str(tmp_path))
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=280)
-    assert done.returncode == 0, done.stderr[-3000:]
+    process("-c", script)
     there = load_file(tmp_path / "found.safetensors")
     assert {name for name in expected if not torch.equal(there[name], expected[name])} == set()
     assert json.loads((tmp_path / "taken.json").read_text()) == taken

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import torch
@@ -11,6 +9,7 @@ from safetensors.torch import load_file
 
 from families import CASES
 from flowaccel import accelerate, report
+from tiers import Process
 
 HERE = Path(__file__).parent.parent
 FLOW = {"sit", "sd3", "flux", "flux_img2img", "wan21", "wan22", "auraflow"}
@@ -38,7 +37,7 @@ save_file(made, folder / "made.safetensors")
 """
 
 
-def test_same_image_in_a_fresh_process(tmp_path: Path) -> None:
+def test_same_image_in_a_fresh_process(tmp_path: Path, process: Process) -> None:
     expected, evaluations = {}, {}
     for name, case in CASES.items():
         pipe = case.make()
@@ -49,8 +48,7 @@ def test_same_image_in_a_fresh_process(tmp_path: Path) -> None:
         evaluations[name] = len(report(pipe).steps)
         pipe.save_pretrained(tmp_path / name)
     script = LOADED.format(tests=str(HERE), folder=str(tmp_path))
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=280)
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = process("-c", script)
     counted = dict(line.split() for line in done.stdout.splitlines() if line.count(" ") == 1)
     assert {name: int(number) for name, number in counted.items()} == evaluations
     made = load_file(tmp_path / "made.safetensors")

@@ -15,6 +15,8 @@ from flowaccel.cli import app
 from flowaccel.evaluation import processes
 from flowaccel.evaluation.processes import World, claimed
 
+pytestmark = pytest.mark.usefixtures("process")
+
 SAMPLES, STEPS, ROWS = 11, 3, ("baseline", "baseline@2", "euler@2")
 
 # The command line, on a network whose images do not depend on the batch, with a log of every sample written; in the

@@ -47,7 +47,7 @@ onload = () => {
 
 pytestmark = [
     pytest.mark.skipif(CHROMIUM is None, reason="needs chromium, chromium-browser or google-chrome on the PATH"),
-    pytest.mark.slow,
+    pytest.mark.usefixtures("process"),
 ]
 
 

@@ -155,7 +155,7 @@ def test_half_precision() -> None:
 
 
 @pytest.fixture(scope="module")
-def compiled() -> Any:
+def compiled(compiler: None) -> Any:
     """Skips where nothing compiles flex attention."""
     error = module.flex_error(torch.device("cpu"))
     if error is not None:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +29,7 @@ from flowaccel import (
 from flowaccel.pipelines import AcceleratedPipeline, load_pipeline
 from flowaccel.recipe import FILE_NAME
 from flowaccel.samplers import FlowRungeKuttaScheduler
+from tiers import Process
 
 # stock SD3 wants to be told that it has none
 BARE: dict[str, Any] = dict.fromkeys(f"{part}{i}" for part in ("text_encoder", "tokenizer") for i in ("", "_2", "_3"))
@@ -196,11 +195,8 @@ def test_the_hub_is_asked_for_the_recipe_too(sd3: Path, monkeypatch: pytest.Monk
 # fresh processes
 
 
-def in_fresh_process(source: str, *arguments: Path) -> None:
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "BARE": json.dumps(BARE)}
-    command = [sys.executable, "-c", source, *map(str, arguments)]
-    ended = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=arguments[0].parent)
-    assert ended.returncode == 0, ended.stderr
+def environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "BARE": json.dumps(BARE)}
 
 
 WITHOUT_FLOWACCEL = """
@@ -242,19 +238,21 @@ torch.save(made, sys.argv[5])
 """
 
 
-def test_plain_diffusers_reads_the_folder(sd3: Path, own_scheduler: Path) -> None:
-    in_fresh_process(WITHOUT_FLOWACCEL, sd3, own_scheduler)
+def test_plain_diffusers_reads_the_folder(sd3: Path, own_scheduler: Path, process: Process) -> None:
+    process("-c", WITHOUT_FLOWACCEL, sd3, own_scheduler, env=environment(), cwd=sd3.parent)
 
 
-def test_a_fresh_process_makes_the_same_images(sd3: Path, own_scheduler: Path, sit: Path, tmp_path: Path) -> None:
-    in_fresh_process(WITH_FLOWACCEL, sd3, own_scheduler, sit, tmp_path / "sd3.pt", tmp_path / "sit.pt")
+def test_a_fresh_process_makes_the_same_images(
+    sd3: Path, own_scheduler: Path, sit: Path, tmp_path: Path, process: Process
+) -> None:
+    files = (tmp_path / "sd3.pt", tmp_path / "sit.pt")
+    process("-c", WITH_FLOWACCEL, sd3, own_scheduler, sit, *files, env=environment(), cwd=sd3.parent)
     for folder, name in ((sd3, "sd3.pt"), (sit, "sit.pt")):
         assert torch.equal(torch.load(tmp_path / name, weights_only=True), expected(folder))
 
 
-def test_example(tmp_path: Path) -> None:
-    ended = subprocess.run([sys.executable, str(EXAMPLE)], capture_output=True, text=True, cwd=tmp_path)
-    assert ended.returncode == 0, ended.stderr
+def test_example(tmp_path: Path, process: Process) -> None:
+    ended = process(EXAMPLE, cwd=tmp_path)
     assert "saved and loaded, it gives the same images" in ended.stdout
     assert sorted(path.name for path in tmp_path.iterdir()) == ["accelerated.png", "restored.png"]
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ import flowaccel
 from flowaccel import FlowRungeKuttaScheduler, FlowTurboScheduler, SiTPipeline
 from flowaccel.pipelines.sit import guide
 from helpers import ALL_SAMPLERS, assert_close, counted, generators, tiny_sit_pipeline, tiny_vae
+from tiers import Process
 
 STEPS = 4
 LATENT: dict[str, Any] = {"num_inference_steps": STEPS, "output_type": "latent"}
@@ -363,7 +362,7 @@ save_file(images, result)
 """
 
 
-def test_fresh_process_gives_the_same_image(tmp_path: Path) -> None:
+def test_fresh_process_gives_the_same_image(tmp_path: Path, process: Process) -> None:
     pipe = tiny_sit_pipeline(FlowTurboScheduler("H1P2"), vae=tiny_vae(), id2label={"0": "zero", "1": "one"})
     latents = torch.randn(2, 4, 8, 8)
     expected = pipe(["one", "zero"], latents=latents, output_type="pt").images
@@ -375,11 +374,8 @@ def test_fresh_process_gives_the_same_image(tmp_path: Path) -> None:
     assert index["vae"] == ["diffusers", "AutoencoderKL"]
     assert {path.suffix for path in (tmp_path / "pipe").rglob("*") if path.is_file()} == {".json", ".safetensors"}
     save_file({"latents": latents}, tmp_path / "request.safetensors")
-    command = [sys.executable, "-c", FRESH, tmp_path / "pipe", tmp_path / "request.safetensors", tmp_path / "result"]
-    finished = subprocess.run(
-        [str(part) for part in command], capture_output=True, text=True, cwd=tmp_path, timeout=240
-    )
-    assert finished.returncode == 0, finished.stderr
+    folders = [tmp_path / name for name in ("pipe", "request.safetensors", "result")]
+    process("-c", FRESH, *folders, cwd=tmp_path)
     for images in load_file(tmp_path / "result").values():
         assert torch.equal(images, expected)
 

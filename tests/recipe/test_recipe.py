@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
@@ -33,6 +31,7 @@ from flowaccel import (
 from flowaccel.models import AccelerationPolicy, MediatorSiTTransformer2DModel, make_dynamic, upcycle_to_moe
 from flowaccel.recipe import FILE_NAME, PRESETS, SCHEMA, Base, preset, resolve
 from flowaccel.samplers import FlowAdamsBashforthScheduler, FlowRungeKuttaScheduler, FlowTurboScheduler
+from tiers import Process
 
 
 def image(pipe: Any, steps: int = 5) -> Tensor:
@@ -222,7 +221,7 @@ torch.save(found, sys.argv[3])
 """
 
 
-def test_a_fresh_process_makes_the_same_image(tmp_path: Path) -> None:
+def test_a_fresh_process_makes_the_same_image(tmp_path: Path, process: Process) -> None:
     pipe = tiny.sit_pipeline()
     pipe.save_pretrained(tmp_path / "pipe")
     recipe = tiny.flowturbo(tiny.random_refiner(pipe.transformer))
@@ -230,7 +229,7 @@ def test_a_fresh_process_makes_the_same_image(tmp_path: Path) -> None:
     with accelerated(pipe, recipe):
         expected = image(pipe)
     arguments = [str(tmp_path / name) for name in ("pipe", "recipe", "image.pt")]
-    subprocess.run([sys.executable, "-c", FRESH, *arguments], check=True, cwd=tmp_path)
+    process("-c", FRESH, *arguments, cwd=tmp_path)
     assert torch.equal(expected, torch.load(arguments[-1], weights_only=True))
     assert not torch.equal(expected, image(pipe))
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+
+from tiers import Process
 
 STEPS, MOMENTUM, RATE = 3, 0.75, 0.01
 WORKER = """
@@ -58,17 +58,13 @@ state.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trained(tmp_path_factory: pytest.TempPathFactory, process: Process) -> Path:
     """What each process observed in every step, and the network that it ends with: ROUTER-PROCESS.safetensors."""
     folder = tmp_path_factory.mktemp("trained")
     worker = folder / "worker.py"
     worker.write_text(WORKER)
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    settings = [str(folder), str(STEPS), str(MOMENTUM), str(RATE)]
-    ended = subprocess.run(
-        [sys.executable, *torchrun, str(worker), *settings], capture_output=True, text=True, timeout=240, check=False
-    )
-    assert ended.returncode == 0, ended.stderr
+    process(*torchrun, worker, folder, STEPS, MOMENTUM, RATE)
     return folder
 
 
