@@ -1,7 +1,7 @@
 """Which tests run when, told from what they use.
 
 - default: every feature, family and method at least once. Of a conformance test's product (families x methods x ...)
-  it takes rows that hold every value of every argument once.
+  it takes rows that hold every value of every argument once, and of a single argument every third value.
 - full: also the rest of these products, and the tests that start processes.
 - soak: kills, hostile files, threads; by hand.
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -41,7 +41,7 @@ sys.addaudithook(_heard)
 
 
 def tier_of(item: pytest.Item, covering: set[pytest.Item]) -> str:
-    """Return the tier of one test; `covering` are those that hold every argument of a conformance test once."""
+    """Return the tier of one test; `covering` are those that stand for a conformance test's product."""
     if item.get_closest_marker("soak"):
         return "soak"
     if item.get_closest_marker("quick"):
@@ -100,16 +100,18 @@ def _product(group: Sequence[pytest.Item]) -> bool:
 
 
 def _cover(name: str, group: Sequence[pytest.Item]) -> Iterator[pytest.Item]:
-    """Choose tests of a product until every value of every argument is in one; which ones differs from test function
-    to test function, so that together they meet many pairs."""
+    """Choose tests of a product until every value of every argument is in one, or a third of the values of a single
+    argument. Which ones differs from test function to test function, so that together they meet many pairs."""
     start = crc32(name.encode()) % len(group)
     left = [*group[start:], *group[:start]]
-    missing = Counter(pair for item in group for pair in arguments(item).items())
-    covered: set[tuple[str, str]] = set()
-    while len(covered) < len(missing):
-        best = max(left, key=lambda item: len(set(arguments(item).items()) - covered))
+    missing = {pair for item in group for pair in arguments(item).items()}
+    if len({argument for argument, _ in missing}) == 1:
+        yield from left[::3]
+        return
+    while missing:
+        best = max(left, key=lambda item: len(missing & set(arguments(item).items())))
         left.remove(best)
-        covered |= set(arguments(best).items())
+        missing -= set(arguments(best).items())
         yield best
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -553,9 +554,9 @@ save_file(found, folder / "found.safetensors", taken)
 
 
 def test_a_fresh_process_decides_and_makes_the_same(tmp_path: Path, process: Process) -> None:
-    """A preset for each family."""
+    """A preset for each family, in turn."""
     expected, taken = {}, {}
-    for (name, case), preset in zip(CASES.items(), CACHE_PRESETS, strict=True):
+    for (name, case), preset in zip(CASES.items(), itertools.cycle(CACHE_PRESETS)):
         pipe = case.make()
         accelerate(pipe, cache(case, preset))
         pipe.save_pretrained(tmp_path / name)
