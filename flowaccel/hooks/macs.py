@@ -69,6 +69,8 @@ def _replica(network: nn.Module) -> nn.Module:
             unwatched = {name: value for name, value in nn.Module().__dict__.items() if "hook" in name}
             left_out = (*unwatched, *SURROUNDING)
             state = {name: value for name, value in module.__dict__.items() if name not in left_out}
+            generators = [value for value in state.values() if isinstance(value, torch.Generator)]
+            memo |= {id(one): torch.Generator(one.device) for one in generators}  # their states are tensors with data
             twin.__dict__.update(copy.deepcopy(state, memo) | unwatched)
             forward = inspect.unwrap(module.forward, stop=inspect.ismethod)
             if getattr(forward, "__self__", None) is module:  # somebody's own, or else that of the class

@@ -166,5 +166,7 @@ def test_counting_copies_no_data() -> None:
     layer.kept = [huge]
     layer.weight = nn.Parameter(torch.empty(1).expand(2**20, 2**20))
     assert macs_by_module(layer, {"input": torch.ones(1, 2**20, device="meta")})[""] == 2**40
+    layer.generator = torch.Generator()
+    assert macs_by_module(layer, {"input": torch.ones(1, 2**20, device="meta")}) is not None
     layer.running = (number for number in ())
     assert macs_by_module(layer, {"input": torch.ones(1, 2**20, device="meta")}) is None
