@@ -16,7 +16,7 @@ from flowaccel.models.sit import modulate
 from flowaccel.pipelines.sit import guide
 from flowaccel.training.ddpm import DIT, DiffusionTerms
 from flowaccel.training.width import MacsCosts
-from helpers import Golden, assert_close, golden
+from helpers import Golden, assert_close, golden, with_recorded_times
 
 BLOCK, MODEL = golden("dydit_block"), golden("dydit_model")
 GUIDED_CHANNELS = 3
@@ -146,7 +146,7 @@ def whole(dtype: torch.dtype = torch.float32) -> Any:
         MODEL.group("sd/"), num_attention_heads=MODEL.config["num_heads"]
     )
     network.dynamic.noise = stored_noise(MODEL)
-    return network.to(dtype)
+    return with_recorded_times(network.to(dtype))
 
 
 def costs(network: Any) -> MacsCosts:

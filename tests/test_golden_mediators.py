@@ -12,7 +12,7 @@ from torch import Tensor
 from flowaccel.models.mediators import MediatorSiTTransformer2DModel
 from flowaccel.modules.mediators import MediatorAttention
 from flowaccel.pipelines.sit import guide
-from helpers import GOLDEN, assert_close, golden
+from helpers import GOLDEN, assert_close, golden, with_recorded_times
 
 ATTENTION, MODEL = golden("mediator_attention"), golden("mediator_model")
 COUNTS = json.loads((GOLDEN / "param_counts.json").read_text())["Attention-Mediators"]["counts"]
@@ -87,9 +87,11 @@ def test_gradients_of_the_layer(case: str) -> None:
 # --- a network
 
 
-def network(dtype: torch.dtype = torch.float32) -> Any:
-    heads = MODEL.config["num_heads"]
-    return MediatorSiTTransformer2DModel.from_official(MODEL.group("sd/"), num_attention_heads=heads).to(dtype)
+def network(dtype: torch.dtype = torch.float32, **changed: Tensor) -> Any:
+    """In float64 with the features of time as recorded, in float32 with its own; `changed` are other weights."""
+    weights, heads = MODEL.group("sd/") | changed, MODEL.config["num_heads"]
+    found = MediatorSiTTransformer2DModel.from_official(weights, num_attention_heads=heads)
+    return with_recorded_times(found.to(dtype)) if dtype == torch.float64 else found
 
 
 def test_configuration_is_read_from_the_weights() -> None:
@@ -146,7 +148,10 @@ def test_weights_for_a_larger_image() -> None:
 @PRECISIONS
 @torch.no_grad()
 def test_forward_at_a_larger_image(dtype: torch.dtype, group: str, tolerance: float) -> None:
-    other = network().resized(MODEL.notes["resized_input_size"]).to(dtype)  # as upstream: resized in float32
+    """In float64 around the recorded weights, because resizing is float32 as upstream, to the machine's last bit."""
+    other = network().resized(MODEL.notes["resized_input_size"])
+    if dtype == torch.float64:
+        other = network(dtype, **MODEL.group("resized/sd/"))
     x, t, labels = (MODEL[f"resized/in/{name}"] for name in ("x", "t", "y"))
     assert_close(other(x.to(dtype), t, labels).sample, MODEL[f"resized/{group}/forward"], tolerance)
 

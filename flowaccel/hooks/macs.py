@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Iterator
-from contextlib import contextmanager
+import copy
+import inspect
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
 from flowaccel.hooks.families import unwrapped
+
+SURROUNDING = ("forward", "_hf_hook", "_old_forward", "_diffusers_hook")
+"""What others put on an instance around its forward; it leads back to that instance."""
 
 
 def shapes_of(arguments: dict[str, Any]) -> dict[str, Any]:
@@ -26,17 +29,17 @@ def macs_by_module(network: nn.Module, shapes: dict[str, Any]) -> dict[str, int]
     network; "" is the network. None where they cannot be counted: compiled modules, or a forward that looks at values.
 
     Args:
-        network: the network; it is not changed, and nothing is computed.
+        network: the network; it is neither called nor changed, and nothing is computed.
         shapes: from `shapes_of`.
     """
     network = unwrapped(network)
     if is_compiled(network):
         return None
-    tensors = {name: _shape(value) for name, value in (*network.named_parameters(), *network.named_buffers())}
     counter = FlopCounterMode(display=False)
     try:
-        with _without_hooks(network), counter, torch.no_grad():
-            torch.func.functional_call(network, tensors, kwargs=shapes)
+        replica = _replica(network)
+        with counter, torch.no_grad():
+            replica(**shapes)
     except Exception:  # whatever a forward of somebody else's does with tensors that hold nothing
         return None
     root = type(network).__name__
@@ -54,18 +57,34 @@ def is_compiled(network: nn.Module) -> bool:
     return compiled or inner is not network
 
 
-@contextmanager
-def _without_hooks(network: nn.Module) -> Iterator[None]:
-    """Nobody who watches the network's modules sees a call that computes nothing."""
-    names = ("_forward_hooks", "_forward_pre_hooks")
-    before = [(module, name, getattr(module, name)) for module in network.modules() for name in names]
-    try:
-        for module, name, _ in before:
-            setattr(module, name, OrderedDict())
-        yield
-    finally:
-        for module, name, hooks in before:
-            setattr(module, name, hooks)
+def _replica(network: nn.Module) -> nn.Module:
+    """A copy whose tensors have shapes and no data, with all that its modules refer to, so that what a forward keeps on
+    the way (a table of positions, a cache) is kept there. Nobody who watches or surrounds the network's modules, an
+    offloader for one, sees its calls.
+    """
+    twins = {module: object.__new__(type(module)) for module in network.modules()}
+    memo: dict[int, Any] = {id(module): twin for module, twin in twins.items()}
+    with _WithoutData():
+        for module, twin in twins.items():
+            unwatched = {name: value for name, value in nn.Module().__dict__.items() if "hook" in name}
+            left_out = (*unwatched, *SURROUNDING)
+            state = {name: value for name, value in module.__dict__.items() if name not in left_out}
+            generators = [value for value in state.values() if isinstance(value, torch.Generator)]
+            memo |= {id(one): torch.Generator(one.device) for one in generators}  # their states are tensors with data
+            twin.__dict__.update(copy.deepcopy(state, memo) | unwatched)
+            forward = inspect.unwrap(module.forward, stop=inspect.ismethod)
+            if getattr(forward, "__self__", None) is module:  # somebody's own, or else that of the class
+                twin.forward = forward.__func__.__get__(twin)
+    return twins[network]
+
+
+class _WithoutData(TorchFunctionMode):
+    """While it is on, a copied tensor has a shape and no data."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function in (Tensor.__deepcopy__, Tensor.clone):
+            return _shape(args[0])
+        return function(*args, **(kwargs or {}))
 
 
 def _shape(value: Any) -> Any:

@@ -7,7 +7,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -100,6 +100,8 @@ class AccelerationPolicy(ModelMixin, ConfigMixin):
         ValueError: no levels, unknown ones, or both `step` and `count`; sparsity that does not fall, counts that do not
             rise, either without its head; numbers out of range.
     """
+
+    _keep_in_fp32_modules: ClassVar[list[str]] = ["heads"]
 
     @register_to_config
     def __init__(

@@ -172,7 +172,7 @@ class SiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapter
     def _position_table(self, dim: int) -> Tensor:
         # diffusers would squeeze every grid into 16 places; SiT counts tokens
         table = get_2d_sincos_pos_embed(dim, self.grid_size, base_size=self.grid_size, output_type="pt")
-        return table.float().unsqueeze(0)
+        return table.to(torch.get_default_dtype()).unsqueeze(0)  # which diffusers sets where it loads
 
     def reset_parameters(self) -> None:
         """SiT's initialisation: xavier everywhere, zero gates and zero output, so that a fresh network returns 0."""

@@ -3,6 +3,7 @@
 from flowaccel.modules.routers import TokenRouter as TokenRouter
 from flowaccel.modules.routers import WidthRouter as WidthRouter
 from flowaccel.modules.routers import logistic_noise as logistic_noise
+from flowaccel.modules.routers import never_narrower as never_narrower
 from flowaccel.modules.routers import straight_through as straight_through
 from flowaccel.modules.routers import widened as widened
 from flowaccel.modules.sliced import SliceCache as SliceCache
@@ -16,6 +17,7 @@ __all__ = [
     "TokenRouter",
     "WidthRouter",
     "logistic_noise",
+    "never_narrower",
     "straight_through",
     "widened",
 ]

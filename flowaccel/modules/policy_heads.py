@@ -8,13 +8,15 @@ paper reports.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributions import Beta, Categorical
 from torch.nn import functional
+
+from flowaccel.modules.routers import never_narrower
 
 POOL = 16
 """Side of the map that is left to the final maximum."""
@@ -49,6 +51,10 @@ class DecisionHead(nn.Module):
             nn.init.zeros_(layer.bias)
         with torch.no_grad():
             self.fc2.bias.copy_(torch.tensor(bias))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DecisionHead:
+        """Move, but never to a narrower type, because another decision changes the image."""
+        return super()._apply(never_narrower(fn), recurse)
 
     def forward(self, features: Tensor, condition: Tensor) -> Tensor:
         """(R, C, H, W) and (R, D) -> (R, outputs)."""

@@ -7,6 +7,7 @@ of float64, because a flipped gate changes the network.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -46,6 +47,20 @@ def straight_through(logits: Tensor, noise: Tensor, tau: float = TAU) -> Tensor:
 def widened(value: Tensor) -> Tensor:
     """`value` in float32, or as it is if it is float64: what logits are computed in."""
     return value if value.dtype == torch.float64 else value.float()
+
+
+def never_narrower(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """`fn`, as of `Module._apply`, but for floating-point tensors that it would make narrower: those are only moved.
+
+    For what decides, `network.to(dtype)` then does what `_keep_in_fp32_modules` does where diffusers loads.
+    """
+
+    def moved(value: Tensor) -> Tensor:
+        result = fn(value)
+        narrower = value.is_floating_point() and result.element_size() < value.element_size()
+        return value.to(result.device) if narrower else result
+
+    return moved
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[None]:

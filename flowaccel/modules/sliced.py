@@ -48,10 +48,13 @@ class SlicedLinear(nn.Linear):
 
     @property
     def present(self) -> Part:
-        """Weight and bias to compute with."""
+        """Weight and bias to compute with, of the type that the whole has now: with layer-wise casting a part may have
+        been cut while the weights were stored in another.
+        """
         if self.part is None:
             return self.weight, self.bias
-        return self.part if isinstance(self.part, tuple) else self.part()
+        weight, bias = self.part if isinstance(self.part, tuple) else self.part()
+        return weight.to(self.weight.dtype), None if bias is None else bias.to(self.weight.dtype)
 
     def clear(self) -> None:
         """The whole again."""

@@ -13,7 +13,7 @@ from flowaccel.models.moe.official import diffmoe_to_official, layer_from_offici
 from flowaccel.modules.moe import ExpertShape, MoEFeedForward, MoESettings, moe_layers
 from flowaccel.pipelines.sit import guide
 from flowaccel.samplers.paths import LINEAR, flow_loss
-from helpers import Golden, assert_close, golden
+from helpers import Golden, assert_close, golden, with_recorded_times
 
 LAYERS = ("diffmoe_layer", "diffmoe_layer_shared", "diffmoe_layer_swiglu")
 MODEL = golden("diffmoe_model")
@@ -167,6 +167,7 @@ def _feed_forward(weights: dict[str, Tensor], prefix: str, x: Tensor) -> Tensor:
 
 
 def whole(dtype: torch.dtype = torch.float32) -> Any:
+    """In float64 with the features of time as recorded, in float32 with its own."""
     network = MoESiTTransformer2DModel.from_official(
         MODEL.group("sd/") | MODEL.group("in/threshold/"),
         num_attention_heads=MODEL.config["num_heads"],
@@ -176,7 +177,7 @@ def whole(dtype: torch.dtype = torch.float32) -> Any:
             "threshold_momentum": MODEL["sd/blocks.1.mlp.ema_decay"].item(),
         },
     )
-    return network.to(dtype)
+    return with_recorded_times(network.to(dtype)) if dtype == torch.float64 else network
 
 
 def layers_of(network: Any) -> dict[int, Any]:

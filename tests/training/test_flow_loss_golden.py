@@ -7,7 +7,7 @@ import torch
 
 from flowaccel.models.official import sit_to_official
 from flowaccel.samplers.paths import LINEAR, flow_loss
-from helpers import assert_close, golden
+from helpers import assert_close, golden, with_recorded_times
 
 FILE = golden("sit_ode_sde")
 
@@ -19,6 +19,8 @@ FILE = golden("sit_ode_sde")
 )
 def test_loss_and_gradients(dtype: torch.dtype, group: str, tolerance: float, gradients: float) -> None:
     network = golden("sit_tiny").network(dtype=dtype)
+    if dtype == torch.float64:
+        with_recorded_times(network)
     data, noise, t = (FILE[f"in/loss_{name}"].to(dtype) for name in ("x1", "x0", "t"))
     state = LINEAR.interpolate(data, noise, t)
     output = network(state, t, FILE["in/loss_y"]).sample

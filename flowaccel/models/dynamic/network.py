@@ -30,6 +30,7 @@ from flowaccel.modules import (
     SlicedLinear,
     TokenRouter,
     logistic_noise,
+    never_narrower,
     straight_through,
     widened,
 )
@@ -155,16 +156,8 @@ class Dynamics(nn.Module):
                 wire.tokens = site
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Dynamics:
-        """Move, but never to a narrower type, because a flipped gate changes the network: what `_keep_in_fp32_modules`
-        does where diffusers loads, for `network.to(dtype)`.
-        """
-
-        def moved(value: Tensor) -> Tensor:
-            result = fn(value)
-            narrower = value.is_floating_point() and result.element_size() < value.element_size()
-            return value.to(result.device) if narrower else result
-
-        return super()._apply(moved, recurse)
+        """Move, but never to a narrower type, because a flipped gate changes the network."""
+        return super()._apply(never_narrower(fn), recurse)
 
     def connect(self) -> None:
         """Follow adapters that were added, removed or merged, and drop what was cut before.

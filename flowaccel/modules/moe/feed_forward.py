@@ -6,6 +6,7 @@ Shapes: B samples of L tokens, S = B * L tokens in the pool, D width, E experts.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from flowaccel.modules.moe.plans import ExpertPlan
 from flowaccel.modules.moe.routing import GATE, LOAD, PREDICTOR, ROUTING, Asked, Routed, invariance
 from flowaccel.modules.moe.settings import SELECTIONS, MoESettings
 from flowaccel.modules.moe.thresholds import Thresholds
-from flowaccel.modules.routers import without_autocast
+from flowaccel.modules.routers import never_narrower, without_autocast
 
 _PREDICTOR_STD = 0.02
 
@@ -95,6 +96,14 @@ class MoEFeedForward(nn.Module):
     """The router's own loss in the last call while training, with its weight and without gradient."""
     overflow: Tensor | None
     """How many pairs the last call left out for the budget, a scalar on the device."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MoEFeedForward:
+        """Move, but what decides never to a narrower type, because another choice changes the output."""
+        wide = never_narrower(fn)
+        if recurse:
+            for name, child in self.named_children():
+                child._apply(fn if name in ("experts", "shared") else wide)
+        return super()._apply(wide, recurse=False)
 
     def reset_router(self) -> None:
         """First weights: a narrow gate, and a capacity predictor that says of every pair what share is taken."""
