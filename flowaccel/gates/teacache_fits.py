@@ -145,7 +145,7 @@ PUBLISHED: dict[str, PublishedFit] = {
     ),
     "wan2.1-i2v-480p-ret": PublishedFit(
         coefficients=(257151.496, -35422.9917, 1402.86849, -13.5890334, 0.132517977),
-        changes=(0.005, 0.07),
+        changes=(0.005, 0.035),
         speedups={0.2: 1.8, 0.3: 2.3},
         steps=40,
         source=f"{_TEACACHE}, TeaCache4Wan2.1, --use_ret_steps",

@@ -107,14 +107,10 @@ class Guiding:
         if memory.differences is not None:
             chosen = torch.tensor(images, device=cond.device)
             now = PartialHistory(memory.differences, images, call.images)
-            now.store(((cond - uncond)[chosen],), self._place(call))
+            now.store(((cond - uncond)[chosen],), call.timestep)
         if isinstance(self._when, AdaptiveGuidance) and self._when.compares(call.step, call.run.num_steps):
             memory.measured_images = images
             memory.measured = cosine_similarity(self._compared(call, cond), self._compared(call, uncond))
-
-    def _place(self, call: Call) -> float:
-        assert self._predictor is not None
-        return self._predictor.place(call.step, call.timestep)
 
     def _compared(self, call: Call, output: Tensor) -> Tensor:
         """(images, ...) -> (images, n) float32: what the cosine is taken of."""
@@ -188,7 +184,7 @@ class Guiding:
         """
         if memory.differences is None or memory.differences.empty or refined:
             return cond
-        (difference,) = memory.differences.predict(self._place(call))
+        (difference,) = memory.differences.predict(call.timestep)
         return cond if difference is None else cond - difference
 
 
