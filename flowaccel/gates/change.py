@@ -116,9 +116,9 @@ class ModulatedInput(Gate):
 
     def rescaled(self, change: Tensor) -> Tensor:
         """The polynomial of a relative change."""
-        fit = self._fit
-        coefficients, fitted_range = (self.coefficients, None) if fit is None else (fit.coefficients, fit.changes)
-        fitted_range = fitted_range if self.fitted_range is None else self.fitted_range
+        fitted_range = self._fit.changes if self.fitted_range is None and self._fit is not None else self.fitted_range
+        named = self.coefficients
+        coefficients = PUBLISHED[named].coefficients if isinstance(named, str) else named
         if self.bounded and fitted_range is not None:
             change = change.clamp(*fitted_range)
         value = torch.zeros_like(change)
