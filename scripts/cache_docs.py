@@ -17,6 +17,8 @@ from typing import Any
 
 from flowaccel.accelerators import CACHE_PRESETS, FeatureCache
 from flowaccel.accelerators.cache_presets import CachePreset
+from flowaccel.gates import ModulatedInput
+from flowaccel.gates.teacache_fits import PUBLISHED, UNUSABLE
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = ROOT / "docs" / "caches"
@@ -57,6 +59,7 @@ def page(name: str, preset: CachePreset, results: Any) -> str:
         f"## Rule\n\n{prose(type(gate))}",
         f"## Defaults\n\n{defaults(preset)}",
         f"With `{name}:parity` it is as published: {differences(preset)}.",
+        *([f"## Published fits\n\n{fits()}"] if isinstance(gate, ModulatedInput) else []),
         f"## Measured\n\n{measured(name, results)}",
         f"## When not to use it\n\n{preset.avoid}",
     ]
@@ -116,13 +119,40 @@ def arguments(kind: type) -> dict[str, str]:
 
 def differences(preset: CachePreset) -> str:
     """What parity changes, in words."""
-    changes = [f"decide={preset.parity.decide!r}"]
-    changes += [
-        f"{part} `{getattr(preset.parity, part).name}`"
-        for part in PARTS
-        if getattr(preset.parity, part) != getattr(preset.cache, part)
+    changes = [] if preset.parity.decide == preset.cache.decide else [f"decide={preset.parity.decide!r}"]
+    for part in PARTS:
+        before, after = getattr(preset.cache, part), getattr(preset.parity, part)
+        if before != after:
+            usual = before if type(before) is type(after) else type(after)()
+            options = [
+                f"{field.name}={json.dumps(getattr(after, field.name))}"
+                for field in fields(after)
+                if getattr(after, field.name) != getattr(usual, field.name)
+            ]
+            changes.append(f"{part} `{after.name}`" + (f" with `{', '.join(options)}`" if options else ""))
+    return ", ".join(changes) or "the same, because this is the published rule"
+
+
+def fits() -> str:
+    """The table of the published polynomials, and why some are not in it."""
+    lines = [
+        'Option `coefficients`, such as `teacache:coefficients="flux"`. A fit holds for its very checkpoint. It brings '
+        "the first of its thresholds and its guard with it; changes are clipped to the range given here, which was "
+        "read off the polynomial, and with `parity` nothing is clipped and negative values are added, as in the "
+        "published code.",
+        "",
+        "| name | fitted to the | changes | published thresholds (speed-up) | first and last steps computed | source |",
+        "|---|---|---|---|---|---|",
     ]
-    return ", ".join(changes)
+    for name, fit in PUBLISHED.items():
+        shown = ", ".join(f"{at:g}" + (f" ({speed:g}x)" if speed else "") for at, speed in fit.speedups.items())
+        low, high = fit.changes
+        lines.append(
+            f"| `{name}` | {fit.signal.replace('_', ' ')} | {low:g} to {high:g} | {shown} | {fit.warmup}, {fit.last} "
+            f"| {fit.source} |"
+        )
+    refused = "; ".join(f"`{name}`: {reason}" for name, reason in UNUSABLE.items())
+    return "\n".join([*lines, "", f"Not to be had: {refused}."])
 
 
 def measured(name: str, results: Any) -> str:

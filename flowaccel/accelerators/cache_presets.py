@@ -8,6 +8,7 @@ from typing import Any
 from flowaccel.accelerators.caching import Guard, Module, Output, Stack
 from flowaccel.accelerators.feature_cache import FeatureCache
 from flowaccel.gates import Codebook, Easy, FirstBlock, Interval, Magnitude, Mask, ModulatedInput, ThirdDifference
+from flowaccel.gates.teacache_fits import PUBLISHED
 from flowaccel.predictors import AdamsBashforth, Hold, Newton, Taylor
 
 
@@ -24,7 +25,8 @@ class CachePreset:
     cache: FeatureCache
     """The published rule and its default numbers, deciding per image."""
     parity: FeatureCache
-    """As published: decisions for the whole batch, and the published forecast where ours corrects it."""
+    """As published: decisions for the whole batch where the published code takes them so, forecasts over the numbers of
+    the steps, and nothing that ours corrects."""
 
 
 CACHE_PRESETS: dict[str, CachePreset] = {}
@@ -57,6 +59,7 @@ _add(
 _add(
     "teacache",
     FeatureCache(ModulatedInput(threshold=0.25), Stack(), Hold(), Guard(warmup=1, last=1)),
+    {"gate": ModulatedInput(threshold=0.25, bounded=False)},
     summary="Compute where the changes of the timestep-modulated input, through a fitted polynomial, have added up.",
     source="TeaCache (arXiv 2411.19108)",
     avoid="Uncalibrated: the polynomial is fitted per model and number of steps; without a fit the changes count as "
@@ -65,6 +68,7 @@ _add(
 _add(
     "magcache",
     FeatureCache(Magnitude(threshold=0.06), Stack(), Hold(), Guard(warmup=0.2, last=0, max_run=3)),
+    {"guard": Guard(warmup=0.2, last=0, max_run=3, rounding="nearest")},
     summary="Compute where the magnitude of the residual has drifted, by ratios measured beforehand.",
     source="MagCache (NeurIPS 2025); diffusers' MagCache and its defaults",
     avoid="Uncalibrated: without measured ratios they are estimated from two computed steps, which is our own rule.",
@@ -72,6 +76,7 @@ _add(
 _add(
     "easycache",
     FeatureCache(Easy(threshold=0.025), Output(residual=True), Hold(), Guard(warmup=5, last=1)),
+    {"decide": "image"},  # the published code makes one video at a time, and its unconditional call follows the other
     summary="Compute where the output's change, predicted from the input's, has added up.",
     source="EasyCache (arXiv 2507.02860)",
     avoid="Fewer than about 15 steps: the first five and the last are always computed.",
@@ -79,7 +84,7 @@ _add(
 _add(
     "taylorseer",
     FeatureCache(Interval(interval=5, phase=4), Stack(), Newton(order=1), Guard(warmup=3, last=0)),
-    {"scope": Module(), "predictor": Taylor(order=1)},
+    {"scope": Module(), "predictor": Taylor(order=1, axis="step")},
     summary="Compute every fifth step and extrapolate between; as published, every module's output on its own.",
     source="TaylorSeer (arXiv 2503.06923); diffusers' TaylorSeerCache and its defaults",
     avoid="Fewer than about 20 steps: five are a long way to extrapolate. The published form holds two tensors per "
@@ -122,8 +127,9 @@ def cache_preset(name: str, *, parity: bool = False, **options: Any) -> FeatureC
     Args:
         name: `fbcache`, `dbcache`, `teacache`, `magcache`, `easycache`, `taylorseer`, `adacache`, `ab_cache`,
             `adaptive_diffusion` or `mask`.
-        parity: as published, rather than deciding per image and forecasting exactly.
-        options: fields of its parts, such as `threshold=0.1` or `max_run=2`, or the parts themselves.
+        parity: as published, rather than deciding per image and forecasting on the true times.
+        options: fields of its parts, such as `threshold=0.1` or `max_run=2`, or the parts themselves. A published
+            polynomial of TeaCache, such as `coefficients="flux"`, brings its threshold and guard with it.
 
     Raises:
         ValueError: an unknown name, or a value out of range.
@@ -131,5 +137,13 @@ def cache_preset(name: str, *, parity: bool = False, **options: Any) -> FeatureC
     """
     if name not in CACHE_PRESETS:
         raise ValueError(f"cache must be one of {', '.join(CACHE_PRESETS)}, got {name!r}")
-    preset = CACHE_PRESETS[name]
-    return FeatureCache(**(_parts(preset.parity if parity else preset.cache) | options))
+    preset = CACHE_PRESETS[name].parity if parity else CACHE_PRESETS[name].cache
+    return FeatureCache(**(_parts(preset) | _with_fit(preset, options) | options))
+
+
+def _with_fit(preset: FeatureCache, options: dict[str, Any]) -> dict[str, Any]:
+    """Threshold and guard that belong to the published fit which the options name, if they do."""
+    fit = PUBLISHED.get(str(options.get("coefficients")))
+    if fit is None or not isinstance(preset.gate, ModulatedInput) or {"gate", "guard"} & set(options):
+        return {}
+    return {"threshold": min(fit.speedups), "warmup": fit.warmup, "last": fit.last}

@@ -12,11 +12,13 @@ from torch import Tensor
 State = dict[str, Tensor]
 """What a gate remembers, each tensor with a leading units axis; empty before the first step."""
 
-Signal = Literal["none", "input", "condition", "first_block", "modulated_input"]
+Signal = Literal["none", "input", "condition", "first_block", "modulated_input", "time_embedding", "time_projection"]
 """What a gate reads before it decides: nothing; the network's input; the embedding that modulates the blocks; the
 residual of its first blocks; the input of the first block's attention, which is normalised and modulated by the
-timestep."""
-INSIDE = ("condition", "first_block", "modulated_input")
+timestep; the embedding of the time alone; the projection of it to the shifts and scales of the blocks (see
+`hooks.Family.time_embedding`)."""
+TIME_SIGNALS = ("time_embedding", "time_projection")
+INSIDE = ("condition", "first_block", "modulated_input", *TIME_SIGNALS)
 """Those that are only known within the network."""
 
 Feedback = Literal["none", "output", "feature", "middle_block"]
@@ -41,7 +43,7 @@ class Gate(ABC):
 
     A unit is an image, a row or a whole batch. Every step `score` is asked, and then `update` told what was done. A
     unit is computed where its score is not below 1, thus also where it is not a number; the score is the gate's signal
-    divided by its threshold.
+    divided by its threshold, and at least 0 unless the gate says otherwise.
     """
 
     name: ClassVar[str]
@@ -69,7 +71,7 @@ class Gate(ABC):
             step: where.
 
         Returns:
-            (units,) float scores, at least 0, and the state that goes to `update`.
+            (units,) float scores, and the state that goes to `update`.
         """
 
     @abstractmethod

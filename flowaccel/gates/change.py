@@ -9,7 +9,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from flowaccel.gates.base import Gate, State, Step, check_threshold, relative_change, where
+from flowaccel.gates.base import Gate, Signal, State, Step, check_threshold, relative_change, where
+from flowaccel.gates.teacache_fits import PUBLISHED, UNUSABLE, PublishedFit
 
 
 @dataclass(frozen=True)
@@ -56,56 +57,46 @@ class FirstBlock(Gate):
         return {"computed": where(computed, signal, state.get("computed"))}
 
 
-COEFFICIENTS: dict[str, tuple[float, ...]] = {
-    "flux": (498.651651, -283.781631, 55.8554382, -3.82021401, 0.264230861),
-    "flux-kontext": (-1046.55119, 312.563399, -16.9500694, 0.410995971, 0.0374537863),
-    "hunyuan-video": (733.226126, -401.131952, 67.5869174, -3.149878, 0.0961237896),
-    "ltx-video": (21.4700694, -12.8016453, 2.31279151, 0.792487521, 0.00969274326),
-    "mochi": (-3512.41319, 811.675948, -60.9400215, 2.42429681, 0.00305291719),
-    "cosmos": (271.156237, -91.9775607, 2.2443725, 2.08355751, 0.14177633),
-    "cogvideox-2b": (-31.0658903, 25.4732368, -5.92380459, 1.75769064, -0.00361568434),
-    "cogvideox-5b": (-1538.80483, 843.202495, -134.363087, 7.97131516, -0.0523162339),
-    "wan2.1-t2v-1.3b": (2396.76752, -1311.10545, 201.331979, -8.29855975, 0.137887774),
-    "wan2.1-t2v-14b": (-5784.54975, 5449.50912, -1811.16592, 256.271784, -13.0225240),
-    "wan2.1-i2v-480p": (-302.33167, 223.948934, -52.546397, 5.8734844, -0.201973289),
-    "wan2.1-i2v-720p": (-114.363465, 65.265245, -18.8222071, 4.91518089, -0.234126827),
-}
-"""Published by TeaCache (Apache-2.0) for these checkpoints, with thresholds of 0.25 to 0.8 for FLUX, 0.08 to 0.26 for
-Wan."""
-
-
 @dataclass(frozen=True)
 class ModulatedInput(Gate):
     """TeaCache (arXiv 2411.19108): compute where the changes of the modulated input have added up.
 
     At every step the change since the step before, mean(abs(new - old)) / mean(abs(old)), goes through a fitted
-    polynomial and is added; a computed step starts from 0 again.
+    polynomial and is added; a computed step starts from 0 again. Some published polynomials were fitted to the changes
+    of the time embedding or of its projection instead, and then that is what is read.
 
     Args:
         threshold: compute from this sum on.
         coefficients: of the polynomial, highest power first; fitted per model and number of steps by `flowaccel
-            calibrate --method teacache`. Or the name of a published fit, such as `flux` (see `COEFFICIENTS`), for that
+            calibrate --method teacache`. Or the name of a published fit, such as `flux` (see `PUBLISHED`), for that
             very checkpoint. The default takes the change as it is.
         fitted_range: changes seen by the fit; others are clipped to it, because such a polynomial means nothing
-            outside. Negative values count as 0.
+            outside. None takes that of a published fit, if it is one.
+        bounded: clip changes to the range and count negative values of the polynomial as 0. False takes the polynomial
+            as it is, like the published code, so that sums can fall; then the range has no effect.
 
     Raises:
-        ValueError: out of range, or no coefficients.
+        ValueError: out of range, no coefficients, or a published fit that cannot be used.
     """
 
     name: ClassVar[str] = "modulated_input"
-    signal = "modulated_input"
 
     threshold: float = 0.25
     coefficients: str | Sequence[float] = (1.0, 0.0)
     fitted_range: tuple[float, float] | None = None
+    bounded: bool = True
 
     def __post_init__(self) -> None:
         check_threshold(self.threshold)
         if isinstance(self.coefficients, str):
-            if self.coefficients not in COEFFICIENTS:
+            if self.coefficients in UNUSABLE:
                 raise ValueError(
-                    f"coefficients must be numbers or one of {', '.join(COEFFICIENTS)}, got {self.coefficients!r}"
+                    f"coefficients {self.coefficients!r} cannot be used: {UNUSABLE[self.coefficients]}; fit your own "
+                    "with flowaccel calibrate --method teacache"
+                )
+            if self.coefficients not in PUBLISHED:
+                raise ValueError(
+                    f"coefficients must be numbers or one of {', '.join(PUBLISHED)}, got {self.coefficients!r}"
                 )
         elif not self.coefficients:
             raise ValueError("coefficients must hold at least one number, the constant term")
@@ -115,20 +106,28 @@ class ModulatedInput(Gate):
             raise ValueError(f"fitted_range must be two rising numbers of at least 0, got {self.fitted_range!r}")
 
     @property
-    def _powers(self) -> Sequence[float]:
-        return COEFFICIENTS[self.coefficients] if isinstance(self.coefficients, str) else self.coefficients
+    def _fit(self) -> PublishedFit | None:
+        return PUBLISHED[self.coefficients] if isinstance(self.coefficients, str) else None
+
+    @property
+    def signal(self) -> Signal:  # type: ignore[override]
+        """What the polynomial was fitted to."""
+        return "modulated_input" if self._fit is None else self._fit.signal
 
     def rescaled(self, change: Tensor) -> Tensor:
         """The polynomial of a relative change."""
-        if self.fitted_range is not None:
-            change = change.clamp(*self.fitted_range)
+        fitted_range = self._fit.changes if self.fitted_range is None and self._fit is not None else self.fitted_range
+        named = self.coefficients
+        coefficients = PUBLISHED[named].coefficients if isinstance(named, str) else named
+        if self.bounded and fitted_range is not None:
+            change = change.clamp(*fitted_range)
         value = torch.zeros_like(change)
-        for coefficient in self._powers:
+        for coefficient in coefficients:
             value = value * change + coefficient
-        return value.clamp(min=0)
+        return value.clamp(min=0) if self.bounded else value
 
     def score(self, state: State, signal: Tensor | None, step: Step) -> tuple[Tensor, State]:
-        """The sum, this step's change included."""
+        """The sum, this step's change included; it can be negative where nothing is `bounded`."""
         assert signal is not None
         total = state["total"] + self.rescaled(relative_change(signal, state["before"]))
         return total / self.threshold, state | {"total": total}

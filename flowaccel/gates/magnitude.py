@@ -70,8 +70,8 @@ class Magnitude(Gate):
     def _ratio(self, step: Step) -> float:
         assert self.ratios is not None
         last = len(self.ratios) - 1
-        place = step.index / max(step.count - 1, 1) * last
-        return self.ratios[min(round(place), last)]
+        scale = last / max(step.count - 1, 1)
+        return self.ratios[min(round(step.index * scale), last)]
 
 
 def _measured(state: State, feature: Tensor, computed: Tensor, step: Step) -> State:

@@ -4,6 +4,8 @@ from flowaccel.hooks.blocks import ATTENTION as ATTENTION
 from flowaccel.hooks.blocks import FEED_FORWARD as FEED_FORWARD
 from flowaccel.hooks.blocks import Block as Block
 from flowaccel.hooks.blocks import attention_input as attention_input
+from flowaccel.hooks.blocks import time_signal as time_signal
+from flowaccel.hooks.blocks import time_source as time_source
 from flowaccel.hooks.calls import COMPUTED as COMPUTED
 from flowaccel.hooks.calls import COND as COND
 from flowaccel.hooks.calls import EXTRA as EXTRA
@@ -18,6 +20,7 @@ from flowaccel.hooks.exchange import exchange as exchange
 from flowaccel.hooks.families import FAMILIES as FAMILIES
 from flowaccel.hooks.families import BlockList as BlockList
 from flowaccel.hooks.families import Family as Family
+from flowaccel.hooks.families import TimeSignal as TimeSignal
 from flowaccel.hooks.families import denoiser as denoiser
 from flowaccel.hooks.families import family_of as family_of
 from flowaccel.hooks.families import networks as networks
@@ -53,6 +56,7 @@ __all__ = [
     "Routed",
     "Run",
     "Session",
+    "TimeSignal",
     "Wrapped",
     "attention_input",
     "close_session",
@@ -67,5 +71,7 @@ __all__ = [
     "register_family",
     "session_of",
     "shapes_of",
+    "time_signal",
+    "time_source",
     "wrap",
 ]

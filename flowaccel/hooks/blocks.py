@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from flowaccel.errors import FlowaccelError, RecipeConflictError, UnsupportedModelError
 from flowaccel.hooks.calls import Call, take_rows
-from flowaccel.hooks.families import BlockList, Family, unsupported, unwrapped
+from flowaccel.hooks.families import FAMILIES, BlockList, Family, TimeSignal, unsupported, unwrapped
 from flowaccel.hooks.wrap import Wrapped, entry_point, wrap
 
 BlockAround = Callable[[Callable[..., Any], Call, "Block"], Any]
@@ -314,6 +314,52 @@ def attention_input(proceed: Callable[..., Any], block: Block) -> Tensor:
     finally:
         wrapped.remove()
     raise UnsupportedModelError(f"{type(block.module).__name__} does not call its attention module")
+
+
+def time_source(network: nn.Module, family: Family, name: str) -> TimeSignal:
+    """The source of a time signal, `time_embedding` or `time_projection`, of a network.
+
+    Raises:
+        UnsupportedModelError: the family's row does not say where it is.
+    """
+    source: TimeSignal | None = getattr(family, name)
+    if source is None:
+        known = ", ".join(sorted(row.name for row in FAMILIES.values() if getattr(row, name) is not None))
+        raise UnsupportedModelError(
+            f"where a {type(unwrapped(network)).__name__} has its {name} is not known (it is for {known}): "
+            f"add {name}=TimeSignal(module=PATH) to its row and register it with flowaccel.hooks.register_family, or "
+            "use a gate that reads something else, such as 'first_block' or 'easy'"
+        )
+    return source
+
+
+@contextmanager
+def time_signal(call: Call, name: str) -> Iterator[Callable[[Block], Tensor]]:
+    """Within, the network may run; what is yielded gives at its first block the signal (rows, ...) of this call.
+
+    Args:
+        call: the network call.
+        name: `time_embedding` or `time_projection`.
+
+    Raises:
+        UnsupportedModelError: the family's row does not say where it is.
+    """
+    source = time_source(call.module, call.family, name)
+    if source.argument:
+        yield lambda block: block.arguments[source.argument]
+        return
+    seen: list[Tensor] = []
+
+    def watch(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        returned = forward(*args, **kwargs)
+        seen.append(returned)
+        return returned
+
+    wrapped = wrap(unwrapped(call.module).get_submodule(source.module), "forward", watch)
+    try:
+        yield lambda block: seen[-1]
+    finally:
+        wrapped.remove()
 
 
 class _Reached(Exception):

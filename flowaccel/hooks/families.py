@@ -36,6 +36,16 @@ class BlockList:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TimeSignal:
+    """Where a network has an embedding of the time (rows, ...) while it runs; one of the two is given."""
+
+    argument: str = ""
+    """Argument of the first block."""
+    module: str = ""
+    """Path of a module of the network that returns it."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Family:
     """How the pipelines of one model family call their network."""
 
@@ -56,6 +66,10 @@ class Family:
     """Arguments that are lists with one entry per row, such as the images of Z-Image."""
     extra: tuple[str, ...] = ()
     """Arguments that mark a call as beyond guidance when they are given, such as SD3's `skip_layers`."""
+    time_embedding: TimeSignal | None = None
+    """The embedding of the time as the network's first module for it makes it; None where it is not known."""
+    time_projection: TimeSignal | None = None
+    """The projection of it from which the blocks take their shifts and scales, where the network has one for all."""
     own_timesteps: bool = False
     """Whether the pipelines hand their scheduler timesteps that are not its noise levels (CogView4 shows its network
     unshifted ones), so that only the scheduler they were made with fits."""
@@ -127,6 +141,19 @@ for _family in (
         name="wan",
         networks=("WanTransformer3DModel",),
         blocks=(BlockList(path="blocks", returns=("hidden",), encoder=_TEXT, shared=("rotary_emb",)),),
+        time_embedding=TimeSignal(module="condition_embedder.time_embedder"),
+        time_projection=TimeSignal(argument="temb"),
+    ),
+    Family(
+        name="cogvideox",
+        networks=("CogVideoXTransformer3DModel",),
+        blocks=(
+            BlockList(
+                path="transformer_blocks", returns=("hidden", "encoder"), encoder=_TEXT, shared=("image_rotary_emb",)
+            ),
+        ),
+        shared=("image_rotary_emb",),
+        time_embedding=TimeSignal(argument="temb"),
     ),
     Family(
         name="cogview4",

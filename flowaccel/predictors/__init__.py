@@ -1,4 +1,4 @@
-"""What to return instead of a value that is not computed: pure functions of times."""
+"""What to return instead of a value that is not computed: pure functions of where the values lie."""
 
 from flowaccel.predictors.adams_bashforth import AdamsBashforth as AdamsBashforth
 from flowaccel.predictors.base import Predictor as Predictor

@@ -1,23 +1,22 @@
-"""Adams-Bashforth weights of even steps, as AB-Cache is described."""
+"""Adams-Bashforth extrapolation over the steps of the run, as AB-Cache is described."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
-from flowaccel.predictors.base import OrderedPredictor
+from flowaccel.predictors.base import Axis, OrderedPredictor, lagrange_weights
 
 
 @dataclass(frozen=True)
 class AdamsBashforth(OrderedPredictor):
-    """AB-Cache (arXiv 2504.10540): f_n = sum over i = 1..k of (-1)^(i + 1) C(k, i) f_{n - i}, as if steps were even.
+    """AB-Cache (arXiv 2504.10540): f_n = sum over i = 1..k of (-1)^(i + 1) C(k, i) f_{n - i}, with n counting steps.
 
-    The weights are our reading of the abstract (the degree k - 1 polynomial through k even steps). They are applied to
-    computed values only, whatever their distance; `Newton` takes the distances into account.
+    The weights are our reading of the abstract. The sum is the polynomial of degree k - 1 through k steps in a row, and
+    where the last k computed values lie further apart, it is that polynomial through them: the error stays O(h^k), and
+    no forecast is made from forecasts.
 
     Args:
         order: k - 1, 0 to 4.
@@ -27,9 +26,8 @@ class AdamsBashforth(OrderedPredictor):
     """
 
     name: ClassVar[str] = "adams_bashforth"
+    axis: ClassVar[Axis] = "step"
 
     def weights(self, times: Tensor, now: Tensor) -> Tensor:
-        """Alternating binomial coefficients."""
-        count = times.shape[1]
-        row = torch.tensor([(-1) ** i * math.comb(count, i + 1) for i in range(count)], dtype=times.dtype)
-        return row.to(times.device).expand(len(times), count)
+        """Alternating binomial coefficients right after as many steps in a row."""
+        return lagrange_weights(times, now)

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
+
+Axis = Literal["time", "step"]
+AXES: tuple[Axis, ...] = ("time", "step")
+"""What a predictor counts along: the scheduler's timesteps, or the steps of the run as they are numbered. On a grid
+with uneven gaps, such as a shifted one, the two differ."""
 
 
 @dataclass(frozen=True)
@@ -20,6 +25,12 @@ class Predictor(ABC):
 
     name: ClassVar[str]
     """The name in recipes."""
+    axis: ClassVar[Axis] = "time"
+    """Where the values lie that it is given."""
+
+    def place(self, step: int, timestep: float) -> float:
+        """Where a step of the run lies on the axis."""
+        return float(step) if self.axis == "step" else timestep
 
     @property
     @abstractmethod
@@ -31,9 +42,9 @@ class Predictor(ABC):
         """The weights of the computed values.
 
         Args:
-            times: (rows, anchors) when the values were computed, newest first; at least 1 and at most `anchors` of
-                them, distinct within a row, float64.
-            now: (rows,) the time to predict.
+            times: (rows, anchors) where on the axis the values were computed, newest first; at least 1 and at most
+                `anchors` of them, distinct within a row, float64.
+            now: (rows,) the place to predict.
 
         Returns:
             (rows, anchors), each row's sum is 1.
@@ -61,6 +72,37 @@ class OrderedPredictor(Predictor):
     def anchors(self) -> int:
         """`order` + 1."""
         return self.order + 1
+
+
+@dataclass(frozen=True)
+class TimedPredictor(OrderedPredictor):
+    """A predictor of an order, along either axis.
+
+    Args:
+        order: 0 to 4; 0 holds.
+        axis: `time` counts the scheduler's timesteps, `step` the steps of the run, as the published code does.
+
+    Raises:
+        ValueError: an order out of range, or an unknown axis.
+    """
+
+    axis: Axis = field(default="time", kw_only=True)  # type: ignore[misc]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.axis not in AXES:
+            raise ValueError(f"axis must be one of {', '.join(AXES)}, got {self.axis!r}")
+
+
+def lagrange_weights(times: Tensor, now: Tensor) -> Tensor:
+    """Weights of the values in the polynomial through all of them."""
+    count = times.shape[1]
+    weights = torch.ones_like(times)
+    for anchor in range(count):
+        for other in range(count):
+            if other != anchor:
+                weights[:, anchor] *= (now - times[:, other]) / (times[:, anchor] - times[:, other])
+    return weights
 
 
 def hold_weights(times: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Newton: the polynomial through the last computed values, on their true times."""
+"""Newton: the polynomial through the last computed values, where they truly lie."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from flowaccel.predictors.base import OrderedPredictor, hold_weights
+from flowaccel.predictors.base import TimedPredictor, hold_weights, lagrange_weights
 
 
 @dataclass(frozen=True)
-class Newton(OrderedPredictor):
+class Newton(TimedPredictor):
     """Newton's divided differences: exact for polynomials up to `order` on any grid of times.
 
     Until `order` + 1 values were computed the order is lower; order 0 holds.
@@ -21,9 +21,10 @@ class Newton(OrderedPredictor):
         order: degree of the polynomial, 0 to 4.
         reach: hold instead where the time to predict is further from the newest value than `reach` mean gaps of the
             values used; None for never. A step over many steps is where polynomials go astray.
+        axis: `time` counts the scheduler's timesteps, `step` the steps of the run.
 
     Raises:
-        ValueError: an order out of range, or a reach that is not above 0.
+        ValueError: an order or axis out of range, or a reach that is not above 0.
     """
 
     name: ClassVar[str] = "newton"
@@ -38,11 +39,7 @@ class Newton(OrderedPredictor):
     def weights(self, times: Tensor, now: Tensor) -> Tensor:
         """Lagrange's form of the same polynomial, which has the values' weights for its coefficients."""
         count = times.shape[1]
-        weights = torch.ones_like(times)
-        for anchor in range(count):
-            for other in range(count):
-                if other != anchor:
-                    weights[:, anchor] *= (now - times[:, other]) / (times[:, anchor] - times[:, other])
+        weights = lagrange_weights(times, now)
         if self.reach is None or count == 1:
             return weights
         gap = (times[:, 0] - times[:, -1]).abs() / (count - 1)

@@ -9,11 +9,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from flowaccel.predictors.base import OrderedPredictor, differences
+from flowaccel.predictors.base import TimedPredictor, differences
 
 
 @dataclass(frozen=True)
-class Taylor(OrderedPredictor):
+class Taylor(TimedPredictor):
     """TaylorSeer (arXiv 2503.06923): F(t + k) = sum over i of D_i k^i / i!.
 
     D_i is the i-th difference quotient, always over the last gap. For `order` 2 and more that is not the divided
@@ -21,9 +21,10 @@ class Taylor(OrderedPredictor):
 
     Args:
         order: of the series, 0 to 4.
+        axis: what t counts: `time` the scheduler's timesteps, `step` the steps of the run, as published.
 
     Raises:
-        ValueError: an order out of range.
+        ValueError: an order or axis out of range.
     """
 
     name: ClassVar[str] = "taylor"
@@ -36,18 +37,19 @@ class Taylor(OrderedPredictor):
 
 
 @dataclass(frozen=True)
-class Hermite(OrderedPredictor):
+class Hermite(TimedPredictor):
     """HiCache: TaylorSeer's series with k^i replaced by scale^i H_i(scale k), H_i the physicists' Hermite polynomial.
 
-    Time is counted in last gaps. At the published scale of 0.5 the linear term is halved, which damps the forecast.
+    Here k is counted in last gaps. At the published scale of 0.5 the linear term is halved, which damps the forecast.
 
     Args:
         order: of the series, 0 to 4.
         scale: contraction, above 0.
         normalised: divide each polynomial by (2 scale^2)^i, so that its leading term is k^i and order 1 is linear.
+        axis: what time counts: `time` the scheduler's timesteps, `step` the steps of the run, as published.
 
     Raises:
-        ValueError: an order out of range, or a scale that is not above 0.
+        ValueError: an order or axis out of range, or a scale that is not above 0.
     """
 
     name: ClassVar[str] = "hermite"

@@ -58,6 +58,8 @@ NEVER = [0.0] * STEPS
         (Guard(warmup=3, last=2), "cccrrrrrrrcc"),
         (Guard(warmup=0.25, last=0), "cccrrrrrrrrr"),
         (Guard(warmup=0.26, last=0), "ccccrrrrrrrr"),
+        (Guard(warmup=0.26, last=0, rounding="nearest"), "cccrrrrrrrrr"),
+        (Guard(warmup=0.3, last=0, rounding="nearest"), "ccccrrrrrrrr"),
         (Guard(warmup=1, last=0, max_run=3), "crrrcrrrcrrr"),
         (Guard(warmup=2, last=1, max_run=1), "ccrcrcrcrcrc"),
         (Guard(warmup=100), "c" * 12),
@@ -136,6 +138,7 @@ def test_schedules_have_one_unit_for_all() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"rounding": "down"}, "rounding must be 'up' or 'nearest', got 'down'"),
         ({"warmup": -1}, "warmup must be"),
         ({"warmup": math.inf}, "warmup must be"),
         ({"warmup": math.nan}, "warmup must be"),

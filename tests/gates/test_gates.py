@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers.hooks.mag_cache import FLUX_MAG_RATIOS, nearest_interp
 from torch import Tensor
 
 from flowaccel.gates import (
@@ -159,6 +160,18 @@ def test_magnitude_follows_the_published_error_reset_at_computed_steps() -> None
         found = run(Magnitude(0.06, ratios), None, steps=steps, forced=range(retention))
         assert (found == expected).all()
         assert steps == 1 or (~found).any()
+
+
+def test_ratios_are_stretched_as_published() -> None:
+    """MagCache in float64; diffusers' float32 falls to the other side at some exact halves, and only there."""
+    gate = Magnitude(ratios=FLUX_MAG_RATIOS.tolist())
+    for steps in range(2, 120):
+        places = np.arange(steps) * (27 / (steps - 1))
+        expected = FLUX_MAG_RATIOS[torch.from_numpy(np.round(places)).long()]
+        found = torch.tensor([gate._ratio(Step(index=i, count=steps, time=0.0)) for i in range(steps)])
+        assert torch.equal(found, expected)
+        halves = torch.from_numpy(np.abs(places % 1 - 0.5) < 1e-6)
+        assert torch.equal(found[~halves], nearest_interp(FLUX_MAG_RATIOS, steps)[~halves])
 
 
 def test_magnitude_without_ratios_takes_those_of_the_last_two_computed_steps() -> None:

@@ -158,11 +158,26 @@ def test_hermite_as_published_halves_the_slope_and_normalised_keeps_it() -> None
 
 
 @pytest.mark.parametrize(("order", "weights"), [(0, [1]), (1, [2, -1]), (2, [3, -3, 1]), (3, [4, -6, 4, -1])])
-def test_adams_bashforth_weights_are_binomial_whatever_the_gaps(order: int, weights: list[int]) -> None:
-    for anchors in ((9.0, 10.0, 11.0, 12.0), (9.0, 20.0, 21.0, 400.0)):
-        assert AdamsBashforth(order).weights(times(*anchors[: order + 1]), at(3.0)).tolist() == [weights]
-    even = times(*(9.0, 10.0, 11.0, 12.0)[: order + 1])
-    torch.testing.assert_close(AdamsBashforth(order).weights(even, at(8.0)), Newton(order).weights(even, at(8.0)))
+def test_adams_bashforth_weights_are_binomial_right_after_steps_in_a_row(order: int, weights: list[int]) -> None:
+    anchors = times(*(12.0, 11.0, 10.0, 9.0)[: order + 1])
+    expected = torch.tensor([weights], dtype=torch.float64)
+    torch.testing.assert_close(AdamsBashforth(order).weights(anchors, at(13.0)), expected)
+
+
+def test_adams_bashforth_keeps_its_order_where_steps_were_left_out() -> None:
+    anchors = times(6.0, 4.0, 2.0)
+    for degree in range(3):
+        series = polynomial(degree)
+        found = forecast(AdamsBashforth(2), series, anchors, at(7.0))
+        torch.testing.assert_close(found, series(at(7.0)), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", [Newton, Taylor, Hermite])
+def test_the_axis_is_the_timestep_unless_the_step_is_asked_for(kind: Any) -> None:
+    assert kind().place(3, 871.5) == 871.5 and kind(axis="step").place(3, 871.5) == 3.0
+    assert Hold().place(3, 871.5) == 871.5 and AdamsBashforth().place(3, 871.5) == 3.0
+    with pytest.raises(ValueError, match="axis must be one of time, step, got 'sigma'"):
+        kind(axis="sigma")
 
 
 def test_hold_repeats_the_newest() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 
 @dataclass(frozen=True)
@@ -18,6 +18,8 @@ class Guard:
         max_run: the most steps in a row that an image is not computed; None for no bound.
         budget: the most that an image's scores at reused steps may add up to in a run, in thresholds of the gate; None
             for no bound.
+        rounding: what a part of the run is rounded to where it is no whole number of steps: `up`, or `nearest`, as
+            MagCache does.
 
     Raises:
         ValueError: out of range.
@@ -29,6 +31,7 @@ class Guard:
     last: int = 1
     max_run: int | None = None
     budget: float | None = None
+    rounding: Literal["up", "nearest"] = "up"
 
     def __post_init__(self) -> None:
         if isinstance(self.warmup, bool) or not 0 <= self.warmup < math.inf:
@@ -42,10 +45,14 @@ class Guard:
             raise ValueError(f"max_run must be a whole number of at least 1, or None, got {self.max_run!r}")
         if self.budget is not None and not self.budget > 0:
             raise ValueError(f"budget must be above 0, or None, got {self.budget!r}")
+        if self.rounding not in ("up", "nearest"):
+            raise ValueError(f"rounding must be 'up' or 'nearest', got {self.rounding!r}")
 
     def forces(self, step: int, count: int) -> bool:
         """Whether step `step` of `count` is computed for every image."""
-        warmup = self.warmup if self.warmup >= 1 else math.ceil(self.warmup * count)
+        warmup = self.warmup
+        if warmup < 1:
+            warmup = math.ceil(warmup * count) if self.rounding == "up" else math.floor(warmup * count + 0.5)
         return step < max(1, warmup) or step >= count - self.last
 
 

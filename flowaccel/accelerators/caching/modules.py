@@ -63,16 +63,16 @@ class ModuleCache(Cache):
         if len(rows) == call.rows or history.empty:
             output = proceed()
             self._bare[key] = not isinstance(output, tuple)
-            history.store(_as_value(output), call.timestep)
+            history.store(_as_value(output), self._moment.place)
             return output
-        forecast = history.predict(call.timestep)
+        forecast = history.predict(self._moment.place)
         if not len(rows):
             if self._calls[path] == 1:
                 not_run(call.record, path, call.rows)
             return _like(self._bare[key], forecast)
         output = _as_value(proceed())
         chosen: Value = tuple(None if tensor is None else tensor[rows.to(tensor.device)] for tensor in output)
-        history.store(chosen, call.timestep, rows)
+        history.store(chosen, self._moment.place, rows)
         return _like(self._bare[key], tuple(map(_merged, forecast, chosen, [rows] * len(chosen))))
 
 

@@ -33,7 +33,7 @@ class OutputCache(Cache):
             self._packed = packer(output)
             self._store(moment, tensor_of(output), None)
             return output
-        forecast = self._shifted(moment, _only(history.predict(call.timestep)), 1)
+        forecast = self._shifted(moment, _only(history.predict(moment.place)), 1)
         if len(rows):
             found = self._computed(proceed, call, rows)
             self._store(moment, found, rows)
@@ -49,7 +49,7 @@ class OutputCache(Cache):
 
     def _store(self, moment: Moment, output: Tensor, rows: Tensor | None) -> None:
         feature = self._shifted(moment, output, -1, rows)
-        moment.history().store((feature,), moment.call.timestep, rows)
+        moment.history().store((feature,), moment.place, rows)
         if moment.rules.gate.feedback == "feature":
             moment.give_back(_only(moment.history().newest))
 

@@ -100,6 +100,11 @@ class Moment:
             self.decision = self._followed()
 
     @property
+    def place(self) -> float:
+        """Where the call lies on the predictor's axis."""
+        return self.rules.predictor.place(self.call.step, self.call.timestep)
+
+    @property
     def decides(self) -> bool:
         """Whether a decision is taken in this call, rather than in the conditional call of the step."""
         return self.rules.unit != "image" or COND in self.call.branches

@@ -11,7 +11,8 @@ from torch import Tensor
 from flowaccel.accelerators.caching.runtime import Cache, Moment, Proceed, Rules, not_run
 from flowaccel.accelerators.caching.scopes import Range, Stack, middle
 from flowaccel.errors import UnsupportedModelError
-from flowaccel.hooks import Block, Call, Session, attention_input
+from flowaccel.gates.base import TIME_SIGNALS
+from flowaccel.hooks import Block, Call, Session, attention_input, family_of, networks, time_signal, time_source
 
 Tokens = tuple[Tensor, Tensor | None]
 """(rows, tokens, width) of the image, and of the text where the blocks carry it."""
@@ -26,15 +27,26 @@ class StackCache(Cache):
         self._pass: _Pass | None = None
 
     def attach(self, session: Session) -> Callable[[], None]:
-        """Surround network calls and blocks."""
+        """Surround network calls and blocks.
+
+        Raises:
+            UnsupportedModelError: the gate reads what is not known of a network.
+        """
+        if self.rules.gate.signal in TIME_SIGNALS:
+            for network in networks(session.pipe).values():
+                time_source(network, family_of(network), self.rules.gate.signal)
         removers = [session.on_block(self._around_block), super().attach(session)]
         return lambda: [remove() for remove in removers].clear()
 
     def run(self, proceed: Proceed, moment: Moment) -> Any:
         """Call the network; `_around_block` does the rest."""
         outer, self._pass = self._pass, _Pass(moment, self._scope)
+        signal = self.rules.gate.signal
         try:
-            return proceed()
+            if signal not in TIME_SIGNALS or moment.decision is not None:
+                return proceed()
+            with time_signal(moment.call, signal) as self._pass.time_signal:
+                return proceed()
         finally:
             self._pass = outer
 
@@ -53,6 +65,7 @@ class _Pass:
         self._before: Tokens | None = None  # tokens where the reuse begins
         self._rows: Tensor | None = None  # those that are computed, on the network's device
         self._gathered = False  # whether the blocks run for these alone
+        self.time_signal: Callable[[Block], Tensor] | None = None
 
     def block(self, proceed: Proceed, block: Block) -> Any:
         """Run, leave out or stand in for one block."""
@@ -100,6 +113,8 @@ class _Pass:
             self._entry = moment.of_units(self._tokens(block, block.hidden, block.encoder)[0])
         if gate.signal == "condition" and moment.decision is None:
             moment.decide(moment.of_units(block.condition))
+        if self.time_signal is not None:
+            moment.decide(moment.of_units(self.time_signal(block)))
         if gate.signal == "modulated_input" and moment.decision is None:
             moment.decide(moment.of_units(attention_input(proceed, block)))
 
@@ -121,7 +136,7 @@ class _Pass:
     def _forecast(self) -> Tokens:
         assert self._before is not None
         image, text = self._before
-        added_image, added_text = self._moment.history().predict(self._moment.call.timestep)
+        added_image, added_text = self._moment.history().predict(self._moment.place)
         assert added_image is not None
         return image + added_image, text if text is None or added_text is None else text + added_text
 
@@ -131,13 +146,13 @@ class _Pass:
         moment, rows = self._moment, self._rows
         found = self._tokens(block, *block.unpack(output))
         if len(rows) == moment.call.rows:
-            moment.history().store(_difference(found, self._before), moment.call.timestep)
+            moment.history().store(_difference(found, self._before), moment.place)
             self._show_feature()
             return output
         if not self._gathered:
             found = _chosen(found, rows)
         forecast = self._forecast()
-        moment.history().store(_difference(found, _chosen(self._before, rows)), moment.call.timestep, moment.computing)
+        moment.history().store(_difference(found, _chosen(self._before, rows)), moment.place, moment.computing)
         self._show_feature()
         image = forecast[0].index_copy(0, rows, found[0])
         text = forecast[1]
