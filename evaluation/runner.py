@@ -23,7 +23,7 @@ from flowaccel.data import AttributeSet
 
 from .attention import chosen_attention
 from .attributes import attribute_match, load_attributes
-from .baselines import NATIVE, calibrated, check_native, native
+from .baselines import NATIVE, calibrated, calibrated_to, check_native, native
 from .call_arguments import check_arguments, parameters
 from .conditions import Conditions
 from .cost import Cost, measure_cost
@@ -278,7 +278,7 @@ def _calibrate(run: _Run) -> None:
             make = functools.partial(call, run.pipe, run.protocol, steps=row.steps)
             found = calibrated(run.pipe, row.baseline, make)
             write_atomically(path, json.dumps(found).encode())
-        run.settings[row.name] = json.loads(path.read_text())
+        run.settings[row.name] = calibrated_to(path)
 
 
 def _open_stores(run: _Run) -> None:
