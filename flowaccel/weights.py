@@ -14,6 +14,7 @@ from flowaccel.errors import CheckpointError
 
 _FEWEST_LAYERS = 1000
 _COUNTS = ("layer", "depth", "block", "expert")
+_SIZES, _LARGEST = ("size", "dim", "channel", "width", "head", "feature"), 2**20
 
 
 def check_folder(folder: Path) -> None:
@@ -21,11 +22,12 @@ def check_folder(folder: Path) -> None:
 
     Raises:
         CheckpointError: an index names shards that are no safetensors files beside it (libraries would unpickle them
-            or read elsewhere), or a configuration declares more layers than its weights have tensors.
+            or read elsewhere), or a configuration declares more layers than its weights have tensors, or
+            sizes that no network has.
     """
     for index in sorted(folder.rglob("*.index.json")):
         shards = _read(index).get("weight_map")
-        names = set(shards.values()) if isinstance(shards, dict) else {None}
+        names = set(shards.values()) if isinstance(shards, dict) and shards else {None}
         wrong = [name for name in names if not _is_shard(name)]
         if wrong:
             raise CheckpointError(
@@ -44,10 +46,11 @@ def _is_shard(name: Any) -> bool:
 
 def _check_counts(config: Path, most: int) -> None:
     for name, value in _read(config).items():
-        if isinstance(value, int) and value > most and any(part in name for part in _COUNTS):
+        limit = most if any(part in name for part in _COUNTS) else _LARGEST
+        if isinstance(value, int) and value > limit and any(part in name for part in (*_COUNTS, *_SIZES)):
             raise CheckpointError(
-                f"{config} declares {name}={value}, and the weights beside it hold fewer than {most} tensors; it does "
-                "not belong to them"
+                f"{config} declares {name}={value}, above the {limit} that it can be for the weights beside it; copy "
+                "it again from its source"
             )
 
 
