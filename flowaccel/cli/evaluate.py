@@ -164,7 +164,8 @@ def default_protocol(
 def show(results: Results, folder: Path) -> None:
     """Print the table and say where the rest is."""
     Console().print(console_table(results))
-    say(f"results.json, pareto.png, samples.png and report.html are in {folder}")
+    files = [name for name in ("results.json", "pareto.png", "samples.png", "report.html") if (folder / name).exists()]
+    say(f"{', '.join(files)} are in {folder}")
 
 
 def fewer_steps(steps: int) -> tuple[int, ...]:
