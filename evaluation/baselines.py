@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -263,6 +264,23 @@ def calibrated(pipe: Any, baseline: Baseline, make: Callable[[list[int]], object
     if not lists:
         raise unsupported(pipe, baseline, f"the calibration of {baseline.package} gave no ratios in {steps} steps")
     return {"num_inference_steps": steps, "mag_ratios": json.loads(lists[0])}
+
+
+def calibrated_to(path: Path) -> dict[str, Any]:
+    """What `calibrated` returned in an earlier call, from the file that it was kept in.
+
+    Raises:
+        ValueError: the file holds something else; its numbers alone reach the other library.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        steps, ratios = found["num_inference_steps"], found.get("mag_ratios", [])
+        numbers = [value for value in (steps, *ratios) if isinstance(value, (int, float)) and math.isfinite(value)]
+        if set(found) - {"num_inference_steps", "mag_ratios"} or len(numbers) != 1 + len(ratios):
+            raise ValueError(f"it holds {str(found)[:80]}")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{path} is no calibration of native:mag ({error}); delete it and run again") from error
+    return found
 
 
 def check_native(pipe: Any, baseline: Baseline, make: Callable[[int], object], steps: int) -> None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from flowaccel.errors import UnnamedCodeError
+
 from .attributes import load_attributes
 from .conditions import Conditions, Prompts, load_conditions
-from .features import FeatureNetwork, load_features, load_reference
+from .features import load_features, load_reference, runs_code
 from .latency import Timing
 from .metrics import difference, find_metric
 from .protocol import BASELINE
@@ -15,13 +17,20 @@ from .runner import row_samples
 from .schema import Results, load_results, row
 from .store import SampleStore, folder_name
 
+_NEEDED = ("feature_extractor", "fingerprint", "reference", "metrics", "conditions", "resamples")
+_MOST_RESAMPLES = 100_000
 
-def compare_rows(run: str | Path, a: str, b: str) -> dict[str, Any]:
+
+def compare_rows(
+    run: str | Path, a: str, b: str, *, features: str | None = None, clip: str | None = None
+) -> dict[str, Any]:
     """The paired difference a - b of every metric of a run.
 
     Args:
         run: the run folder that `evaluate` wrote.
         a, b: names of two rows.
+        features, clip: the networks of the run once more. Needed where loading one runs code (`module:attribute`,
+            `inception:PATH`): a result file may come from anybody, and must not choose what is run.
 
     Returns:
         `{"a", "b", "metrics": {NAME: {"difference", "ci95", "stderr", "not_worse"}}, "wall_clock": {"ratio",
@@ -31,22 +40,27 @@ def compare_rows(run: str | Path, a: str, b: str) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: no result file there.
-        ValueError: unknown row, or the feature network is no longer the one that the run used.
+        UnnamedCodeError: the file asks for code that the caller has not named; nothing was imported.
+        ValueError: unknown row, `features` or `clip` is not that of the run, or the network is no longer the one that
+            the run used.
     """
     run = Path(run)
     results = load_results(run)
     protocol: Any = results["protocol"]
+    _check_protocol(run, protocol)
     for name in (a, b):
         row(results, name)
-    network = _network(protocol["feature_extractor"], protocol["fingerprint"])
-    clip = _network(protocol["clip"], protocol["clip_fingerprint"]) if "clip" in protocol else None
+    stored = {"features": protocol["feature_extractor"]} | ({"clip": protocol["clip"]} if "clip" in protocol else {})
+    _check_named(run, stored, {"features": features, "clip": clip})
+    network = load_features(stored["features"], expected=protocol["fingerprint"])
+    judge = load_features(stored["clip"], expected=protocol["clip_fingerprint"]) if "clip" in stored else None
     attributes = None
     if "attribute_accuracy" in protocol["metrics"]:
         attributes = load_attributes(protocol["attributes"], network)
-    conditions = _conditions(run, results, reads_prompts=clip is not None or attributes is not None)
+    conditions = _conditions(run, results, reads_prompts=judge is not None or attributes is not None)
     ids = range(protocol["num_samples"])
     samples = {
-        name: row_samples(_store(run, name), name, ids, conditions, network, clip, attributes)
+        name: row_samples(_store(run, name), name, ids, conditions, network, judge, attributes)
         for name in {a, b, BASELINE}
     }
     reference = load_reference(protocol["reference"], network)
@@ -75,13 +89,31 @@ def _timing(results: Results, name: str) -> Timing:
     return Timing(seconds=tuple(found["latency_ms_per_image"]["per_round"]), first_call_s=found["first_call_s"])
 
 
-def _network(name: str, fingerprint: str) -> FeatureNetwork:
-    network = load_features(name)
-    if network.fingerprint != fingerprint:
+def _check_protocol(run: Path, protocol: dict[str, Any]) -> None:
+    """Raise a ValueError unless the result file says how the run was measured."""
+    needed = (*_NEEDED, *(["clip_fingerprint"] if "clip" in protocol else []))
+    missing = [key for key in needed if key not in protocol]
+    if missing:
         raise ValueError(
-            f"the run used {name} with fingerprint {fingerprint}, here it has {network.fingerprint}; evaluate again"
+            f"the results in {run} do not say how they were measured: protocol has no {', '.join(missing)}; evaluate "
+            "again with this flowaccel"
         )
-    return network
+    if not 1 <= protocol["resamples"] <= _MOST_RESAMPLES:
+        raise ValueError(
+            f"the results in {run} ask for {protocol['resamples']} resamples; protocol.resamples must lie in "
+            f"1 .. {_MOST_RESAMPLES}"
+        )
+
+
+def _check_named(run: Path, stored: dict[str, str], given: dict[str, str | None]) -> None:
+    """Refuse networks whose loading runs code, unless the caller gave their names too; all before one is loaded."""
+    for option, name in given.items():
+        if name is not None and name != stored.get(option):
+            used = f"used {stored[option]!r}" if option in stored else "used none"
+            raise ValueError(f"{option} must be the network of the run, which {used}, got {name!r}; leave it out")
+    for option, name in stored.items():
+        if runs_code(name) and given[option] is None:
+            raise UnnamedCodeError(f"the result file of {run}", option, name)
 
 
 def _conditions(run: Path, results: Results, reads_prompts: bool) -> Conditions:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import itertools
 from collections.abc import Callable, Iterable, Iterator
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from flowaccel import zoo
 from flowaccel.data import REFERENCE_SETS, CaptionedSet, ImageSet
 
+from .identity import check_fingerprint
 from .identity import fingerprint as fingerprint
 from .metrics import ReferenceSet
 from .moments import Moments
@@ -69,7 +69,18 @@ class FeatureNetwork:
             yield self.preprocessing(batch)
 
 
-def load_features(name: str, device: str | torch.device = "cpu") -> FeatureNetwork:
+def module_of(name: str) -> str | None:
+    """The Python module that the name of a feature network names, None for the other forms of `load_features`."""
+    kind = name.partition(":")[0]
+    return None if kind in (*_PRETRAINED, zoo.PREFIX.removesuffix(":")) else kind
+
+
+def runs_code(name: str) -> bool:
+    """Whether loading the feature network `name` runs code that the name chooses: a Python module, or TorchScript."""
+    return module_of(name) is not None or name.startswith("inception:")
+
+
+def load_features(name: str, device: str | torch.device = "cpu", *, expected: str | None = None) -> FeatureNetwork:
     """A feature network by name.
 
     * `inception:PATH`: the TorchScript `inception-2015-12-05.pt` with the "clean" resize (arXiv 2104.11222);
@@ -82,39 +93,47 @@ def load_features(name: str, device: str | torch.device = "cpu") -> FeatureNetwo
       accuracy can be measured too, where it has `attributes(features)` -> (N, A) indices and an integer `num_features`,
       attribute accuracy.
 
-    The first three resize images of any size and take grey ones as colour. `device` is where features are computed.
+    The first three resize images of any size and take grey ones as colour. Where the name may come from a file, ask
+    `runs_code` first.
+
+    Args:
+        name: which.
+        device: where features are computed.
+        expected: the fingerprint that it must have, compared before the network computes anything, and before
+            TorchScript is loaded.
 
     Raises:
-        ValueError: unknown name, or not such a callable.
+        ValueError: unknown name, not such a callable, or another fingerprint.
         WeightsNotFoundError: no weights on this machine and none from the Hub; the message says how to get them.
         CheckpointError: damaged weights, or those of another network.
     """
     if name.partition(":")[0] in _PRETRAINED:
-        return _pretrained(name, device)
+        return _pretrained(name, device, expected)
     if name.startswith(zoo.PREFIX):
         if zoo.entry(name).kind == "clip":
-            return replace(_pretrained(f"clip:{zoo.folder(name)}", device), name=name)
+            return replace(_pretrained(f"clip:{zoo.folder(name)}", device, expected), name=name)
         module: nn.Module = zoo.load_classifier(name)
     else:
         module = _import_network(name)
+    found = fingerprint(module)
+    check_fingerprint(name, found, expected)
     logits, attributes = (getattr(module.eval(), method, None) for method in ("logits", "attributes"))
     return FeatureNetwork(
         name=name,
         module=module,
-        fingerprint=fingerprint(module),
+        fingerprint=found,
         classify=None if logits is None else torch.no_grad()(lambda features: logits(features).argmax(1)),
         attributes=None if attributes is None else torch.no_grad()(attributes),
         device=str(device),
     )
 
 
-def _pretrained(name: str, device: str | torch.device) -> FeatureNetwork:
-    found = load_pretrained(name)
-    identity = f"{found.weights} {found.preprocessing.describe()}"
+def _pretrained(name: str, device: str | torch.device, expected: str | None) -> FeatureNetwork:
+    found = load_pretrained(name, expected)
     return FeatureNetwork(
         name=found.name,
         module=found.module.eval(),
-        fingerprint=hashlib.sha256(identity.encode()).hexdigest()[:16],
+        fingerprint=found.fingerprint,
         classify=None,
         preprocessing=found.preprocessing,
         encode_text=found.encode_text,

@@ -5,11 +5,10 @@ from __future__ import annotations
 import itertools
 import math
 import os
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,14 +17,12 @@ from .tables import metric_displays
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.transforms import Bbox
 
 PARETO_METRICS = ("fid", "fid_inf", "kid", "attribute_accuracy", "clip_score", "rel_l2")
 """The quality axis is the first of these that the results have, unless one is named."""
 
-_MOST_NAMES = 12
-_NEAR = 13  # typographic points; a name farther from its marker gets a line to it
+_MOST_LINES = 40  # of one column of names
+_NEAR = 12  # typographic points; of nearer rows the numbers would cover each other
 _CAPTION_LINE, _CAPTION_LINES = 12, 6  # pixels and number
 _BASELINE_COLOUR = "#444444"
 # Okabe and Ito's palette, distinguishable with every common colour vision; the marker repeats the information.
@@ -76,8 +73,9 @@ def pareto_png(results: Results, path: str | os.PathLike[str], metric: str | Non
     """Plot quality against milliseconds per image, 1600 x 1040 pixels, readable at half that size.
 
     The grey line is the untouched pipeline with fewer steps: an accelerator is worth its name only on the good side of
-    it. Filled markers are Pareto-optimal. Error bars: the 10th to 90th percentile of rounds, and 1.96 standard errors.
-    Of more than twelve rows only the Pareto-optimal and the untouched ones are named.
+    it. Filled markers are Pareto-optimal. Error bars: the 10th to 90th percentile of rounds, and 1.96 standard errors;
+    what leaves the axes is cut off there. Numbers stand for the rows, in their order in the results; the list beside
+    the plot has their names.
 
     Raises:
         ValueError: no row has a value of `metric`.
@@ -91,14 +89,13 @@ def pareto_png(results: Results, path: str | os.PathLike[str], metric: str | Non
         known = ", ".join(metric_displays(results["rows"])) or "(there are no metrics)"
         raise ValueError(f"no row has a value of metric {metric!r}: choose one of {known}")
     figure = Figure(figsize=(8, 5.2), dpi=200, layout="constrained")
-    canvas = FigureCanvasAgg(figure)
+    FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    untouched = results["rows"][0]["recipe"]
-    _draw_rows(axes, rows, metric, untouched=untouched)
     _dress(axes, rows, metric)
-    canvas.draw()  # the layout must be final before labels can be kept from touching
+    _draw_rows(axes, rows, metric, untouched=results["rows"][0]["recipe"])
+    figure.draw_without_rendering()  # the layout must be final before it is known which points are near each other
     figure.set_layout_engine("none")
-    _place_labels(axes, canvas, rows, metric, _named(rows, metric, untouched))
+    _number(axes, rows, metric)
     figure.savefig(Path(path), format="png")
 
 
@@ -114,6 +111,11 @@ def _xy(entry: Row, metric: str) -> tuple[float, float]:
     return entry["latency_ms_per_image"]["median"], value
 
 
+def _half(entry: Row, metric: str) -> float:
+    """Length of an error bar to either side."""
+    return 1.96 * (entry["metrics"][metric]["stderr"] or 0.0)
+
+
 def _draw_rows(axes: Axes, rows: Sequence[Row], metric: str, *, untouched: str) -> None:
     front = pareto(rows, metric)
     families: dict[str, list[Row]] = {}
@@ -121,32 +123,45 @@ def _draw_rows(axes: Axes, rows: Sequence[Row], metric: str, *, untouched: str) 
         families.setdefault(_family(entry, untouched), []).append(entry)
     others = [name for name in dict.fromkeys(_family(entry, untouched) for entry in rows) if name != untouched]
     styles = {name: _STYLES[index % len(_STYLES)] for index, name in enumerate(others)}
-    handles, labels = [], []
-    for name in ([untouched] if untouched in families else []) + others:
-        beat = name == untouched
-        colour, marker = (_BASELINE_COLOUR, "o") if beat else styles[name]
-        points = [_xy(entry, metric) for entry in families[name]]
+    styles[untouched] = _BASELINE_COLOUR, "o"
+    for name, members in families.items():
+        beat, (colour, _) = name == untouched, styles[name]
+        points = [_xy(entry, metric) for entry in members]
         axes.plot(*zip(*points, strict=True), color=colour, lw=2 if beat else 1, alpha=0.5 if beat else 0.35, zorder=1)
-        for entry in families[name]:
-            _draw_point(axes, entry, metric, colour, marker, filled=entry["recipe"] in front)
-        handles.append(axes.plot([], [], color=colour, marker=marker, lw=2 if beat else 1)[0])
-        labels.append("the line to beat: untouched pipeline with fewer steps" if beat else _short(name))
-    for text in axes.legend(handles, labels, fontsize=9, framealpha=0.85, loc="best").get_texts():
+    columns = -(-len(rows) // _MOST_LINES)
+    size = min(1.0, 22 / (len(rows) / columns + 1))  # of 22 lines all fit
+    handles = []
+    for entry in rows:
+        colour, marker = styles[_family(entry, untouched)]
+        fill = colour if entry["recipe"] in front else "white"
+        handles.append(axes.plot([], [], marker, ms=7 * size, mew=1.6 * size, color=colour, mfc=fill)[0])
+        _draw_point(axes, entry, metric, colour, marker, fill)
+    labels = [f"{number}  {_short(entry['recipe'])}" for number, entry in enumerate(rows, 1)]
+    handles.append(axes.plot([], [], color=_BASELINE_COLOUR, lw=2, alpha=0.5)[0])
+    labels.append("the line to beat: the untouched\npipeline with fewer steps")
+    legend = axes.legend(
+        handles, labels, loc="upper left", bbox_to_anchor=(1.01, 1), borderaxespad=0, frameon=False, ncols=columns,
+        fontsize=8.5 * size, handlelength=1.2, columnspacing=1,
+    )  # fmt: skip
+    for text in legend.get_texts():
         text.set_parse_math(False)  # a name may hold a dollar sign
 
 
-def _draw_point(axes: Axes, entry: Row, metric: str, colour: str, marker: str, *, filled: bool) -> None:
-    (x, y), latency = _xy(entry, metric), entry["latency_ms_per_image"]
+def _draw_point(axes: Axes, entry: Row, metric: str, colour: str, marker: str, fill: str) -> None:
+    (x, y), latency, half = _xy(entry, metric), entry["latency_ms_per_image"], _half(entry, metric)
+    low, high = axes.get_ylim()
+    reach = high / low if axes.get_yscale() == "log" else high - low
+    # The axes cut off what leaves them; on a logarithmic one nothing may go down to zero.
+    down = min(half, y - low / reach if axes.get_yscale() == "log" else half)
     spread = [[max(0.0, x - latency["p10"])], [max(0.0, latency["p90"] - x)]]
-    half = 1.96 * (entry["metrics"][metric]["stderr"] or 0.0)
     axes.errorbar(
-        x, y, xerr=spread, yerr=half, fmt=marker, ms=8, mew=1.6, color=colour, mfc=colour if filled else "white",
+        x, y, xerr=spread, yerr=[[down], [half]], fmt=marker, ms=8, mew=1.6, color=colour, mfc=fill,
         ecolor=colour, elinewidth=1.2, capsize=3, zorder=3,
     )  # fmt: skip
 
 
 def _dress(axes: Axes, rows: Sequence[Row], metric: str) -> None:
-    """Scales, ticks and axis labels."""
+    """Scales, limits, ticks and axis labels."""
     from matplotlib.ticker import FuncFormatter, NullFormatter
 
     times = [entry["latency_ms_per_image"]["median"] for entry in rows]
@@ -159,7 +174,7 @@ def _dress(axes: Axes, rows: Sequence[Row], metric: str) -> None:
         axes.set_ylim(min(values) / 1.5, max(values) * 1.5)
         axes.set_yticks(_log_ticks(min(values) / 1.5, max(values) * 1.5))
     else:
-        axes.margins(y=0.15)
+        axes.set_ylim(*_linear_limits(values, [_half(entry, metric) for entry in rows]))
     for axis in [axes.xaxis] + ([axes.yaxis] if axes.get_yscale() == "log" else []):
         axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axis.set_minor_formatter(NullFormatter())
@@ -176,6 +191,16 @@ def _dress(axes: Axes, rows: Sequence[Row], metric: str) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
+def _linear_limits(values: Sequence[float], halves: Sequence[float]) -> tuple[float, float]:
+    """Limits that hold all points and, but for bars much longer than the others, all error bars."""
+    least, most = min(values), max(values)
+    reach = 2 * max(most - least, sorted(halves)[len(halves) // 2])
+    low = max(min(value - half for value, half in zip(values, halves, strict=True)), least - reach)
+    high = min(max(value + half for value, half in zip(values, halves, strict=True)), most + reach)
+    margin = 0.1 * (high - low) or 0.1 * abs(high) or 1.0
+    return low - margin, high + margin
+
+
 def _log_ticks(low: float, high: float) -> list[float]:
     """Round numbers between two bounds, as many as can be read: few per decade for a wide range."""
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
@@ -187,97 +212,48 @@ def _log_ticks(low: float, high: float) -> list[float]:
 
 
 def _short(text: str, limit: int = 34) -> str:
+    """On one line; of what is too long, the middle is left out, because names differ at their ends."""
     text = " ".join(text.split())
-    return text if len(text) <= limit else f"{text[: limit - 1]}…"
+    kept = limit // 2
+    return text if len(text) <= limit else f"{text[: limit - kept - 1]}…{text[-kept:]}"
 
 
-def _named(rows: Sequence[Row], metric: str, untouched: str) -> set[str]:
-    """The rows whose names fit into the plot."""
-    if len(rows) <= _MOST_NAMES:
-        return {entry["recipe"] for entry in rows}
-    return pareto(rows, metric) | {entry["recipe"] for entry in rows if _family(entry, untouched) == untouched}
-
-
-def _place_labels(
-    axes: Axes, canvas: FigureCanvasAgg, rows: Sequence[Row], metric: str, named: Collection[str]
-) -> None:
-    """Name the points of the rows in `named`, each at the free place nearest to it: greedy, off markers, lines, legend
-    and the other names.
-    """
+def _number(axes: Axes, rows: Sequence[Row], metric: str) -> None:
+    """Write the number of every row beside its point; points that touch share one text."""
     from matplotlib.patheffects import withStroke
-    from matplotlib.transforms import Bbox
 
-    renderer = canvas.get_renderer()
-    pixels = axes.figure.dpi / 72  # per point of the offsets
     points = [axes.transData.transform(_xy(entry, metric)) for entry in rows]
-    taken = [_square(x, y, 12 * pixels) for x, y in points]
-    if (legend := axes.get_legend()) is not None:
-        taken.append(legend.get_window_extent(renderer))
-    crossed, inside = _line_boxes(axes, 5 * pixels), axes.get_window_extent(renderer)
-    for entry, (x, y) in zip(rows, points, strict=True):
-        if entry["recipe"] not in named:
-            continue
-        label = axes.annotate(
-            _short(entry["recipe"], 26), _xy(entry, metric), xytext=(0, 0), textcoords="offset points", fontsize=9,
-            parse_math=False, ha="center", va="center", zorder=4,
+    middle = axes.transAxes.transform((0.6, 0))[0]
+    for group in _together(points, _NEAR * axes.figure.dpi / 72):
+        highest = max(group, key=lambda index: points[index][1])
+        left = points[highest][0] > middle  # so that a list of many numbers stays within the axes
+        axes.annotate(
+            _numbers(group), _xy(rows[highest], metric), xytext=(-5 if left else 5, 5), textcoords="offset points",
+            ha="right" if left else "left", fontsize=9, zorder=4,
             path_effects=[withStroke(linewidth=2, foreground="white")],
         )  # fmt: skip
-        size = label.get_window_extent(renderer)
-        places = []
-        for gap, dx, dy in _offsets(size.width / pixels, size.height / pixels):
-            left, bottom = x + dx * pixels - size.width / 2, y + dy * pixels - size.height / 2
-            place = Bbox.from_bounds(left, bottom, size.width, size.height)
-            hidden = sum(_overlap(place, other) for other in taken)
-            struck = sum(_overlap(place, other) for other in crossed)
-            outside = size.width * size.height - _overlap(place, inside)
-            # a name far from its point reads as another point's: rather cross a line, never hide a name or a marker
-            places.append((20 * hidden + struck + 4 * outside + 4 * gap * pixels**2, gap, (dx, dy), place))
-        _, gap, label.xyann, chosen = min(places, key=lambda candidate: candidate[0])
-        taken.append(chosen)
-        if gap > _NEAR:
-            axes.annotate(
-                "", _xy(entry, metric), xytext=label.xyann, textcoords="offset points", zorder=2,
-                arrowprops={"arrowstyle": "-", "lw": 0.8, "color": "#777777", "shrinkB": 5},
-            )  # fmt: skip
 
 
-def _offsets(width: float, height: float) -> Iterator[tuple[float, float, float]]:
-    """Gap to the point, and where the centre of a label may then lie relative to it, all in typographic points."""
-    for gap in (8, 13, 20, 30, 44):
-        across, up = width / 2 + gap, height / 2 + gap
-        for dx, dy in itertools.product((across, -across, 0), (0, up / 2, -up / 2, up, -up)):
-            if dx or abs(dy) == up:  # else it would cover the point
-                yield gap, dx, dy
+def _numbers(indices: Sequence[int]) -> str:
+    """Rising indices from 0 as numbers from 1: `[0, 2, 3, 4]` -> "1, 3-5"."""
+    runs: list[list[int]] = []
+    for index in indices:
+        if runs and index == runs[-1][-1] + 1:
+            runs[-1].append(index)
+        else:
+            runs.append([index])
+    return ", ".join(
+        f"{run[0] + 1}-{run[-1] + 1}" if len(run) > 2 else ", ".join(str(i + 1) for i in run) for run in runs
+    )
 
 
-def _line_boxes(axes: Axes, size: float) -> list[Bbox]:
-    """Small squares along every line and error bar, in pixels."""
-    from matplotlib.collections import LineCollection
-
-    paths = [np.asarray(line.get_xydata()) for line in axes.get_lines()]
-    for bars in axes.collections:
-        if isinstance(bars, LineCollection):
-            paths += [np.asarray(segment) for segment in bars.get_segments()]
-    boxes = []
-    for path in paths:
-        for start, end in itertools.pairwise(axes.transData.transform(path) if len(path) else []):
-            steps = max(1, round(math.dist(start, end) / size))
-            places = [start + (end - start) * step / steps for step in range(steps + 1)]
-            boxes += [_square(x, y, size) for x, y in places]
-    return boxes
-
-
-def _square(x: float, y: float, size: float) -> Bbox:
-    from matplotlib.transforms import Bbox
-
-    return Bbox.from_bounds(x - size / 2, y - size / 2, size, size)
-
-
-def _overlap(one: Bbox, other: Bbox) -> float:
-    """Shared area in square pixels."""
-    width = min(one.x1, other.x1) - max(one.x0, other.x0)
-    height = min(one.y1, other.y1) - max(one.y0, other.y0)
-    return float(max(0.0, width) * max(0.0, height))
+def _together(points: Sequence[Sequence[float]], near: float) -> list[list[int]]:
+    """Indices of points in groups: each is `near` another of its group, and none is near a point of another group."""
+    groups: list[list[int]] = []
+    for index, point in enumerate(points):
+        touched = [group for group in groups if any(math.dist(point, points[other]) < near for other in group)]
+        groups = [group for group in groups if group not in touched] + [[*itertools.chain(*touched), index]]
+    return [sorted(group) for group in groups]
 
 
 def sample_grid(

@@ -15,3 +15,9 @@ def fingerprint(module: nn.Module) -> str:
         total.update(key.encode())
         total.update(value.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
     return total.hexdigest()[:16]
+
+
+def check_fingerprint(name: str, found: str, expected: str | None) -> None:
+    """Raise a ValueError where a feature network does not have the fingerprint that a run says; None is any."""
+    if expected is not None and found != expected:
+        raise ValueError(f"the run used {name} with fingerprint {expected}, here it has {found}; evaluate again")

@@ -69,7 +69,7 @@ class OwnProcess:
         environment = {name: value for name, value in os.environ.items() if name not in _LAUNCHERS}
         with self._log.open("a") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", _MODULE],
+                [sys.executable, "-P", "-m", _MODULE],  # without the working directory on sys.path
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,

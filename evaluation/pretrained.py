@@ -19,8 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from flowaccel.errors import CheckpointError, WeightsNotFoundError
+from flowaccel.weights import check_finite, check_folder
 
-from .identity import fingerprint
+from .identity import check_fingerprint, fingerprint
 from .preprocessing import Preprocessing
 
 INCEPTION_FILE = "inception-2015-12-05.pt"
@@ -72,22 +73,38 @@ class Pretrained:
     encode_text: TextEncoder | None = None
     """Texts -> (N, d) in the space of the image features."""
 
+    @property
+    def fingerprint(self) -> str:
+        """That of the feature network."""
+        return _fingerprint(self.weights, self.preprocessing)
 
-def load_pretrained(name: str) -> Pretrained:
+
+def _fingerprint(weights: str, preprocessing: Preprocessing) -> str:
+    return hashlib.sha256(f"{weights} {preprocessing.describe()}".encode()).hexdigest()[:16]
+
+
+def load_pretrained(name: str, expected: str | None = None) -> Pretrained:
     """`inception`, `clip` or `dinov2`, alone or followed by `:PATH` (for the latter two also `:HUB_ID`).
 
+    Args:
+        name: which.
+        expected: the fingerprint that it must have; TorchScript is not loaded with another one.
+
     Raises:
+        ValueError: it has another fingerprint.
         WeightsNotFoundError: not on this machine and not to be had from the Hub; the message says how to get them.
         CheckpointError: damaged, or a network of another kind.
     """
     kind, _, where = name.partition(":")
     if kind == "inception":
-        return _inception(name, where)
+        return _inception(name, where, expected)
     where = where or DEFAULT_HUB_ID[kind]
     folder = _folder(kind, where)
     config = _config(folder)
     load = _clip if kind == "clip" else _dinov2
-    return load(f"{kind}:{where}", folder, config)
+    found = load(f"{kind}:{where}", folder, config)
+    check_fingerprint(found.name, found.fingerprint, expected)
+    return found
 
 
 class _Inception(nn.Module):
@@ -99,7 +116,7 @@ class _Inception(nn.Module):
         return self.layers(pixels).flatten(1)
 
 
-def _inception(name: str, where: str) -> Pretrained:
+def _inception(name: str, where: str, expected: str | None) -> Pretrained:
     path = Path(where) if where else Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_FILE
     if not path.is_file():
         raise WeightsNotFoundError(
@@ -112,6 +129,8 @@ def _inception(name: str, where: str) -> Pretrained:
             f"{path} is not the published {INCEPTION_FILE} (sha256 {digest}, expected {INCEPTION_SHA256}); download it "
             f"again from {INCEPTION_URL}, or name another file as inception:PATH if you trust it: TorchScript is code"
         )
+    normalised = Preprocessing(size=299, shift=(128.0,) * 3, scale=(128.0,) * 3)
+    check_fingerprint(name, _fingerprint(digest, normalised), expected)
     try:
         layers = torch.jit.load(str(path), map_location="cpu").eval().layers
     except (RuntimeError, AttributeError, ValueError) as error:
@@ -119,7 +138,6 @@ def _inception(name: str, where: str) -> Pretrained:
             f"{path} is damaged, or no TorchScript Inception with `layers` such as {INCEPTION_FILE} "
             f"({_first_line(error)})"
         ) from error
-    normalised = Preprocessing(size=299, shift=(128.0,) * 3, scale=(128.0,) * 3)
     return Pretrained(name=name, module=_Inception(layers), preprocessing=normalised, weights=digest)
 
 
@@ -183,14 +201,16 @@ def _load(classes: dict[str, Any], name: str, folder: Path, config: dict[str, An
     kind = config.get("model_type")
     if kind not in classes:
         raise CheckpointError(f"{name} holds a model of type {kind!r}; allowed are {', '.join(classes)}")
+    check_folder(folder)
     try:
         model, found = classes[kind].from_pretrained(
             folder, use_safetensors=True, local_files_only=True, dtype=torch.float32, output_loading_info=True
         )
-    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+    except (OSError, RuntimeError, ValueError, TypeError, MemoryError, SafetensorError) as error:
         raise CheckpointError(f"{name} cannot be loaded from {folder}: {_first_line(error)}") from error
     if found["missing_keys"]:
         raise CheckpointError(f"the weights of {name} lack {len(found['missing_keys'])} tensors; download them again")
+    check_finite(model, folder)
     return model.eval()
 
 

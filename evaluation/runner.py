@@ -11,6 +11,7 @@ import contextlib
 import functools
 import itertools
 import json
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -23,7 +24,7 @@ from flowaccel.data import AttributeSet
 
 from .attention import chosen_attention
 from .attributes import attribute_match, load_attributes
-from .baselines import NATIVE, calibrated, check_native, native
+from .baselines import NATIVE, calibrated, calibrated_to, check_native, native
 from .call_arguments import check_arguments, parameters
 from .conditions import Conditions
 from .cost import Cost, measure_cost
@@ -278,7 +279,7 @@ def _calibrate(run: _Run) -> None:
             make = functools.partial(call, run.pipe, run.protocol, steps=row.steps)
             found = calibrated(run.pipe, row.baseline, make)
             write_atomically(path, json.dumps(found).encode())
-        run.settings[row.name] = json.loads(path.read_text())
+        run.settings[row.name] = calibrated_to(path)
 
 
 def _open_stores(run: _Run) -> None:
@@ -491,13 +492,29 @@ def quality_axis(results: Results) -> str | None:
 def write_figures(results: Results, images: dict[str, Tensor], out: Path, prompts: Sequence[str] = ()) -> None:
     """`pareto.png` (where a metric has a value), `samples.png`, captioned where there are prompts, and the
     self-contained `report.html` beside a result file.
+
+    What cannot be drawn is left out with a warning: the results are there, and a picture can be made of them later.
     """
-    figures = {}
     metric = quality_axis(results)
-    if metric is not None:
-        figures["Quality against time"] = out / "pareto.png"
-        pareto_png(results, out / "pareto.png", metric)
-    figures["The first samples: the same noise in every column"] = out / "samples.png"
     shown = {name: rows[:_GRID_SAMPLES] for name, rows in images.items()}
-    sample_grid(shown, out / "samples.png", columns=_GRID_SAMPLES, captions=prompts)
-    html_report(results, out / "report.html", figures)
+    figures: dict[str, Path] = {}
+    if metric is not None and _drawn(out / "pareto.png", lambda path: pareto_png(results, path, metric)):
+        figures["Quality against time"] = out / "pareto.png"
+    if _drawn(out / "samples.png", lambda path: sample_grid(shown, path, columns=_GRID_SAMPLES, captions=prompts)):
+        figures["The first samples: the same noise in every column"] = out / "samples.png"
+    _drawn(out / "report.html", lambda path: html_report(results, path, figures))
+
+
+def _drawn(path: Path, draw: Callable[[Path], None]) -> bool:
+    """Whether `draw` wrote the file; else a warning says why not, and none of an earlier call stays in its place."""
+    try:
+        draw(path)
+    except Exception as error:  # whatever a drawing library does with these numbers, it must not cost the results
+        path.unlink(missing_ok=True)
+        warnings.warn(
+            f"{path} could not be drawn ({type(error).__name__}: {error}); results.json beside it is complete",
+            UserWarning,
+            stacklevel=2,
+        )
+        return False
+    return True

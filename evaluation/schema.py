@@ -141,6 +141,8 @@ class Protocol(ProtocolBase, total=False):
     attributes: str  # what reads for attribute_accuracy what prompts state
     metrics: list[str]
     rounds: int  # timed rounds
+    resamples: int  # of the bootstrap
+    conditions: dict[str, Any]  # what identifies the classes or prompts
     baselines: list[str]  # accelerators of other libraries
 
 
@@ -188,7 +190,7 @@ def load_results(path: str | os.PathLike[str]) -> Results:
         raise FileNotFoundError(f"no result file at {path}: give the results.json (or its folder) of an evaluation")
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # also what a file that is not UTF-8 raises
+    except (ValueError, RecursionError) as error:  # also what a file that is not UTF-8 raises
         raise ValueError(f"{path} is not JSON ({error}): give the results.json of an evaluation") from error
     check_results(results, source=str(path))
     return cast(Results, results)

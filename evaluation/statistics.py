@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from .features import FeatureNetwork
 
 _FORMAT = "flowaccel-statistics-1"
+_LARGEST = 8 * 20_000**2 + 1000
+"""Bytes of a covariance of 20,000 features in float64; the networks in use have 2048 at most."""
 _KEYS = ("format", "features", "fingerprint", "source", "n", "image_shape")
 
 
@@ -112,16 +114,25 @@ def _own(path: Path, features: str, fingerprint: str) -> ReferenceSet:
 def _imported(path: Path) -> ReferenceSet:
     try:
         with np.load(path, allow_pickle=False) as file:
+            _check_declared(path)
             missing = [key for key in ("mu", "sigma") if key not in file]
             if missing:
                 raise ValueError(f"it has no {' and no '.join(missing)}, only {', '.join(file) or 'nothing'}")
             mean, covariance = (_real(file[key], key) for key in ("mu", "sigma"))
         moments = Moments.from_mean_covariance(torch.from_numpy(mean), torch.from_numpy(covariance))
-    except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    except (OSError, ValueError, TypeError, EOFError, MemoryError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(
             f"{path} cannot be read as statistics ({error}); it must be an npz file with mu (d) and sigma (d, d)"
         ) from error
     return ReferenceSet(name=f"{path} (no fingerprint)", features=None, moments=moments)
+
+
+def _check_declared(path: Path) -> None:
+    """Refuse members that declare more than statistics can hold, before numpy makes room for them."""
+    with zipfile.ZipFile(path) as archive:
+        for member in archive.infolist():
+            if member.filename in ("mu.npy", "sigma.npy") and member.file_size > _LARGEST:
+                raise ValueError(f"{member.filename} declares {member.file_size} bytes; at most {_LARGEST} are read")
 
 
 def _real(array: Any, name: str) -> np.ndarray:

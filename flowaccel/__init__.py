@@ -1,5 +1,12 @@
 """flowaccel makes any diffusers flow or diffusion pipeline faster, and proves it."""
 
+import sys
+
+# `python -m flowaccel` puts the working directory before all else, and what lies there would be imported in the place
+# of a library. (While `-m` looks for its module, argv[0] is "-m".)
+if sys.argv[:1] == ["-m"] and not sys.flags.safe_path:
+    del sys.path[0]
+
 # The base classes must be importable from here: diffusers looks them up in the library that a model_index.json names.
 from diffusers import DiffusionPipeline as DiffusionPipeline
 from diffusers import ModelMixin as ModelMixin

@@ -11,6 +11,17 @@ class CheckpointError(FlowaccelError, ValueError):
     """A weight file is truncated, foreign, hostile or does not fit the model. Nothing was changed."""
 
 
+class UnnamedCodeError(FlowaccelError, ValueError):
+    """A file asks for code to be run, which the person at work has not named: files choose data, never code."""
+
+    def __init__(self, where: str, option: str, name: str) -> None:
+        super().__init__(
+            f"{where} asks for the {option} network {name!r}, and loading that runs code, which a file may not choose; "
+            f"if you trust it, name it yourself: {option}={name!r}, on the command line --{option} {name}"
+        )
+        self.option, self.name = option, name
+
+
 class UnsupportedModelError(FlowaccelError, ValueError):
     """An accelerator was asked to work on a network or a pipeline that it does not know."""
 

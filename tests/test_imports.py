@@ -20,7 +20,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE_DIR = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]["package-dir"]
 
-EVERYONE_MAY = frozenset({"errors", "extras"})
+EVERYONE_MAY = frozenset({"errors", "extras", "weights"})
 LIBRARY = frozenset(
     {"compat", "gates", "predictors", "modules", "models", "hooks", "samplers", "accelerators", "recipe"}
 ) | {"pipelines", "data", "zoo", "calibration"}
@@ -29,6 +29,7 @@ LIBRARY = frozenset(
 MAY_IMPORT: dict[str, frozenset[str]] = {
     "errors": frozenset(),
     "extras": frozenset(),
+    "weights": frozenset(),
     "video": frozenset(),
     "gates": frozenset(),
     "predictors": frozenset(),
@@ -52,8 +53,8 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "__main__": frozenset({"cli"}),
 }
 
-# `errors` and `extras` lie at the bottom: of the two, only extras may use the other (MissingExtraError).
-MAY_USE_COMMON = {"errors": frozenset(), "extras": frozenset({"errors"})}
+# `errors`, `extras` and `weights` lie at the bottom: of these, only the last two may use another (the errors).
+MAY_USE_COMMON = {"errors": frozenset(), "extras": frozenset({"errors"}), "weights": frozenset({"errors"})}
 
 PURE = {"gates": frozenset({"torch"}), "predictors": frozenset({"torch"})}  # beside the standard library
 

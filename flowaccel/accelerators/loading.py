@@ -12,6 +12,7 @@ from torch import nn
 
 from flowaccel import models
 from flowaccel.errors import CheckpointError, WeightsNotFoundError
+from flowaccel.weights import check_finite, check_folder
 
 
 def beside(pipe: Any, name: str, what: str, advice: str) -> Path:
@@ -41,7 +42,7 @@ def load_network(folder: Path, what: str) -> nn.Module:
 
     Raises:
         WeightsNotFoundError: no configuration in `folder`.
-        CheckpointError: not a network of diffusers or flowaccel, or its weights are damaged or missing.
+        CheckpointError: not a network of diffusers or flowaccel, or its weights are damaged, missing or not finite.
     """
     config_file = folder / "config.json"
     if not config_file.is_file():
@@ -58,9 +59,10 @@ def load_network(folder: Path, what: str) -> nn.Module:
         raise CheckpointError(
             f"{config_file} names the class {class_name!r}, which is no network that flowaccel or diffusers has"
         )
+    check_folder(folder)
     try:
         network, info = network_class.from_pretrained(folder, use_safetensors=True, output_loading_info=True)
-    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+    except (OSError, RuntimeError, ValueError, TypeError, MemoryError, SafetensorError) as error:
         reason = str(error).split("\n")[0]
         raise CheckpointError(f"cannot load the {what} in {folder} ({type(error).__name__}: {reason})") from error
     misfits = [*info["missing_keys"], *info["unexpected_keys"]]
@@ -69,4 +71,5 @@ def load_network(folder: Path, what: str) -> nn.Module:
             f"the weights in {folder} do not fit its config.json: {len(misfits)} entries missing or unexpected, "
             f"{', '.join(sorted(misfits)[:3])} among them"
         )
+    check_finite(network, folder)
     return network

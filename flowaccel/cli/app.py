@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import sys
-
 import typer
 
 from flowaccel.cli import (
@@ -49,5 +46,4 @@ app.add_typer(zoo.app, name="zoo")
 
 def main() -> None:
     """Entry point of the console script."""
-    sys.path.append(os.getcwd())  # `--features my_module:Network` names a module beside the user's data
     app()

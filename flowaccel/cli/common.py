@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,7 +23,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from flowaccel import zoo
 from flowaccel.data import PROMPT_SETS
-from flowaccel.errors import FlowaccelError
+from flowaccel.errors import FlowaccelError, UnnamedCodeError
+from flowaccel.evaluation.features import module_of
 from flowaccel.pipelines import load_pipeline
 from flowaccel.recipe import Recipe, resolve, saved_recipe
 
@@ -210,6 +213,40 @@ def friendly_errors(resume_hint: str = "") -> Iterator[None]:
         raise _exit(str(error), 2) from error
     except (OSError, FloatingPointError) as error:
         raise _exit(f"{error}.{resume_hint}", 1) from error
+
+
+@contextmanager
+def own_modules(*names: str | None) -> Iterator[None]:
+    """Let the modules of feature networks and rewards that the person typed lie in the working directory.
+
+    It is on `sys.path` inside the block, and only if one of them is not to be found without it: no file that is read,
+    and no import of a library, picks up what happens to lie where a command is run.
+    """
+    modules = {module.partition(".")[0] for name in names if name and (module := module_of(name)) is not None}
+    here = os.getcwd()
+    wanted = any(module.isidentifier() and importlib.util.find_spec(module) is None for module in modules)
+    if not wanted or here in sys.path:
+        yield
+        return
+    sys.path.append(here)
+    try:
+        yield
+    finally:
+        sys.path.remove(here)
+
+
+def ask_again(context: typer.Context, error: UnnamedCodeError) -> ValueError:
+    """The error with the command that names the code: as it was typed, and one option more."""
+    typed: list[str] = []
+    for parameter in context.command.params:
+        value = context.params.get(parameter.name or "")
+        if not str(context.get_parameter_source(parameter.name or "")).endswith("COMMANDLINE"):
+            continue
+        option = [] if parameter.param_type_name == "argument" else [max(parameter.opts, key=len)]
+        for one in value if isinstance(value, (list, tuple)) else [value]:
+            typed += option if one is True else [*option, str(one)]
+    again = shlex.join([*context.command_path.split(), *typed, f"--{error.option}", error.name])
+    return ValueError(f"{str(error).partition('; if you trust it')[0]}. If you trust it, name it yourself: {again}")
 
 
 def _exit(message: str, code: int) -> typer.Exit:

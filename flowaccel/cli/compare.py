@@ -9,22 +9,32 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from flowaccel.cli.common import JsonOption, emit, friendly_errors
+from flowaccel.cli.common import JsonOption, ask_again, emit, friendly_errors, own_modules
+from flowaccel.errors import UnnamedCodeError
 from flowaccel.evaluation import compare_rows
 
 
 def compare(
+    context: typer.Context,
     run: Annotated[Path, typer.Argument(help="A run folder written by evaluate.")],
     a: Annotated[str, typer.Option("--a", help="The row in question.")],
     b: Annotated[str, typer.Option("--b", help="The row it is compared with.")],
+    features: Annotated[
+        str | None,
+        typer.Option(help="The run's feature network once more; needed for MODULE:ATTRIBUTE and inception:PATH."),
+    ] = None,
+    clip: Annotated[str | None, typer.Option(help="The same of its CLIP.")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Paired difference A - B of every metric of a run, over the same sample ids, with a 95% interval.
 
     Example: flowaccel compare runs/try --a flowturbo-H2P4R2 --b baseline@8
     """
-    with friendly_errors():
-        found = compare_rows(run, a, b)
+    with friendly_errors(), own_modules(features, clip):
+        try:
+            found = compare_rows(run, a, b, features=features, clip=clip)
+        except UnnamedCodeError as error:
+            raise ask_again(context, error) from error
 
         def show() -> None:
             table = Table(title=f"{a} - {b}")

@@ -19,20 +19,24 @@ from flowaccel.cli.common import (
     PipeArgument,
     PromptsOption,
     SeedOption,
+    ask_again,
     emit,
     friendly_errors,
     launched,
     open_pipeline,
     open_recipe,
     output_folder,
+    own_modules,
     progress,
     saved_with,
     say,
     zoo_entry,
 )
 from flowaccel.cli.generate import free_arguments, parse_conditions
+from flowaccel.errors import UnnamedCodeError
 from flowaccel.evaluation import DEFAULT_METRICS, Protocol, Results, console_table, set_attention
 from flowaccel.evaluation import evaluate as run_evaluation
+from flowaccel.evaluation.features import runs_code
 
 
 def evaluate(
@@ -97,7 +101,7 @@ def evaluate(
         context.invoke(evaluate, **merged)
         return
     hint = " What was made so far is kept; the same command goes on from there."
-    with friendly_errors(hint), launched(device, expect_world) as own_device:
+    with friendly_errors(hint), own_modules(features, clip), launched(device, expect_world) as own_device:
         pipeline = open_pipeline(pipe, own_device, dtype)
         if attention is not None:
             set_attention(pipeline, attention)
@@ -160,7 +164,8 @@ def default_protocol(
 def show(results: Results, folder: Path) -> None:
     """Print the table and say where the rest is."""
     Console().print(console_table(results))
-    say(f"results.json, pareto.png, samples.png and report.html are in {folder}")
+    files = [name for name in ("results.json", "pareto.png", "samples.png", "report.html") if (folder / name).exists()]
+    say(f"{', '.join(files)} are in {folder}")
 
 
 def fewer_steps(steps: int) -> tuple[int, ...]:
@@ -188,6 +193,9 @@ def _merged(context: typer.Context, config: Path) -> dict[str, Any]:
     if unknown:
         allowed = sorted(set(context.params) - {"config", "context", "as_json"})
         raise ValueError(f"{config} has unknown options {', '.join(unknown)}; allowed are {', '.join(allowed)}")
+    for option in ("features", "clip"):
+        if option in given and runs_code(str(given[option])) and context.params[option] is None:
+            raise ask_again(context, UnnamedCodeError(str(config), option, str(given[option])))
     typed = {name for name in context.params if str(context.get_parameter_source(name)).endswith("COMMANDLINE")}
     options = {option.name: option for option in context.command.params}
     values = {

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from flowaccel.cli.common import DeviceOption, friendly_errors, resolve_device, say
+from flowaccel.cli.common import DeviceOption, friendly_errors, own_modules, resolve_device, say
 from flowaccel.evaluation import export_npz, load_features, load_reference, save_statistics
 from flowaccel.evaluation.statistics import is_statistics
 
@@ -27,7 +27,7 @@ def stats(
 
     Example: flowaccel stats photos --features inception:inception-2015-12-05.pt --out photos.safetensors
     """
-    with friendly_errors():
+    with friendly_errors(), own_modules(features):
         if is_statistics(source):
             raise ValueError(f"{source} is a statistics file already; stats takes a folder of images or zoo:SET")
         network = load_features(features, resolve_device(device))

@@ -23,6 +23,7 @@ from flowaccel.cli.common import (
     emit,
     friendly_errors,
     open_pipeline,
+    own_modules,
     say,
     whole_numbers,
 )
@@ -43,7 +44,7 @@ from flowaccel.training.policy import (
     set_costs,
 )
 from flowaccel.training.policy_discriminator import DiscriminatorConfig, DiscriminatorTraining, new_discriminator
-from flowaccel.training.policy_rewards import load_reward
+from flowaccel.training.policy_rewards import feature_network_of, load_reward
 
 SPARSITY = (0.75, 0.6, 0.5)
 NO_JUDGE, CONV_RATE = "none", 1e-3
@@ -109,7 +110,10 @@ def policy(
     Example: flowaccel train policy zoo:sit-digits --out policy --reward accuracy:zoo:digits-features --updates 400
     --learning-rate 1e-3 --fidelity 1 --head-width 32
     """
-    with friendly_errors(" The last checkpoint is kept; the same command goes on from there."):
+    with (
+        friendly_errors(" The last checkpoint is kept; the same command goes on from there."),
+        own_modules(feature_network_of(reward)),
+    ):
         settings = PolicySettings(
             groups=groups,
             group_size=group_size,

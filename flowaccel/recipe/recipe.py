@@ -17,6 +17,7 @@ from flowaccel.hooks import Identity, denoiser
 from flowaccel.recipe import storage
 
 SCHEMA = 1
+MOST_STEPS = 10_000
 _KEYS = ["schema", "name", "num_inference_steps", "base", "accelerators"]
 
 
@@ -53,7 +54,7 @@ class Recipe:
 
     Raises:
         RecipeConflictError: two accelerators that exclude each other, or a step count that one of them contradicts.
-        ValueError: a name that is not text, or a step count that is not a whole number of at least 1.
+        ValueError: a name that is not text, or a step count that is not a whole number in 1 .. 10,000.
     """
 
     accelerators: Sequence[Accelerator] = field(default_factory=tuple)
@@ -69,7 +70,10 @@ class Recipe:
         if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 1):
             raise ValueError(f"num_inference_steps must be a whole number of at least 1, or None, got {steps!r}")
         rules.check(self.accelerators, self.name)
-        object.__setattr__(self, "num_inference_steps", self._agreed_steps())
+        agreed = self._agreed_steps()
+        if agreed is not None and agreed > MOST_STEPS:
+            raise ValueError(f"recipe {self.name!r} asks for {agreed} steps; at most {MOST_STEPS} are run")
+        object.__setattr__(self, "num_inference_steps", agreed)
 
     def _agreed_steps(self) -> int | None:
         wishes = [("the recipe", self.num_inference_steps)]

@@ -78,6 +78,12 @@ class Reward:
         return values
 
 
+def feature_network_of(name: str) -> str:
+    """The name of the feature network that a reward looks through; of a reward of one's own, its own name."""
+    kind, _, which = name.partition(":")
+    return (which or PICK_SCORE) if kind in _BUILT_IN else name
+
+
 def load_reward(name: str, device: str | torch.device = "cpu") -> Reward:
     """A reward by name.
 
@@ -103,7 +109,7 @@ def load_reward(name: str, device: str | torch.device = "cpu") -> Reward:
         return _own(name)
     if not which and kind != "pick_score":
         raise ValueError(f"the reward {kind} needs a network, such as {kind}:{_EXAMPLES[kind]}, got {name!r}")
-    score, high = _BUILT_IN[kind](load_features(which or PICK_SCORE, device))
+    score, high = _BUILT_IN[kind](load_features(feature_network_of(name), device))
     return Reward(name=name, score=score, bounds=(0.0, high))
 
 

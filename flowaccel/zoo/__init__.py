@@ -198,4 +198,4 @@ def load_classifier(name: str) -> FeatureClassifier:
     kind = json.loads(config.read_text(encoding="utf-8"))["_class_name"]
     if kind not in _CLASSIFIERS:
         raise CheckpointError(f"{config} names a {kind}; allowed are {', '.join(_CLASSIFIERS)}")
-    return _CLASSIFIERS[kind].from_pretrained(found).float().eval()
+    return _CLASSIFIERS[kind].from_pretrained(found, use_safetensors=True).float().eval()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 from collections.abc import Callable
@@ -12,11 +13,14 @@ import pytest
 import torch
 
 import tiny
-from flowaccel.evaluation import Classes, Protocol, Results, compare_rows, evaluate, runner
+from flowaccel.evaluation import Classes, Protocol, Results, evaluate, runner
+from flowaccel.evaluation import compare_rows as compare
 from flowaccel.evaluation.schema import row
 from flowaccel.recipe import preset
 
 FLOWTURBO = "flowturbo-H1P2R2"
+NETWORK = "test_compare:Quarters"
+compare_rows = functools.partial(compare, features=NETWORK)
 
 
 class Quarters(torch.nn.Module):
@@ -46,7 +50,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Results]:
         rounds=3,
         latency_batch=2,
         resamples=25,
-        features="test_compare:Quarters",
+        features=NETWORK,
     )
     recipes = [preset("heun@3"), tiny.flowturbo(tiny.random_refiner(pipe.transformer))]
     with pytest.MonkeyPatch.context() as patch:
@@ -124,7 +128,7 @@ def test_unknown_row_names_the_nearest(finished: tuple[Path, Results]) -> None:
 
 def test_no_run(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no result file at"):
-        compare_rows(tmp_path, "a", "b")
+        compare(tmp_path, "a", "b")
 
 
 def test_another_feature_network_is_refused(finished: tuple[Path, Results], monkeypatch: pytest.MonkeyPatch) -> None:

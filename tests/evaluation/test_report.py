@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from rich.console import Console
 
-from flowaccel.evaluation import figures, report, tables
+from flowaccel.evaluation import figures, report, runner, tables
 from flowaccel.evaluation.schema import SCHEMA_VERSION, check_results
 
 HOSTILE = "<script>alert(1)</script>$x_{|[bold]`*"
@@ -179,28 +179,58 @@ def test_pareto_png_with_one_row_and_no_error(results: Any, tmp_path: Path) -> N
         figures.pareto_png(results, tmp_path / "pareto.png", "kid")
 
 
-def test_of_many_rows_those_that_matter_are_named() -> None:
-    rows: Any = [make_row("baseline", 40.0, 2.0), make_row("baseline@5", 50.0, 9.0), make_row("best", 10.0, 1.0)]
-    rows += [make_row(f"r{index}", 20.0, 3.0) for index in range(9)]
-    assert figures._named(rows, "fid", "baseline") == {entry["recipe"] for entry in rows}
-    rows.append(make_row("one more", 21.0, 3.0))
-    assert figures._named(rows, "fid", "baseline") == {"baseline", "baseline@5", "best"}
-
-
-def test_labels_do_not_cover_each_other(results: Any) -> None:
+def drawn(rows: Any) -> Any:
+    """The axes of a plot."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    rows: Any = [make_row(f"row number {index}", 20.0 + 0.3 * index, 2.0 + 0.01 * index) for index in range(6)]
     figure = Figure(figsize=(8, 5.2), dpi=100)
-    canvas, axes = FigureCanvasAgg(figure), figure.add_subplot()
-    figures._draw_rows(axes, rows, "fid", untouched="baseline")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
     figures._dress(axes, rows, "fid")
-    canvas.draw()
-    figures._place_labels(axes, canvas, rows, "fid", [entry["recipe"] for entry in rows])
-    boxes = [label.get_window_extent(canvas.get_renderer()) for label in axes.texts if label.get_text()]
-    assert len(boxes) == 6
-    assert sum(figures._overlap(one, other) for index, one in enumerate(boxes) for other in boxes[:index]) < 1
+    figures._draw_rows(axes, rows, "fid", untouched="baseline")
+    figures._number(axes, rows, "fid")
+    return axes
+
+
+def test_every_row_has_its_number_in_the_plot_and_its_name_in_the_list() -> None:
+    rows: Any = [make_row("baseline", 40.0, 2.0), make_row(HOSTILE, 39.9, 2.0)]
+    rows += [make_row(f"row {index}", 20.0 + index % 7, 2.0 + 0.3 * index) for index in range(48)]
+    axes = drawn(rows)
+    numbers = [number for text in axes.texts for number in text.get_text().split(", ")]
+    assert sorted(numbers, key=int) == [str(number) for number in range(1, 51)]
+    assert axes.texts[0].get_text() == "1, 2"
+    listed = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert listed[:3] == ["1  baseline", f"2  {figures._short(HOSTILE)}", "3  row 0"]
+    assert len(listed) == 51
+    assert not any(text.get_parse_math() for text in axes.get_legend().get_texts())
+
+
+def test_long_names_keep_the_end_in_which_they_differ() -> None:
+    assert figures._short("a b\nc") == "a b c"
+    assert figures._short(f"flowturbo:{'x' * 50}@8", 12) == "flowt…xxxx@8"
+
+
+def test_points_that_touch_share_a_text() -> None:
+    assert figures._together([(0, 0), (10, 0), (3, 0), (6, 0), (40, 0)], near=5) == [[0, 1, 2, 3], [4]]
+    assert figures._numbers([0, 2, 3, 5, 6, 7, 8]) == "1, 3, 4, 6-9"
+
+
+@pytest.mark.parametrize("values", [(20.0, 0.02, 0.4), (2.0, 2.1, 2.2)], ids=["logarithmic", "linear"])
+def test_an_error_bar_across_zero_is_cut_off_at_the_axes(values: tuple[float, ...], tmp_path: Path) -> None:
+    rows: Any = [make_row(f"row {value}", 40.0 * value, value) for value in values]
+    rows[2]["metrics"]["fid"]["stderr"] = 1e4
+    axes = drawn(rows)
+    assert axes.get_yscale() == ("log" if values[0] == 20 else "linear")
+    low, high = axes.get_ylim()
+    assert high - low < 100
+    for bars in axes.collections:
+        lowest = min(point[1] for segment in bars.get_segments() for point in segment)
+        assert axes.get_yscale() == "linear" or lowest >= low**2 / high * 0.999
+    ends = [point[1] for bars in axes.collections for segment in bars.get_segments() for point in segment]
+    assert min(ends) < low  # it leaves the axes, which are what cuts it off
+    assert max(ends) > high
+    assert all(bars.get_clip_on() for bars in axes.collections)
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -284,3 +314,22 @@ def test_html_refuses_what_is_no_picture(results: Any, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=f"{name} must be"):
             report.html_report(results, tmp_path / "report.html", {"plot": tmp_path / name})
     assert not (tmp_path / "report.html").exists()
+
+
+@pytest.mark.parametrize("broken", ["pareto_png", "sample_grid", "html_report"])
+def test_what_cannot_be_drawn_is_a_warning_and_costs_nothing_else(
+    broken: str, results: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = {"pareto_png": "pareto.png", "sample_grid": "samples.png", "html_report": "report.html"}
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise ZeroDivisionError("no ink")
+
+    for name in names:
+        monkeypatch.setattr(runner, name, lambda _, path, *__, **___: path.write_text("drawn"))
+    monkeypatch.setattr(runner, broken, fail)
+    (tmp_path / names[broken]).write_text("of an earlier call")
+    images = {entry["recipe"]: torch.zeros(1, 1, 8, 8, dtype=torch.uint8) for entry in results["rows"]}
+    with pytest.warns(UserWarning, match=rf"{names[broken]} could not be drawn \(ZeroDivisionError: no ink\)"):
+        runner.write_figures(results, images, tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == set(names.values()) - {names[broken]}
