@@ -33,6 +33,7 @@ from flowaccel.compat import register_components
 from flowaccel.errors import CheckpointError as CheckpointError
 from flowaccel.errors import FlowaccelError as FlowaccelError
 from flowaccel.errors import MissingExtraError as MissingExtraError
+from flowaccel.errors import PipelineBusyError as PipelineBusyError
 from flowaccel.errors import RecipeConflictError as RecipeConflictError
 from flowaccel.errors import UnsupportedModelError as UnsupportedModelError
 from flowaccel.errors import WeightsNotFoundError as WeightsNotFoundError
@@ -78,6 +79,7 @@ __all__ = [
     "Mediators",
     "MissingExtraError",
     "MixtureOfExperts",
+    "PipelineBusyError",
     "Recipe",
     "RecipeConflictError",
     "Report",

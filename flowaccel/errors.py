@@ -30,6 +30,10 @@ class RecipeConflictError(FlowaccelError, ValueError):
     """Two accelerators, or an accelerator and the pipeline's present state, exclude each other."""
 
 
+class PipelineBusyError(FlowaccelError, RuntimeError):
+    """An accelerated pipeline was called, accelerated or restored while a call of it was going on. Nothing was changed."""
+
+
 class MissingExtraError(FlowaccelError, ImportError):
     """An optional dependency is missing or broken. The message names the extra to install."""
 

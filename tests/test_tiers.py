@@ -68,7 +68,7 @@ def test_a_process_that_no_fixture_tells_of_is_noticed(
             process("-c", "")
 
     if noticed:
-        with pytest.raises(pytest.fail.Exception, match="starts .*python"):
+        with pytest.raises(pytest.fail.Exception, match=r"starts .*python"):
             start()
     else:
         start()

@@ -15,7 +15,7 @@ from torch import nn
 from flowaccel.accelerators.base import Accelerator, Detach
 from flowaccel.accelerators.calibration import warn_once
 from flowaccel.errors import RecipeConflictError, UnsupportedModelError
-from flowaccel.hooks import Call, Session, networks, session_of
+from flowaccel.hooks import Call, Session, is_present, networks, session_of
 from flowaccel.modules.agents import AgentAttnProcessor, AgentSwitch
 
 
@@ -78,11 +78,12 @@ class AgentAttention(Accelerator):
         if call.module is not network or call.step >= round(self.first * call.run.num_steps):
             return proceed()
         switch.size, switch.largest = tuple(call.sample.shape[-2:]), 0
+        switch.applies = functools.partial(is_present, call)
         switch.ran.clear()
         try:
             output = proceed()
         finally:
-            switch.size = None
+            switch.size, switch.applies = None, lambda: True
         call.record.agents += tuple(layer.path for layer in switch.ran)
         call.record.spared += sum(layer.macs_spared for layer in switch.ran)
         if 0 < switch.largest < self.min_tokens:

@@ -16,7 +16,7 @@ from torch import nn
 from flowaccel.accelerators.base import Accelerator, Detach
 from flowaccel.accelerators.calibration import warn_once
 from flowaccel.errors import RecipeConflictError, UnsupportedModelError
-from flowaccel.hooks import Call, Session, is_compiled, networks, session_of
+from flowaccel.hooks import Call, Session, is_compiled, is_present, networks, session_of
 from flowaccel.models.sit import SiTAttention, SiTAttnProcessor
 from flowaccel.modules.sparse_attention import Backend, BlockRule, By, check_backend
 from flowaccel.modules.sparse_processors import (
@@ -160,11 +160,11 @@ def switched(switch: SparseSwitch, call: Call, keep: tuple[float | None, ...] | 
     _refuse_compiled(call.module)
     text = call.arguments.get("encoder_hidden_states")
     switch.keep, switch.only, switch.text = keep, lambda: call.run.only, 0 if text is None else text.shape[1]
-    switch.ran, switch.largest = [], 0
+    switch.applies, switch.ran, switch.largest = functools.partial(is_present, call), [], 0
     try:
         yield
     finally:
-        switch.keep, switch.only = None, lambda: None
+        switch.keep, switch.only, switch.applies = None, lambda: None, lambda: True
     record = call.record
     record.host_reads += any(not isinstance(layer.pairs, int) for layer in switch.ran)
     record.spared += sum(layer.macs_spared for layer in switch.ran)

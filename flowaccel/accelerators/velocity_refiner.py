@@ -13,7 +13,7 @@ from flowaccel.accelerators.attention import attend_like
 from flowaccel.accelerators.base import Accelerator, Detach
 from flowaccel.accelerators.loading import beside, load_network
 from flowaccel.accelerators.serial import learned
-from flowaccel.hooks import Call, denoiser, session_of
+from flowaccel.hooks import Call, denoiser, lend, session_of
 from flowaccel.models import convention_of, refined, stock_class
 
 FOLDER = "refiner"
@@ -82,12 +82,12 @@ class VelocityRefiner(Accelerator):
             return refined(refiner, convention_of(call.module), call.arguments, feed, base)
 
         remove = session.on_call(around)
-        scheduler.refiner = refiner
+        take_back = lend(scheduler, "refiner", refiner)
 
         def detach() -> None:
             remove()
             put_back()
-            scheduler.__dict__.pop("refiner", None)
+            take_back()
 
         return detach
 

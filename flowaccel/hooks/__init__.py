@@ -4,6 +4,7 @@ from flowaccel.hooks.blocks import ATTENTION as ATTENTION
 from flowaccel.hooks.blocks import FEED_FORWARD as FEED_FORWARD
 from flowaccel.hooks.blocks import Block as Block
 from flowaccel.hooks.blocks import attention_input as attention_input
+from flowaccel.hooks.blocks import is_present as is_present
 from flowaccel.hooks.blocks import time_signal as time_signal
 from flowaccel.hooks.blocks import time_source as time_source
 from flowaccel.hooks.calls import COMPUTED as COMPUTED
@@ -33,8 +34,12 @@ from flowaccel.hooks.session import CallAround as CallAround
 from flowaccel.hooks.session import Session as Session
 from flowaccel.hooks.session import close_session as close_session
 from flowaccel.hooks.session import open_session as open_session
+from flowaccel.hooks.session import require_idle as require_idle
 from flowaccel.hooks.session import session_of as session_of
+from flowaccel.hooks.wrap import StandIn as StandIn
 from flowaccel.hooks.wrap import Wrapped as Wrapped
+from flowaccel.hooks.wrap import exchanged as exchanged
+from flowaccel.hooks.wrap import lend as lend
 from flowaccel.hooks.wrap import wrap as wrap
 
 __all__ = [
@@ -56,19 +61,24 @@ __all__ = [
     "Routed",
     "Run",
     "Session",
+    "StandIn",
     "TimeSignal",
     "Wrapped",
     "attention_input",
     "close_session",
     "denoiser",
     "exchange",
+    "exchanged",
     "family_of",
     "is_compiled",
+    "is_present",
+    "lend",
     "macs_by_module",
     "mean_capacity",
     "networks",
     "open_session",
     "register_family",
+    "require_idle",
     "session_of",
     "shapes_of",
     "time_signal",

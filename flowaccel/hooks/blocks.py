@@ -6,6 +6,7 @@ import functools
 import inspect
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,6 +25,25 @@ ModuleAround = Callable[[Callable[[], Any], Call, str], Any]
 
 ATTENTION, FEED_FORWARD = ("attn", "attention", "self_attn"), ("ff", "ffn", "mlp", "proj_mlp")
 """How the names of attention and feed-forward modules in a block begin."""
+
+
+_PRESENT: ContextVar[Call | None] = ContextVar("flowaccel_call", default=None)
+
+
+@contextmanager
+def during(call: Call | None) -> Iterator[None]:
+    """What runs inside, in this thread, belongs to `call`; for None, to nobody who surrounds anything."""
+    token = _PRESENT.set(call)
+    try:
+        yield
+    finally:
+        _PRESENT.reset(token)
+
+
+def is_present(call: Call) -> bool:
+    """Whether what runs now belongs to `call`, or to some of its rows."""
+    present = _PRESENT.get()
+    return present is not None and present.record is call.record
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,8 +121,7 @@ class BlockHooks:
         self._networks = networks
         self._arounds: list[BlockAround] = []
         self._wrapped: dict[nn.Module, _WrappedBlock] = {}
-        self._inner = ModuleHooks(networks, lambda: self._call)
-        self._call: Call | None = None
+        self._inner = ModuleHooks(networks)
 
     def add(self, around: BlockAround) -> Callable[[], None]:
         """Surround every block; returns what undoes it.
@@ -147,17 +166,8 @@ class BlockHooks:
             if module not in self._wrapped:
                 self._wrapped[module] = _WrappedBlock(block, self._around)
 
-    @contextmanager
-    def during(self, call: Call) -> Iterator[None]:
-        """The blocks that run inside belong to `call`."""
-        outer, self._call = self._call, call
-        try:
-            yield
-        finally:
-            self._call = outer
-
     def _around(self, wrapped: _WrappedBlock, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        call = self._call
+        call = _PRESENT.get()
         if call is None:
             return forward(*args, **kwargs)
         block = wrapped.called(args, kwargs)
@@ -208,8 +218,8 @@ class _WrappedBlock:
 class ModuleHooks:
     """The wrapped attention and feed-forward modules of a session's blocks."""
 
-    def __init__(self, networks: Callable[[], Iterable[Any]], call: Callable[[], Call | None]) -> None:
-        self._networks, self._call = networks, call
+    def __init__(self, networks: Callable[[], Iterable[Any]]) -> None:
+        self._networks = networks
         self._arounds: list[tuple[ModuleAround, tuple[str, ...]]] = []
         self._wrapped: dict[nn.Module, Wrapped] = {}
 
@@ -251,7 +261,7 @@ class ModuleHooks:
 
     def _surround(self, path: str, name: str) -> Callable[..., Any]:
         def surround(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-            call = self._call()
+            call = _PRESENT.get()
             proceed: Callable[[], Any] = functools.partial(forward, *args, **kwargs)
             if call is not None:
                 for around, kinds in self._arounds:  # those of now: they come and go while the module stays wrapped
@@ -297,9 +307,11 @@ def attention_input(proceed: Callable[..., Any], block: Block) -> Tensor:
             f"{type(block.module).__name__} has no attention module by name, so there is no modulated input to read; "
             "use a gate that reads something else, such as 'first_block' or 'easy'"
         )
-    signature = inspect.signature(attention.forward)
+    signature, call = inspect.signature(attention.forward), _PRESENT.get()
 
     def stop(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if _PRESENT.get() is not call:  # in another thread, or of another pipeline
+            return forward(*args, **kwargs)
         raise _Reached(next(iter(signature.bind(*args, **kwargs).arguments.values())))
 
     compiled = entry_point(block.module) != "forward"

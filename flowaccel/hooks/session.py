@@ -3,27 +3,33 @@
 A run starts when the pipeline's scheduler gets `set_timesteps`. It ends with the scheduler's last step, when the
 pipeline's progress bar closes, or when something raises; where all of these are missing, the next start ends it. All
 state hangs on the run, so that none outlives it. Only instances are wrapped, never classes.
+
+A run belongs to the call of the pipeline, or the loop, that started it. All other calls of what is wrapped, by another
+pipeline or in another thread, pass through as if nothing were.
 """
 
 from __future__ import annotations
 
 import gc
 import inspect
+import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from flowaccel.compat import foreign_cache
-from flowaccel.errors import RecipeConflictError
-from flowaccel.hooks.blocks import BlockAround, BlockHooks, ModuleAround
+from flowaccel.errors import PipelineBusyError, RecipeConflictError
+from flowaccel.hooks.blocks import BlockAround, BlockHooks, ModuleAround, during
+from flowaccel.hooks.callers import Caller, caller_of, is_called
 from flowaccel.hooks.calls import COMPUTED, COND, EXTRA, REUSED, UNCOND, Call, CallRecord, Run
 from flowaccel.hooks.families import Family, family_of, networks, unwrapped
 from flowaccel.hooks.macs import shapes_of
-from flowaccel.hooks.wrap import Wrapped, entry_point, wrap
+from flowaccel.hooks.wrap import Wrapped, entry_point, lend, wrap
 
 _ATTACHED = "_flowaccel_session"
 
@@ -50,6 +56,9 @@ class Session:
         self._latent_rows: int | None = None
         self._runs = 0
         self._blocks = BlockHooks(lambda: self._networks.values())
+        self._lock = threading.RLock()
+        self._holder: Caller | None = None  # whose the pipeline is
+        self._starter: Caller | None = None  # whose the present run is
         self.run: Run | None = None
         """The present run, or the last one."""
 
@@ -122,7 +131,11 @@ class Session:
 
     def methods_of_pipe(self) -> list[tuple[str, Callable[..., Any]]]:
         """The pipeline's own methods to surround, and by what."""
-        arounds = {"progress_bar": self._around_progress_bar, "prepare_latents": self._around_latents}
+        arounds = {
+            "check_inputs": self._around_check,
+            "progress_bar": self._around_progress_bar,
+            "prepare_latents": self._around_latents,
+        }
         return [(name, around) for name, around in arounds.items() if callable(getattr(self.pipe, name, None))]
 
     def _follow_scheduler(self) -> None:
@@ -151,12 +164,11 @@ class Session:
 
     # -- lifecycle
 
-    def _start(self) -> Run:
+    def _start(self, caller: Caller) -> None:
         self._end()
         self.follow()
-        self.run = Run(index=self._runs)
+        self.run, self._starter = Run(index=self._runs), caller
         self._runs += 1
-        return self.run
 
     def _end(self, failed: bool = False) -> None:
         if self.run is not None:
@@ -165,24 +177,78 @@ class Session:
     def _active(self) -> Run | None:
         return None if self.run is None or self.run.ended else self.run
 
+    def _own_run(self) -> Run | None:
+        """The present run, if what is called belongs to it."""
+        run = self._active()
+        if run is None or self.pipe is None or self._starter is None:
+            return None
+        caller = caller_of(self.pipe)
+        return run if caller is not None and self._starter.owns(caller) else None
+
+    def _claim(self, caller: Caller) -> None:
+        """Let the pipeline be `caller`'s.
+
+        Raises:
+            PipelineBusyError: it is somebody else's, or was accelerated or restored meanwhile.
+        """
+        scheduler = self._scheduler
+        with self._lock:
+            if self._scheduler is not scheduler:
+                raise PipelineBusyError(
+                    f"the {type(self.pipe).__name__} was accelerated or restored while this call began; call it again"
+                )
+            if self._holder is not None and not self._holder.is_same(caller):
+                if self._is_busy(self._holder, caller):
+                    raise PipelineBusyError(_busy(self.pipe, self._holder.thread == caller.thread))
+                self._end(failed=True)  # left behind by one that is gone
+            self._holder = caller
+
+    def _is_busy(self, holder: Caller, caller: Caller | None = None) -> bool:
+        if holder.own_loop and (self._active() is None or (caller is not None and caller.thread == holder.thread)):
+            return False
+        return holder.running
+
+    @contextmanager
+    def idle(self) -> Iterator[None]:
+        """Within, no run can start.
+
+        Raises:
+            PipelineBusyError: there is one.
+        """
+        with self._lock:
+            if self._holder is not None and self._is_busy(self._holder):
+                raise PipelineBusyError(_busy(self.pipe, self._holder.thread == threading.get_ident()))
+            yield
+
+    def _around_check(self, check_inputs: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        caller = caller_of(self.pipe)
+        if caller is not None:
+            self._claim(caller)  # here, because a call that went on would change what the pipeline remembers
+        return check_inputs(*args, **kwargs)
+
     def _around_set_timesteps(self, set_timesteps: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        caller = None if self.pipe is None else caller_of(self.pipe)
+        if caller is None:
+            return set_timesteps(*args, **kwargs)
+        self._claim(caller)
         self._end()
         returned = set_timesteps(*args, **kwargs)
-        if self.pipe is not None:
-            self._start()
+        self._start(caller)
         return returned
 
     def _around_step(self, step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        run = self._active()
+        run = self._own_run()
+        if run is None:
+            return step(*args, **kwargs)
         try:
             returned = step(*args, **kwargs)
-            if self._step_observers and run is not None and run.images is not None:
+            if self._step_observers and run.images is not None:
                 handed = inspect.signature(step).bind(*args, **kwargs).arguments
                 returned = self._observed(run.images, handed["model_output"], handed["sample"], returned)
         except BaseException:
-            self._end(failed=True)
+            run.end(failed=True)
             raise
-        if run is not None and run.begin is not None:
+        if run.begin is not None:
             run.steps_done += 1
             if run.steps_done >= run.num_steps:
                 run.end()
@@ -200,7 +266,7 @@ class Session:
         return returned
 
     def _around_progress_bar(self, progress_bar: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        bar, run = progress_bar(*args, **kwargs), self.run
+        bar, run = progress_bar(*args, **kwargs), self._own_run()
         if run is None or not hasattr(bar, "close"):
             return bar
 
@@ -213,6 +279,10 @@ class Session:
         return bar
 
     def _around_latents(self, prepare_latents: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        caller = caller_of(self.pipe)
+        if caller is None:
+            return prepare_latents(*args, **kwargs)
+        self._claim(caller)
         returned = prepare_latents(*args, **kwargs)
         latents = returned[0] if isinstance(returned, tuple) else returned
         self._latent_rows = latents.shape[0] if isinstance(latents, Tensor) else None
@@ -223,15 +293,19 @@ class Session:
     def _around_network(self, network: _Network, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         pipe = self.pipe
         if pipe is not None and pipe.scheduler is not self._scheduler:  # exchanged since: its set_timesteps went unseen
-            self._start()
-        run = self._active()
-        if pipe is None or run is None:
-            return forward(*args, **kwargs)
+            caller = caller_of(pipe)
+            if caller is not None:
+                self._claim(caller)
+                self._start(caller)
+        run = self._own_run()
+        if run is None:
+            with during(None):
+                return forward(*args, **kwargs)
         try:
             call = self._describe(run, network, network.bind(args, kwargs))
             return self._call(call, forward, args, kwargs)
         except BaseException:
-            self._end(failed=True)
+            run.end(failed=True)
             raise
 
     def _call(self, call: Call, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -239,7 +313,7 @@ class Session:
 
         def compute(present: Call, arguments: dict[str, Any] | None) -> Any:
             record.what = COMPUTED
-            with self._blocks.during(present):
+            with during(present):
                 if arguments is None and present is call:
                     return forward(*args, **kwargs)
                 return forward(**(present.arguments if arguments is None else arguments))
@@ -339,7 +413,7 @@ def _refuse_second_session(name: str, module: nn.Module) -> None:
         return
     raise RecipeConflictError(
         f"the {name} is shared with a {type(session.pipe).__name__} that is accelerated; call flowaccel.restore on "
-        "that pipeline first, or leave this one as it is: the shared network is accelerated in both"
+        "that pipeline first, or leave this one as it is: its own calls run the shared network untouched"
     )
 
 
@@ -350,6 +424,22 @@ def _refuse_foreign_cache(name: str, module: nn.Module) -> None:
             f"the {name} is already cached by another framework, and two caches on one network corrupt each other: "
             f"found {found}"
         )
+
+
+def _busy(pipe: Any, here: bool) -> str:
+    where = "further up in this very thread" if here else "in another thread"
+    return (
+        f"the {type(pipe).__name__} is in use {where}, and makes one thing at a time: wait until it is done. For calls at "
+        "the same time use one pipeline object each: `other = copy.copy(pipe)` with `other.scheduler = "
+        "copy.deepcopy(other.scheduler)` shares the networks and runs them untouched, `copy.deepcopy(pipe)` has its own "
+        "and can be accelerated too"
+    )
+
+
+def require_idle(pipe: Any, what: str) -> None:
+    """Raise a PipelineBusyError in a callback of the pipeline, or while another thread is in a call of it."""
+    if is_called(pipe):
+        raise PipelineBusyError(f"cannot {what} a {type(pipe).__name__} while it runs; do so when its call has returned")
 
 
 _Inner = Callable[[Call, dict[str, Any] | None], Any]
@@ -415,7 +505,7 @@ class _Attached(NamedTuple):
     """What hangs on the pipeline."""
 
     session: Session
-    wraps: list[Wrapped]
+    undo: list[Callable[[], None]]
 
 
 def open_session(pipe: Any) -> Session:
@@ -431,17 +521,18 @@ def open_session(pipe: Any) -> Session:
     except BaseException:
         session.close()
         raise
-    pipe.__dict__[_ATTACHED] = _Attached(session, [wrap(pipe, *method) for method in session.methods_of_pipe()])
+    undo = [wrap(pipe, *method).remove for method in session.methods_of_pipe()]
+    undo.append(lend(pipe, _ATTACHED, _Attached(session, undo)))
     return session
 
 
 def close_session(pipe: Any) -> None:
     """Take everything off that `open_session` put on. Idempotent."""
-    attached = pipe.__dict__.pop(_ATTACHED, None)
+    attached = pipe.__dict__.get(_ATTACHED)
     if attached is not None:
         attached.session.close()
-        for wrapped in attached.wraps:
-            wrapped.remove()
+        for undo in attached.undo:
+            undo()
 
 
 def session_of(pipe: Any) -> Session:

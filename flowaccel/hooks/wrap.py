@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from torch import nn
@@ -12,21 +11,30 @@ from torch import nn
 Around = Callable[..., Any]
 
 
-class _Method:
+class StandIn:
+    """Abstract: stands in the place of something else, `stock`; a copy of it, or what is unpickled, is one of that."""
+
+    stock: Any
+
+    def __reduce__(self) -> Any:
+        return _same, (self.stock,)
+
+
+def _same(stock: Any) -> Any:
+    return stock
+
+
+class _Method(StandIn):
     """What stands in the place of the wrapped method."""
 
     def __init__(self, wrapped: Wrapped, original: Callable[..., Any]) -> None:
         functools.update_wrapper(self, original)
-        self._wrapped, self._original = wrapped, original
+        self._wrapped, self.stock = wrapped, original
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self._wrapped.armed:
-            return self._wrapped.around(self._original, *args, **kwargs)
-        return self._original(*args, **kwargs)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        """The method below, bound to the copied owner: a copy (an EMA, a teacher) must not run the original."""
-        return copy.deepcopy(self._original, memo)
+            return self._wrapped.around(self.stock, *args, **kwargs)
+        return self.stock(*args, **kwargs)
 
 
 class Wrapped:
@@ -38,6 +46,7 @@ class Wrapped:
         self._shadowed = owner.__dict__.get(name)
         self._method = _Method(self, getattr(owner, name))
         setattr(owner, name, self._method)
+        _PlainState.of(owner)
 
     @property
     def reachable(self) -> bool:
@@ -55,7 +64,8 @@ class Wrapped:
                 setattr(self.owner, self.name, shadowed)
         for holder, attribute in _kept_by_neighbours(self.owner):
             if getattr(holder, attribute) is self._method:
-                setattr(holder, attribute, self._method._original)
+                setattr(holder, attribute, self._method.stock)
+        _PlainState.of(self.owner).tidy()
 
     def _live_below(self) -> Any:
         """The instance's own method below this wrapper and below those of ours that were switched off meanwhile."""
@@ -63,6 +73,77 @@ class Wrapped:
         while isinstance(below, _Method) and not below._wrapped.armed:
             below = below._wrapped._shadowed
         return below
+
+
+class _PlainState:
+    """Stands as `__getstate__` of an object that holds anything of ours, so that what copies and pickles it leaves that
+    out: a copy is what the object would be without us.
+    """
+
+    def __init__(self, owner: Any) -> None:
+        self._owner = owner
+        self.lent: set[str] = set()
+        self.exchanged: dict[str, tuple[Any, Any]] = {}
+
+    @classmethod
+    def of(cls, owner: Any) -> _PlainState:
+        found: _PlainState = owner.__dict__.setdefault("__getstate__", cls(owner))
+        return found
+
+    def tidy(self) -> None:
+        """Go, if nothing of ours is left."""
+        ours = self.lent or self.exchanged or any(isinstance(value, _Method) for value in vars(self._owner).values())
+        if not ours:
+            self._owner.__dict__.pop("__getstate__", None)
+
+    def __call__(self) -> Any:
+        kind = type(self._owner)
+        state = {
+            name: _below(value)
+            for name, value in kind.__getstate__(self._owner).items()
+            if not (value is self or name in self.lent or _below(value) is None is not value)
+        }
+        if not self.exchanged:
+            return state
+        twin = kind.__new__(kind)  # whose `setattr` keeps its configuration in step
+        twin.__dict__.update(state)
+        for name, (old, new) in self.exchanged.items():
+            if getattr(twin, name) is new:  # and not what the user put there meanwhile
+                setattr(twin, name, old)
+        return vars(twin)
+
+
+def _below(value: Any) -> Any:
+    """What an instance had in the place of a wrapped method; None for nothing."""
+    while isinstance(value, _Method):
+        value = value._wrapped._shadowed
+    return value
+
+
+def lend(owner: Any, name: str, value: Any) -> Callable[[], None]:
+    """Give an object an attribute that copies of it do not get; returns what takes it away."""
+    state = _PlainState.of(owner)
+    state.lent.add(name)
+    owner.__dict__[name] = value
+
+    def take() -> None:
+        owner.__dict__.pop(name, None)
+        state.lent.discard(name)
+        state.tidy()
+
+    return take
+
+
+def exchanged(owner: Any, attributes: Mapping[str, tuple[Any, Any]]) -> Callable[[], None]:
+    """Let copies of an object have the old ones of attributes (old, new) that were exchanged; returns what undoes it."""
+    state = _PlainState.of(owner)
+    state.exchanged.update(attributes)
+
+    def undo() -> None:
+        state.exchanged.clear()
+        state.tidy()
+
+    return undo
 
 
 def _layers(method: Any) -> Iterator[Any]:

@@ -8,6 +8,7 @@ Shapes: B rows, N = H * W tokens of an image (row by row), A agents, M heads, d 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from flowaccel.hooks import StandIn
 from flowaccel.modules.grids import as_image, as_tokens
 
 READING_SHARPNESS = 0.15
@@ -76,19 +78,21 @@ class AgentSwitch:
     min_tokens: int
     size: tuple[int, int] | None = None
     """Of the image in the present call; None while agents are off."""
+    applies: Callable[[], bool] = field(default=lambda: True)
+    """Whether `size` is of what runs now, rather than of what another thread or pipeline runs meanwhile."""
     ran: list[AgentLayer] = field(default_factory=list)
     largest: int = 0
     """The most tokens that a layer had since agents were last switched on."""
 
     def grid(self, tokens: int) -> tuple[int, int] | None:
         """Of a layer where agents are to be used; None for full attention."""
-        if self.size is None:
+        if self.size is None or not (torch.compiler.is_compiling() or self.applies()):
             return None
         self.largest = max(self.largest, tokens)
         return grid_of(tokens, self.size) if tokens >= self.min_tokens else None
 
 
-class AgentAttnProcessor:
+class AgentAttnProcessor(StandIn):
     """Attention of a diffusers `Attention` with agents where `switch` says so; else what `stock` computes.
 
     Args:

@@ -13,6 +13,7 @@ import torch
 from diffusers.models.embeddings import apply_rotary_emb
 from torch import Tensor
 
+from flowaccel.hooks import StandIn
 from flowaccel.modules.rows import grouped, joined
 from flowaccel.modules.sparse_attention import Backend, BlockRule, predicted_blocks, sparse_attention
 
@@ -53,6 +54,8 @@ class SparseSwitch:
     untouched processor."""
     only: Callable[[], tuple[int, ...] | None] = field(default=lambda: None)
     """Which rows of the call a block is run for at present; None for all."""
+    applies: Callable[[], bool] = field(default=lambda: True)
+    """Whether `keep` is for what runs now, rather than for what another thread or pipeline runs meanwhile."""
     text: int = 0
     """Tokens of the text, for layers that take text and image as one."""
     layers: int = 0
@@ -67,7 +70,7 @@ class SparseSwitch:
         Raises:
             ValueError: `keep` is for another number of rows.
         """
-        keep = self.keep
+        keep = self.keep if self.applies() else None
         if isinstance(keep, tuple):
             only = self.only()
             keep = keep if only is None else tuple(keep[row] for row in only)
@@ -82,7 +85,7 @@ class SparseSwitch:
         return levels if len(set(levels)) > 1 else levels[:1]
 
 
-class SparseAttnProcessor:
+class SparseAttnProcessor(StandIn):
     """Attention of a layer that leaves out pairs where `switch` says so; else what `stock` computes.
 
     Args:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import copy
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from flowaccel.errors import RecipeConflictError
-from flowaccel.hooks import close_session, open_session, wrap
+from flowaccel.hooks import close_session, exchanged, lend, open_session, require_idle, session_of, wrap
 from flowaccel.recipe.presets import RecipeLike, resolve
 from flowaccel.recipe.recipe import Recipe
 
 _ATTACHED = "_flowaccel_attached"
+_TURNS = threading.RLock()  # of those who accelerate and restore, pipelines that share networks included
 
 
 class _Attached(NamedTuple):
@@ -37,22 +40,28 @@ def accelerate(pipe: Any, recipe: RecipeLike) -> Any:
 
     Raises:
         RecipeConflictError: the pipeline is accelerated already, or the recipe was made for another configuration.
+        PipelineBusyError: it is being called.
         ValueError: the recipe does not fit; the pipeline is left as it was.
     """
-    if is_accelerated(pipe):
-        raise RecipeConflictError("the pipeline is accelerated already; call flowaccel.restore(pipe) first")
-    chosen = resolve(recipe).loaded(pipe)
-    before = dict(pipe.components)
-    with ExitStack() as undo:
+    with _TURNS, ExitStack() as undo:
+        if is_accelerated(pipe):
+            raise RecipeConflictError("the pipeline is accelerated already; call flowaccel.restore(pipe) first")
+        require_idle(pipe, "accelerate")
+        chosen = resolve(recipe).loaded(pipe)
+        before = dict(pipe.components)
         undo.callback(close_session, pipe)
         session = open_session(pipe)
-        for accelerator in chosen.accelerators:
-            undo.callback(accelerator.attach(pipe))
-        session.follow()  # what was exchanged
-        after = pipe.components
-        exchanged = {name: (old, after[name]) for name, old in before.items() if after[name] is not old}
-        undo.callback(wrap(pipe, "save_pretrained", _saving(pipe, chosen, exchanged)).remove)
-        pipe.__dict__[_ATTACHED] = _Attached(chosen, undo.pop_all())
+        with session.idle(), ExitStack() as attached:
+            for accelerator in chosen.accelerators:
+                attached.callback(accelerator.attach(pipe))
+            session.follow()  # what was exchanged
+            after = pipe.components
+            changes = {name: (old, after[name]) for name, old in before.items() if after[name] is not old}
+            attached.callback(exchanged(pipe, changes))
+            attached.callback(wrap(pipe, "save_pretrained", _saving(pipe, chosen)).remove)
+            undo.push(attached.pop_all())
+            lasting = undo.pop_all()
+            lasting.callback(lend(pipe, _ATTACHED, _Attached(chosen, lasting)))
     return pipe
 
 
@@ -64,9 +73,15 @@ def is_accelerated(pipe: Any) -> bool:
 def restore(pipe: Any) -> Any:
     """Make `pipe` what it was before `accelerate`; does nothing to a pipeline that is not accelerated. Returns
     `pipe`.
+
+    Raises:
+        PipelineBusyError: it is being called.
     """
-    if is_accelerated(pipe):
-        pipe.__dict__.pop(_ATTACHED).undo.close()
+    with _TURNS:
+        if is_accelerated(pipe):
+            require_idle(pipe, "restore")
+            with session_of(pipe).idle():
+                pipe.__dict__[_ATTACHED].undo.close()
     return pipe
 
 
@@ -86,17 +101,12 @@ def accelerated(pipe: Any, recipe: RecipeLike) -> Iterator[Any]:
         restore(pipe)
 
 
-def _saving(pipe: Any, recipe: Recipe, exchanged: Mapping[str, tuple[Any, Any]]) -> Callable[..., Any]:
-    """What surrounds `pipe.save_pretrained`; `exchanged` holds the old and the new object of components."""
+def _saving(pipe: Any, recipe: Recipe) -> Callable[..., Any]:
+    """What surrounds `pipe.save_pretrained`."""
 
     def around(save_pretrained: Callable[..., Any], save_directory: Any, *args: Any, **kwargs: Any) -> Any:
         # First, so that push_to_hub, which is the end of save_pretrained, finds it in the folder.
         recipe.save_beside(Path(save_directory), taken=pipe.components)
-        with ExitStack() as undo:
-            for name, (old, new) in exchanged.items():
-                if getattr(pipe, name) is new:  # and not what the user put there meanwhile
-                    setattr(pipe, name, old)
-                    undo.callback(setattr, pipe, name, new)
-            return save_pretrained(save_directory, *args, **kwargs)
+        return copy.copy(pipe).save_pretrained(save_directory, *args, **kwargs)
 
     return around

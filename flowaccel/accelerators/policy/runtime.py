@@ -17,7 +17,7 @@ from flowaccel.accelerators.sparse_attention import SparseAttention, put_switch,
 from flowaccel.errors import RecipeConflictError, UnsupportedModelError
 from flowaccel.gates import Gate, Step
 from flowaccel.gates.base import State, where
-from flowaccel.hooks import COND, EXTRA, Call, Run, Session, denoiser
+from flowaccel.hooks import COND, EXTRA, Call, Run, Session, denoiser, lend
 from flowaccel.models.policy import CACHE, COUNT, REUSE, SPARSE, TIMED, AccelerationPolicy
 from flowaccel.predictors import Hold
 
@@ -90,8 +90,7 @@ class PolicyRuntime:
             undo.callback(self._session.on_call(self._around_call))
             undo.callback(self._session.on_block(self._around_block))
             if self._timed:
-                scheduler.decide = self._descend if COUNT in self._levels else self._jump
-                undo.callback(scheduler.__dict__.pop, "decide", None)
+                undo.callback(lend(scheduler, "decide", self._descend if COUNT in self._levels else self._jump))
                 undo.callback(self._session.on_step(self._after_step))
             return undo.pop_all().close
 
