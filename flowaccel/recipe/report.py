@@ -321,7 +321,7 @@ def report(pipe: Any) -> Report:
         ValueError: the pipeline is not accelerated, or has not run since.
     """
     session, recipe = session_of(pipe), recipe_of(pipe)
-    run = session.run
+    run = session.last_run
     if run is None:
         raise ValueError(f"this {type(pipe).__name__} has not run since flowaccel.accelerate; call it first")
     return Report(
