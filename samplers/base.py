@@ -200,6 +200,13 @@ class FlowSampler(SchedulerMixin, ConfigMixin):
         """Why a run cannot begin at step `step`, or None."""
         return None
 
+    @property
+    def _first_entry(self) -> int:
+        """The index at which the next run begins, as far as it was told before its first step."""
+        if self._begin_index is not None:
+            return self._begin_index
+        return next((index for index in self._asked if index < len(self.evaluations)), 0)
+
     def _check_begin(self, index: int) -> None:
         if index == 0 or not self.evaluations:
             return

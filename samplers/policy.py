@@ -109,7 +109,7 @@ class PolicyScheduler(FlowSampler):
     def levels(self, images: int) -> tuple[float, ...]:
         """The noise levels at which the network is to be called next for a batch of so many images."""
         if not self._levels:
-            self._levels = (self.evaluations[self._begin_index or 0].sigma,) * images
+            self._levels = (self.evaluations[self._first_entry].sigma,) * images
         return self._levels
 
     @property

@@ -156,6 +156,10 @@ class Run:
         """How many evaluations the run is going to make (guidance does not count twice)."""
         return len(self.timesteps) - (self.begin or 0) if self.planned is None else self.planned
 
+    def position(self, step: int) -> int:
+        """Where in `timesteps` an evaluation stands; the last one for those of a pipeline that makes more."""
+        return min((self.begin or 0) + step, len(self.timesteps) - 1)
+
     @property
     def complete(self) -> bool:
         """Whether the last step was done; it is not seen where the pipeline steps on something else."""

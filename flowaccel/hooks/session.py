@@ -285,7 +285,7 @@ class Session:
         step = run.steps_done
         if network.name not in run.shapes:
             run.shapes[network.name] = (network.module, shapes_of(arguments), _rows(arguments[network.sample]))
-        position = min(run.begin + step, len(run.timesteps) - 1)
+        position = run.position(step)
         branches, images = self._branches(run, network, arguments, step)
         return Call(
             run=run,
