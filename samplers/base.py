@@ -1,8 +1,9 @@
 """What all flow samplers share: the step grid, its shifts, and a walk over network evaluations.
 
 A sampler is a list of evaluations fixed before sampling and a `step` that consumes the network's output of one
-evaluation and returns the input of the next. So any number of evaluations per step fits the ordinary diffusers loop
-with `order = 1`, at the price that some of the samples a callback sees are predictor points between two steps.
+evaluation and returns the input of the next. So any number of evaluations per step fits the ordinary diffusers loop,
+at the price that some of the samples a callback sees are predictor points between two steps. Image to image leaves out
+steps, not evaluations: see `FlowSampler.order`.
 
 Convention: diffusers' own. sigma runs from 1 (noise) to 0 (data), timestep = `num_train_timesteps` * sigma, the
 network's output is noise - data.
@@ -15,7 +16,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from diffusers.configuration_utils import ConfigMixin
@@ -60,10 +61,25 @@ def shifted(sigma: float, shift: float) -> float:
     return shift * sigma / (1 + (shift - 1) * sigma)
 
 
+class _StepOrder(int):
+    """`FlowSampler.order`."""
+
+    def __new__(cls, sampler: FlowSampler) -> Self:
+        order = super().__new__(cls, 1)
+        order._sampler = sampler
+        return order
+
+    _sampler: FlowSampler
+
+    def __mul__(self, count: int) -> int:
+        return self._sampler._entries_before(count)
+
+    __rmul__ = __mul__
+
+
 class FlowSampler(SchedulerMixin, ConfigMixin):
     """Abstract base of flowaccel's schedulers; subclasses define `_plan` and `_advance`."""
 
-    order: ClassVar[int] = 1
     _compatibles: ClassVar[list[str]] = ["FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler"]
     begins_midway: ClassVar[bool] = False
     """Whether a run may begin at an evaluation that is not the first of its step."""
@@ -83,6 +99,16 @@ class FlowSampler(SchedulerMixin, ConfigMixin):
         self.sigmas = torch.empty(0)
         self._begin_index: int | None = None
         self._step_index: int | None = None
+        self._counts_entries = False
+        self._asked: dict[int, str | None] = {}
+
+    @property
+    def order(self) -> int:
+        """1, the timesteps per loop. A number of steps multiplied by it gives the index into `timesteps` at which the
+        next step begins, however many evaluations each of the steps makes: stock image-to-image pipelines begin at
+        `timesteps[steps_left_out * scheduler.order]`.
+        """
+        return _StepOrder(self)
 
     @abstractmethod
     def _plan(self, steps: int) -> list[Evaluation]:
@@ -125,8 +151,73 @@ class FlowSampler(SchedulerMixin, ConfigMixin):
         return self._step_index
 
     def set_begin_index(self, begin_index: int = 0) -> None:
-        """Start the next run at `timesteps[begin_index]` (image to image)."""
+        """Start the next run at `timesteps[begin_index]` (image to image); at their number there is nothing to run.
+
+        Raises:
+            ValueError: out of range, or no run can begin there.
+        """
+        self._check_begin(begin_index)
         self._begin_index = begin_index
+
+    def count_steps(self, count: int) -> int:
+        """Tell what a pipeline that runs `count` entries of `timesteps` calls steps, if it was them that it counted;
+        from here on this run's steps are counted. `flowaccel.accelerate` calls it for image to image.
+        """
+        if not self._counts_entries or self.num_inference_steps is None:
+            return count
+        self._counts_entries = False
+        return self.num_inference_steps
+
+    def _entries_before(self, count: int) -> int:
+        """The index into `timesteps` at which a run begins that leaves out `count` steps, as the pipeline counts them.
+
+        Pipelines that hand over `sigmas` take the number of timesteps for the number of steps N. They leave out
+        floor(N * (1 - strength)) of them, from which the steps are told where only one number of steps fits.
+        """
+        listed, steps = len(self.evaluations), len(self.grid) - 1 - self.first_step
+        if not listed or count <= 0:
+            return count
+        low = high = count
+        if self._counts_entries:
+            low, high = count * steps // listed, -(-(count + 1) * steps // listed) - 1
+        index = listed if low >= steps else self._start_of(self.first_step + low)
+        if low != high:
+            why: str | None = (
+                f"this {type(self).__name__} makes {listed} evaluations in {steps} steps, and the pipeline takes them "
+                "for its steps, so that the step to begin at cannot be told from the strength; call "
+                "flowaccel.accelerate(pipe, []), which tells it, or use another strength"
+            )
+        else:
+            why = self._why_not_from(self.first_step + low)
+        self._asked.setdefault(index, why)  # the first to ask is who begins; later ones reckon their progress bar
+        return index
+
+    def _start_of(self, step: int) -> int:
+        """The index of the evaluation at the start of step `step`."""
+        return next(i for i, e in enumerate(self.evaluations) if (e.step, e.stage) == (step, 0))
+
+    def _why_not_from(self, step: int) -> str | None:
+        """Why a run cannot begin at step `step`, or None."""
+        return None
+
+    @property
+    def _first_entry(self) -> int:
+        """The index at which the next run begins, as far as it was told before its first step."""
+        if self._begin_index is not None:
+            return self._begin_index
+        return next((index for index in self._asked if index < len(self.evaluations)), 0)
+
+    def _check_begin(self, index: int) -> None:
+        if index == 0 or not self.evaluations:
+            return
+        if not 0 <= index <= len(self.evaluations):
+            raise ValueError(f"begin index must be in 0 .. {len(self.evaluations)}, got {index}")
+        why = self._asked.get(index)
+        if why is not None:
+            raise ValueError(why)
+        if index < len(self.evaluations) and self.evaluations[index].stage and not self.begins_midway:
+            starts = [i for i, other in enumerate(self.evaluations) if other.stage == 0]
+            raise ValueError(f"{type(self).__name__} can only begin where a step starts, at {starts}; got {index}")
 
     def set_timesteps(
         self,
@@ -169,6 +260,8 @@ class FlowSampler(SchedulerMixin, ConfigMixin):
         self.sigmas = torch.cat([levels, torch.zeros(1)])
         self._begin_index = None
         self._step_index = None
+        self._counts_entries = sigmas is not None
+        self._asked = {}
         self._forget()
 
     def _usual(self, count: int | None, sigmas: Sequence[float] | None, mu: float | None) -> list[float]:
@@ -235,14 +328,19 @@ class FlowSampler(SchedulerMixin, ConfigMixin):
     def _begin(self, timestep: float | Tensor) -> int:
         if not self.evaluations:
             raise ValueError("call set_timesteps before step")
-        index = self._begin_index if self._begin_index is not None else self._index_of(timestep)
-        if not 0 <= index < len(self.evaluations):
-            raise ValueError(f"begin index must be in 0 .. {len(self.evaluations) - 1}, got {index}")
-        evaluation = self.evaluations[index]
-        if evaluation.stage and not self.begins_midway:
-            starts = [i for i, other in enumerate(self.evaluations) if other.stage == 0]
-            raise ValueError(f"{type(self).__name__} can only begin where a step starts, at {starts}; got {index}")
-        return index
+        if self._begin_index is None:
+            index = self._index_of(timestep)
+            self._check_begin(index)
+            if index and index not in self._asked and len(self.evaluations) != len(self.grid) - 1 - self.first_step:
+                raise ValueError(
+                    f"{type(self).__name__} lists {len(self.evaluations)} evaluations in `timesteps`, and the run left "
+                    f"out {index} of them without asking where a step begins; slice by timesteps[steps_left_out * "
+                    f"scheduler.order :], or call set_begin_index({index}) if this is what you want"
+                )
+            return index
+        if self._begin_index >= len(self.evaluations):
+            raise ValueError(f"begin index must be in 0 .. {len(self.evaluations) - 1}, got {self._begin_index}")
+        return self._begin_index
 
     def _index_of(self, timestep: float | Tensor) -> int:
         """The evaluation at `timestep`, the start of a step if there are several."""

@@ -4,6 +4,7 @@ steps.
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -161,6 +162,20 @@ class FlowTurboScheduler(FlowSampler):
             stages = (1,) if kind == "P" and step > self.first_step else (0,) if self._is_single(kind) else (0, 1)
             plan += [Evaluation(step=step, stage=stage, sigma=self.grid[step + stage]) for stage in stages]
         return plan
+
+    def _start_of(self, step: int) -> int:
+        # A P step lacks the evaluation at its start; the last one of the step before is made there, and what begins
+        # with it runs the P step as a Heun step.
+        return max(i for i, e in enumerate(self.evaluations) if e.step + e.stage == step)
+
+    def _why_not_from(self, step: int) -> str | None:
+        last, steps = self.last_start(self.blocks.total), self.blocks.total
+        if not last < step < steps:
+            return None
+        return (
+            f"the run would begin at step {step} of {steps}, an R step, which has no velocity to refine; leave out at "
+            f"most {last} steps: use a strength of {math.ceil(1000 * (steps - last) / steps) / 1000:g} or more"
+        )
 
     def _is_single(self, kind: str) -> bool:
         return kind == "R" and self.config.refiner_mode == "single"

@@ -70,16 +70,25 @@ class PolicyScheduler(FlowSampler):
         """As of every `FlowSampler`, with at most `max_steps` steps. Where `decide` is set, which levels are asked for
         does not matter but for their number.
         """
-        most = self.config.max_steps
+        most, self._clipped = self.config.max_steps, False
         if self.decide is not None:
             num_inference_steps = (
                 len(sigmas) if num_inference_steps is None and sigmas is not None else num_inference_steps
             )
             sigmas = None
             if most is not None and num_inference_steps is not None:
+                self._clipped = num_inference_steps > most
                 num_inference_steps = min(num_inference_steps, most)
         super().set_timesteps(num_inference_steps, device=device, sigmas=sigmas, mu=mu, first_step=first_step)
         self._mu = mu
+
+    def _why_not_from(self, step: int) -> str | None:
+        if not self._clipped:
+            return None
+        return (
+            f"a run that begins midway needs a number of steps that max_steps allows, or its steps are not those that "
+            f"were asked for; use num_inference_steps={self.config.max_steps} or less"
+        )
 
     def usual_grid(self, steps: int) -> list[float]:
         """The steps + 1 noise levels, from 1 to 0, that this run would step over without `decide`, were it asked for so
@@ -100,7 +109,7 @@ class PolicyScheduler(FlowSampler):
     def levels(self, images: int) -> tuple[float, ...]:
         """The noise levels at which the network is to be called next for a batch of so many images."""
         if not self._levels:
-            self._levels = (self.evaluations[self._begin_index or 0].sigma,) * images
+            self._levels = (self.evaluations[self._first_entry].sigma,) * images
         return self._levels
 
     @property

@@ -158,8 +158,8 @@ def verified(
         session = session_of(pipe)
         for images in sampling.run(pipe, notify, "verifying"):
             error += float(rel_l2(images, next(untouched)).sum())
-            assert session.run is not None
-            done, of = _computed(session.run)
+            assert session.last_run is not None
+            done, of = _computed(session.last_run)
             computed, decided = computed + done, decided + of
     assert cache.calibration is not None
     calibration = replace(

@@ -126,7 +126,7 @@ def observe(
             batches.append({name: value for recorder in recorders for name, value in _stacked(recorder.kept).items()})
             for recorder in recorders:
                 recorder.kept.clear()
-            run = session.run
+            run = session.last_run
             assert run is not None
             calls = {record.step: record.network for record in run.records}
             times = run.timesteps[run.begin or 0 :][: len(calls)]

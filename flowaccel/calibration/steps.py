@@ -227,7 +227,7 @@ def watch_fine_runs(
         session = session_of(pipe)
         undo.callback(session.on_step(keep))
         for _ in sampling.outputs(pipe, notify, "fine runs", output_type="latent"):
-            run = session.run
+            run = session.last_run
             if run is None or not run.sigmas or len(seen) != len(run.timesteps) or abs(run.sigmas[0] - 1) > 1e-6:
                 raise ValueError(
                     "a grid is searched in runs that begin with pure noise, in each of whose steps the pipeline calls "

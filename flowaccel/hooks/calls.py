@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from flowaccel.hooks.families import Family
@@ -120,9 +121,19 @@ class Run:
     sqrt((1 - a) / a) with a the cumulative alpha."""
     begin: int | None = None
     """Position in `timesteps` of the first network call; None before it."""
+    planned: int | None = None
+    """How many evaluations the pipeline says that it makes; None where it does not, or counts something else."""
     images: int | None = None
     """Images in the batch; None before the first network call."""
+    repeats: bool | None = None
+    """Whether a batch of more than two rows per image holds copies of the images; None where there was none."""
     steps_done: int = 0
+    stepped: bool = False
+    """Whether the pipeline's scheduler was seen to step."""
+    due: bool = False
+    """Whether a network call waits for the step that uses it."""
+    clock: Any = None
+    """The time of the last network call as its network got it, until the scheduler is seen to step."""
     state: dict[Any, Any] = field(default_factory=dict)
     """What accelerators remember during the run, each under keys of its own; cleared when the run ends."""
     records: list[CallRecord] = field(default_factory=list)
@@ -143,7 +154,26 @@ class Run:
     @property
     def num_steps(self) -> int:
         """How many evaluations the run is going to make (guidance does not count twice)."""
-        return len(self.timesteps) - (self.begin or 0)
+        return len(self.timesteps) - (self.begin or 0) if self.planned is None else self.planned
+
+    def position(self, step: int) -> int:
+        """Where in `timesteps` an evaluation stands; the last one for those of a pipeline that makes more."""
+        return min((self.begin or 0) + step, len(self.timesteps) - 1)
+
+    @property
+    def complete(self) -> bool:
+        """Whether the last step was done; it is not seen where the pipeline steps on something else."""
+        return self.steps_done + (not self.stepped and bool(self.records)) >= self.num_steps
+
+    def tick(self, clock: Any) -> None:
+        """Count a step that was not seen, if the network's time changed without one: some pipelines step on copies of
+        their scheduler.
+        """
+        if self.stepped or not isinstance(clock, Tensor):
+            return
+        before, self.clock = self.clock, clock.detach().clone()
+        if before is not None and not torch.equal(before, self.clock):
+            self.steps_done += 1
 
     def stop(self) -> None:
         """All images are done, sooner than planned. Calls that a pipeline still makes belong to the run as well."""
@@ -179,7 +209,8 @@ class Call:
     """Noise level, see `Run.sigmas`."""
     branches: tuple[str, ...]
     """`("cond",)` or `("uncond",)` for one branch, both in their order for a batch that holds both, and `("extra",)`
-    for calls beyond guidance."""
+    for calls beyond guidance. `("cond", "extra", ...)` for a batch that holds others than these two: what its first
+    rows are is not known, and they decide."""
     images: int
     arguments: dict[str, Any]
     """What the network was called with, by name."""

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from flowaccel.compat import foreign_cache
-from flowaccel.errors import PipelineBusyError, RecipeConflictError
+from flowaccel.errors import PipelineBusyError, RecipeConflictError, UnsupportedModelError
 from flowaccel.hooks.blocks import BlockAround, BlockHooks, ModuleAround, during
 from flowaccel.hooks.callers import Caller, caller_of, is_called
 from flowaccel.hooks.calls import COMPUTED, COND, EXTRA, REUSED, UNCOND, Call, CallRecord, Run
@@ -54,6 +54,7 @@ class Session:
         self._scheduler: Any = None
         self._scheduler_wraps: list[Wrapped] = []
         self._latent_rows: int | None = None
+        self._latent_channels: int | None = None
         self._runs = 0
         self._blocks = BlockHooks(lambda: self._networks.values())
         self._lock = threading.RLock()
@@ -61,11 +62,17 @@ class Session:
         self._starter: Caller | None = None  # whose the present run is
         self.run: Run | None = None
         """The present run, or the last one."""
+        self._last: Run | None = None
 
     @property
     def pipe(self) -> Any:
         """The pipeline; None once it was dropped."""
         return self._pipe()
+
+    @property
+    def last_run(self) -> Run | None:
+        """The last run that called a network: pipelines also set timesteps that they do not use."""
+        return self._last if self.run is None or self.run.begin is None else self.run
 
     @property
     def families(self) -> tuple[str, ...]:
@@ -135,6 +142,7 @@ class Session:
             "check_inputs": self._around_check,
             "progress_bar": self._around_progress_bar,
             "prepare_latents": self._around_latents,
+            "get_timesteps": self._around_get_timesteps,
         }
         return [(name, around) for name, around in arounds.items() if callable(getattr(self.pipe, name, None))]
 
@@ -167,6 +175,7 @@ class Session:
     def _start(self, caller: Caller) -> None:
         self._end()
         self.follow()
+        self._last = self.last_run
         self.run, self._starter = Run(index=self._runs), caller
         self._runs += 1
 
@@ -248,7 +257,8 @@ class Session:
         except BaseException:
             run.end(failed=True)
             raise
-        if run.begin is not None:
+        if run.due:  # some pipelines step twice on one output
+            run.due, run.stepped, run.clock = False, True, None
             run.steps_done += 1
             if run.steps_done >= run.num_steps:
                 run.end()
@@ -272,7 +282,7 @@ class Session:
 
         def close(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             # Of the run that opened it alone: an aborted run's bar may be collected during the next one.
-            run.end(failed=run.steps_done < run.num_steps and not run.stopped)
+            run.end(failed=not run.complete and not run.stopped)
             return original(*args, **kwargs)
 
         wrap(bar, "close", close)
@@ -286,7 +296,16 @@ class Session:
         returned = prepare_latents(*args, **kwargs)
         latents = returned[0] if isinstance(returned, tuple) else returned
         self._latent_rows = latents.shape[0] if isinstance(latents, Tensor) else None
+        self._latent_channels = latents.shape[1] if isinstance(latents, Tensor) and latents.dim() > 1 else None
         return returned
+
+    def _around_get_timesteps(self, get_timesteps: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Image to image leaves out steps; some pipelines would count the evaluations of our samplers instead."""
+        count_steps = getattr(self.pipe.scheduler, "count_steps", None)
+        bound = inspect.signature(get_timesteps).bind(*args, **kwargs)
+        if count_steps is not None and "num_inference_steps" in bound.arguments:
+            bound.arguments["num_inference_steps"] = count_steps(bound.arguments["num_inference_steps"])
+        return get_timesteps(*bound.args, **bound.kwargs)
 
     # -- network calls
 
@@ -327,13 +346,17 @@ class Session:
         return output
 
     def _describe(self, run: Run, network: _Network, arguments: dict[str, Any]) -> Call:
+        clock = arguments.get("timestep")
         if run.begin is None:
             run.timesteps, run.sigmas = _levels(self.pipe.scheduler)
-            run.begin = _begin(self.pipe.scheduler, run.timesteps, arguments.get("timestep"), network.family)
+            run.begin, run.planned = _span(self.pipe, run.timesteps, clock, network.family)
+            self._refuse_apart(clock)
+        run.tick(clock)
+        run.due = True
         step = run.steps_done
         if network.name not in run.shapes:
             run.shapes[network.name] = (network.module, shapes_of(arguments), _rows(arguments[network.sample]))
-        position = min(run.begin + step, len(run.timesteps) - 1)
+        position = run.position(step)
         branches, images = self._branches(run, network, arguments, step)
         return Call(
             run=run,
@@ -356,6 +379,18 @@ class Session:
             ),
         )
 
+    def _refuse_apart(self, clock: Any) -> None:
+        """Frames whose times differ from each other are walked in windows: what was computed last is of others."""
+        run = self.run
+        assert run is not None
+        listed = len(run.timesteps)
+        if isinstance(clock, Tensor) and clock.dim() > 1 and run.num_steps > listed and self._call_arounds:
+            raise UnsupportedModelError(
+                f"this {type(self.pipe).__name__} walks its frames through {listed} timesteps one after the other, in "
+                f"{run.num_steps} evaluations, and what is cached of one is not what the next computes; let all frames "
+                "take the same step (ar_step=0), or call flowaccel.restore on the pipeline"
+            )
+
     def _branches(
         self, run: Run, network: _Network, arguments: dict[str, Any], step: int
     ) -> tuple[tuple[str, ...], int]:
@@ -363,12 +398,27 @@ class Session:
         if run.images is None:
             run.images = self._latent_rows or _images(arguments, network, rows)
             self._latent_rows = None
+        copies, rest = divmod(rows, run.images)
         if any(arguments.get(name) is not None for name in network.family.extra):
             return (EXTRA,), rows
-        if rows == 2 * run.images:
+        if copies > 1 and not rest and self._more_than_guidance(run, arguments[network.sample], copies):
+            return (COND, *(EXTRA,) * (copies - 1)), run.images
+        if copies == 2 and not rest:
             return (COND, UNCOND) if network.family.guidance == "cond_uncond" else (UNCOND, COND), run.images
         earlier = sum(record.step == step and EXTRA not in record.branches for record in run.records[-8:])
         return ((COND, UNCOND)[earlier],) if earlier < 2 else (EXTRA,), rows
+
+    def _more_than_guidance(self, run: Run, sample: Any, copies: int) -> bool:
+        """Whether a batch holds others than the two branches of guidance: three for InstructPix2Pix, a perturbed one
+        for PAG. Frames that are called as rows do not repeat each other.
+        """
+        if copies == 2:
+            return getattr(self.pipe, "do_classifier_free_guidance", None) is False
+        if run.repeats is None and isinstance(sample, Tensor) and sample.dim() > 1:
+            # Networks that get an image beside the latents have it in further channels, which differ by branch.
+            shared = sample.unflatten(0, (copies, -1))[:, :, : self._latent_channels]
+            run.repeats = bool((shared == shared[:1]).all())
+        return bool(run.repeats)
 
 
 class _Network:
@@ -489,16 +539,38 @@ def _levels(scheduler: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:
     return timesteps, tuple(value / scale for value in timesteps)
 
 
-def _begin(scheduler: Any, timesteps: tuple[float, ...], timestep: Any, family: Family) -> int:
-    """Where in the scheduler's timesteps the run begins: image to image leaves out the first ones."""
-    if getattr(scheduler, "begin_index", None) is not None:
-        return int(scheduler.begin_index)
-    if timestep is None or family.derived:
-        return 0
+def _span(pipe: Any, timesteps: tuple[float, ...], timestep: Any, family: Family) -> tuple[int, int | None]:
+    """Where in the scheduler's timesteps the run begins, since image to image leaves out the first ones, and how many
+    evaluations the pipeline says that it makes.
+    """
+    planned, listed = getattr(pipe, "_num_timesteps", None), len(timesteps)
+    # Where a step takes several timesteps, the number of steps says nothing.
+    if not isinstance(planned, int) or planned < 1 or planned == _steps(pipe.scheduler) != listed:
+        planned = None
+    begin = getattr(pipe.scheduler, "begin_index", None)
+    if begin is None:
+        starts = _starts(pipe.scheduler, timesteps, timestep, family)
+        rest = listed - (planned or listed)
+        # A timestep may be listed twice; those that are left out at the end (a refiner goes on) come after.
+        begin = rest if rest in starts or not starts else starts[0]
+    return int(begin), planned
+
+
+def _steps(scheduler: Any) -> int | None:
+    return getattr(scheduler, "num_inference_steps", None)
+
+
+def _starts(scheduler: Any, timesteps: tuple[float, ...], timestep: Any, family: Family) -> list[int]:
+    """The positions of the time that a network was called at."""
+    if timestep is None:
+        return []
     scale = scheduler.config.get("num_train_timesteps", 1000)
     value = float(torch.as_tensor(timestep).float().max())  # tokens of a given first frame have timestep 0
+    if family.derived:  # of which it is not known what they are shown; a timestep itself can be told
+        return [index for index, time in enumerate(timesteps) if time == value and value > 1]
     value = {"timestep": value, "sigma": value * scale, "one_minus_sigma": (1 - value) * scale}[family.time]
-    return min(range(len(timesteps)), key=lambda index: abs(timesteps[index] - value))
+    nearest = min(timesteps, key=lambda time: abs(time - value))
+    return [index for index, time in enumerate(timesteps) if time == nearest]
 
 
 class _Attached(NamedTuple):

@@ -321,7 +321,7 @@ def report(pipe: Any) -> Report:
         ValueError: the pipeline is not accelerated, or has not run since.
     """
     session, recipe = session_of(pipe), recipe_of(pipe)
-    run = session.run
+    run = session.last_run
     if run is None:
         raise ValueError(f"this {type(pipe).__name__} has not run since flowaccel.accelerate; call it first")
     return Report(
@@ -356,12 +356,11 @@ def _macs(run: Run) -> dict[str, int | None]:
 
 
 def _steps(run: Run) -> list[StepReport]:
-    begin = run.begin or 0
     return [
         StepReport(
             step=step,
-            timestep=run.timesteps[begin + step],
-            sigma=run.sigmas[begin + step],
+            timestep=run.timesteps[run.position(step)],
+            sigma=run.sigmas[run.position(step)],
             calls=tuple(record for record in run.records if record.step == step),
         )
         for step in sorted({record.step for record in run.records})

@@ -92,8 +92,8 @@ def roll_out(
         detach = attach_policy(pipe, policy, source, levels)
         try:
             images = generate()
-            assert session.run is not None
-            records = [record for record in session.run.records if COND in record.branches]
+            assert session.last_run is not None
+            records = [record for record in session.last_run.records if COND in record.branches]
         finally:
             detach()
     return Rollout(images, _logged(source), executed(records))

@@ -229,17 +229,23 @@ def test_unknown_timestep(name: str) -> None:
 @pytest.mark.parametrize("index", [-1, 100])
 def test_begin_index_out_of_range(name: str, index: int) -> None:
     scheduler = ready(name)
-    scheduler.set_begin_index(index)
-    with pytest.raises(ValueError, match=f"begin index must be in 0 .. {len(scheduler.timesteps) - 1}, got {index}"):
+    with pytest.raises(ValueError, match=f"begin index must be in 0 .. {len(scheduler.timesteps)}, got {index}"):
+        scheduler.set_begin_index(index)
+
+
+@EVERY
+def test_nothing_to_run(name: str) -> None:
+    """Image to image of strength 0 asks for it; what it has no use for is a step."""
+    scheduler = ready(name)
+    scheduler.set_begin_index(len(scheduler.timesteps))
+    with pytest.raises(ValueError, match=f"begin index must be in 0 .. {len(scheduler.timesteps) - 1}"):
         scheduler.step(torch.zeros(1, 1), scheduler.timesteps[0], torch.zeros(1, 1))
 
 
 @pytest.mark.parametrize("name", ["heun", "midpoint", "rk4"])
 def test_runge_kutta_begins_at_a_step(name: str) -> None:
-    scheduler = ready(name)
-    scheduler.set_begin_index(1)
     with pytest.raises(ValueError, match=r"FlowRungeKuttaScheduler can only begin where a step starts, at \[0, \d"):
-        scheduler.step(torch.zeros(1, 1), scheduler.timesteps[1], torch.zeros(1, 1))
+        ready(name).set_begin_index(1)
 
 
 @STARTING
@@ -260,7 +266,8 @@ def test_begin_index_at_a_step_start(name: str) -> None:
 def test_timestep_alone_finds_the_beginning(name: str) -> None:
     """As in image to image: without a begin index the timestep says where the run starts."""
     scheduler = ready(name)
-    begin = start_of_step(scheduler, 2)
+    begin = 2 * scheduler.order
+    assert begin == start_of_step(scheduler, 2)
     start = torch.randn(3, 2, dtype=torch.float64)
     found = walk(scheduler, linear, start, begin=begin)
     scheduler.set_timesteps(STEPS)
@@ -272,7 +279,7 @@ def test_timestep_alone_finds_the_beginning(name: str) -> None:
 @EVERY
 def test_set_timesteps_forgets_the_begin_index(name: str) -> None:
     scheduler = ready(name)
-    scheduler.set_begin_index(2)
+    scheduler.set_begin_index(len(scheduler.timesteps))
     scheduler.set_timesteps(STEPS)
     assert scheduler.begin_index is None
 

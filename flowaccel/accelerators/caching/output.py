@@ -9,9 +9,20 @@ import torch
 from torch import Tensor
 
 from flowaccel.accelerators.caching.history import Value
-from flowaccel.accelerators.caching.runtime import Cache, Moment, Proceed, Rules, not_run, packer, tensor_of
+from flowaccel.accelerators.caching.runtime import (
+    Cache,
+    Moment,
+    Proceed,
+    Rules,
+    not_run,
+    packer,
+    require_rows,
+    tensors_of,
+)
 from flowaccel.accelerators.caching.scopes import Output
 from flowaccel.hooks import Call
+
+WHAT = "a cache of outputs"
 
 
 class OutputCache(Cache):
@@ -20,7 +31,7 @@ class OutputCache(Cache):
     def __init__(self, rules: Rules, scope: Output) -> None:
         super().__init__(rules)
         self._residual = scope.residual
-        self._packed: Callable[[Tensor], Any] = lambda tensor: (tensor,)
+        self._packed: Callable[[tuple[Tensor, ...]], Any] = tuple
 
     def run(self, proceed: Proceed, moment: Moment) -> Any:
         """Call the network for the rows that are computed."""
@@ -30,38 +41,41 @@ class OutputCache(Cache):
         not_run(call.record, "", call.rows - len(rows))
         if len(rows) == call.rows:
             output = proceed()
+            found = require_rows(call, output, WHAT)
             self._packed = packer(output)
-            self._store(moment, tensor_of(output), None)
+            self._store(moment, found, None)
             return output
-        forecast = self._shifted(moment, _only(history.predict(moment.place)), 1)
+        forecast = self._shifted(moment, _all(history.predict(moment.place)), 1)
         if len(rows):
             found = self._computed(proceed, call, rows)
             self._store(moment, found, rows)
-            forecast = forecast.index_copy(0, rows.to(found.device), found)
+            forecast = tuple(
+                expected.index_copy(0, rows.to(new.device), new) for expected, new in zip(forecast, found, strict=True)
+            )
         return self._packed(forecast)
 
-    def _computed(self, proceed: Proceed, call: Call, rows: Tensor) -> Tensor:
+    def _computed(self, proceed: Proceed, call: Call, rows: Tensor) -> tuple[Tensor, ...]:
         if not call.gathers:
-            found = tensor_of(proceed())
-            return found[rows.to(found.device)]
+            return tuple(found[rows.to(found.device)] for found in require_rows(call, proceed(), WHAT))
         with call.only(rows):
-            return tensor_of(proceed(call.take(rows)))
+            return tensors_of(proceed(call.take(rows)))
 
-    def _store(self, moment: Moment, output: Tensor, rows: Tensor | None) -> None:
-        feature = self._shifted(moment, output, -1, rows)
-        moment.history().store((feature,), moment.place, rows)
+    def _store(self, moment: Moment, outputs: tuple[Tensor, ...], rows: Tensor | None) -> None:
+        moment.history().store(self._shifted(moment, outputs, -1, rows), moment.place, rows)
         if moment.rules.gate.feedback == "feature":
-            moment.give_back(_only(moment.history().newest))
+            moment.give_back(_all(moment.history().newest)[0])
 
-    def _shifted(self, moment: Moment, output: Tensor, sign: int, rows: Tensor | None = None) -> Tensor:
-        """The output with the input added or taken away, where residuals are cached."""
-        sample = moment.call.sample
+    def _shifted(
+        self, moment: Moment, outputs: tuple[Tensor, ...], sign: int, rows: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
+        """The outputs with the input added or taken away from the first, where residuals are cached."""
+        sample, output = moment.call.sample, outputs[0]
         if not self._residual or not isinstance(sample, Tensor) or sample.shape[1:] != output.shape[1:]:
-            return output
+            return outputs
         sample = sample if rows is None else sample[rows.to(sample.device)]
-        return torch.add(output, sample, alpha=sign)
+        return (torch.add(output, sample, alpha=sign), *outputs[1:])
 
 
-def _only(value: Value) -> Tensor:
-    assert value[0] is not None
-    return value[0]
+def _all(value: Value) -> tuple[Tensor, ...]:
+    """Every output; none is ever missing here."""
+    return tuple(tensor for tensor in value if tensor is not None)

@@ -69,14 +69,14 @@ class Cache(ABC):
         return session.on_call(self._around_call)
 
     def _around_call(self, proceed: Proceed, call: Call) -> Any:
-        if EXTRA in call.branches or not (self.active is None or self.active(call)):
+        if call.branches[0] == EXTRA or not (self.active is None or self.active(call)):
             return proceed()
         require_tensor(call, "a cache")
         moment = Moment(self.rules, call.run.state.setdefault(self, Memory()), call)
         if moment.decision is None and self.rules.gate.signal in ("none", "input"):
             moment.decide(None if self.rules.gate.signal == "none" else moment.of_units(call.sample))
         output = self.run(proceed, moment)
-        moment.finish(tensor_of(output))
+        moment.finish(tensors_of(output))
         return output
 
     @abstractmethod
@@ -168,15 +168,16 @@ class Moment:
         if self.decides:
             self._feedback = self.of_units(feedback)
 
-    def finish(self, output: Tensor) -> None:
-        """Close the call: the gate learns what was done, the report too."""
+    def finish(self, outputs: tuple[Tensor, ...]) -> None:
+        """Close the call: the gate learns what was done, the report too. Gates see the first output."""
         assert self.decision is not None
         decider, decision = self._decider, self.decision
         if len(self.computing):
-            finite = torch.isfinite(output.flatten(1).sum(dim=1, dtype=torch.float32))
-            self._note_finite(decider, finite)
+            for output in outputs:
+                if len(output) == self.call.rows:
+                    self._note_finite(decider, torch.isfinite(output.flatten(1).sum(dim=1, dtype=torch.float32)))
             if self.rules.gate.feedback == "output":
-                self.give_back(output)
+                self.give_back(outputs[0])
         if self.decides:
             feedback = self._feedback if any(decision.compute) else None
             decider.update(self._signal, feedback, decision, self.step)
@@ -256,17 +257,48 @@ def require_tensor(call: Call, what: str) -> None:
         )
 
 
-def tensor_of(output: Any) -> Tensor:
-    """What a network returned, as a tensor (rows, ...)."""
-    return output[0] if isinstance(output, tuple) else output.sample
+def tensors_of(output: Any) -> tuple[Tensor, ...]:
+    """The tensors that a network returned."""
+    return tuple(value for value in _values(output) if isinstance(value, Tensor))
 
 
-def packer(output: Any) -> Callable[[Tensor], Any]:
-    """What makes of a tensor (rows, ...) a return value like this one."""
-    if isinstance(output, tuple):
-        return lambda tensor: (tensor,)
-    kind = type(output)
-    return lambda tensor: kind(sample=tensor)
+def require_rows(call: Call, output: Any, what: str) -> tuple[Tensor, ...]:
+    """The tensors (rows, ...) that a network returned; `what` needs them to be all that it returned.
+
+    Raises:
+        UnsupportedModelError: it returned something else besides, which would be lost.
+    """
+    values = [value for value in _values(output) if value is not None]
+    if not values or not all(isinstance(value, Tensor) and value.shape[:1] == (call.rows,) for value in values):
+        kinds = ", ".join(f"{type(value).__name__}{list(getattr(value, 'shape', []))}" for value in values)
+        raise UnsupportedModelError(
+            f"{type(call.module).__name__} returned {kinds or 'nothing'} for {call.rows} rows, and {what} stands in "
+            "for tensors with these rows alone; leave it off for this pipeline"
+        )
+    return tuple(values)
+
+
+def packer(output: Any) -> Callable[[tuple[Tensor, ...]], Any]:
+    """What makes of tensors (rows, ...), as many as are in this return value, a value like it."""
+    present = [isinstance(value, Tensor) for value in _values(output)]
+    names = list(output) if isinstance(output, dict) else []
+    kind: Any = type(output)
+    plain = isinstance(output, Tensor)
+
+    def pack(tensors: tuple[Tensor, ...]) -> Any:
+        left = iter(tensors)
+        values = [next(left) if there else None for there in present]
+        if plain:
+            return values[0]
+        return kind(**dict(zip(names, values, strict=True))) if names else kind(values)
+
+    return pack
+
+
+def _values(output: Any) -> list[Any]:
+    if isinstance(output, Tensor):
+        return [output]
+    return list(output.values() if isinstance(output, dict) else output)
 
 
 def not_run(record: CallRecord, path: str, rows: int) -> None:

@@ -12,7 +12,7 @@ from torch.nn.functional import cosine_similarity
 
 from flowaccel.accelerators.caching.decisions import NEAR
 from flowaccel.accelerators.caching.history import History, PartialHistory
-from flowaccel.accelerators.caching.runtime import Proceed, not_run, packer, require_tensor, tensor_of
+from flowaccel.accelerators.caching.runtime import Proceed, not_run, packer, require_rows, require_tensor
 from flowaccel.accelerators.calibration import warn_once
 from flowaccel.accelerators.guidance.when import AdaptiveGuidance, When
 from flowaccel.accelerators.sampler import FLOW_PREDICTION
@@ -147,8 +147,8 @@ class Guiding:
         unguided = [image for image, on in enumerate(guided) if not on]
         left_out = [first + image for image in unguided]
         output = split.output if split and len(left_out) == call.rows else self._run(proceed, call, left_out)
-        found = tensor_of(output)
-        cond = tensor_of(split.output) if split else found[call.rows_of(COND)]
+        found = _only(call, output)
+        cond = _only(call, split.output) if split else found[call.rows_of(COND)]
         records = [split.record, call.record] if split else [call.record]
         refined = any(record.what == REFINED for record in records)
         self._learn(call, memory, _computed(records, guided), cond, found[call.rows_of(UNCOND)])
@@ -157,7 +157,7 @@ class Guiding:
         _account(call, left_out, refined)
         images = torch.tensor(unguided, device=found.device)
         stand_in = self._stand_in(memory, call, cond, refined)[images]
-        return packer(output)(found.index_copy(0, first + images, stand_in))
+        return packer(output)((found.index_copy(0, first + images, stand_in),))
 
     def _run(self, proceed: Proceed, call: Call, left_out: Sequence[int]) -> Any:
         """The network's output for all rows; those that are `left_out` hold nothing of use."""
@@ -174,8 +174,9 @@ class Guiding:
             return proceed()
         kept = torch.tensor(sorted(set(range(call.rows)) - set(left_out)))
         output = proceed(call.narrowed(kept))
-        part = tensor_of(output)
-        return packer(output)(part.new_zeros(call.rows, *part.shape[1:]).index_copy(0, kept.to(part.device), part))
+        part = _only(call.narrowed(kept), output)
+        full = part.new_zeros(call.rows, *part.shape[1:]).index_copy(0, kept.to(part.device), part)
+        return packer(output)((full,))
 
     def _stand_in(self, memory: Memory, call: Call, cond: Tensor, refined: bool) -> Tensor:
         """(images, ...) for the unconditional output: the conditional one, less the forecast difference.
@@ -186,6 +187,17 @@ class Guiding:
             return cond
         (difference,) = memory.differences.predict(call.timestep)
         return cond if difference is None else cond - difference
+
+
+def _only(call: Call, output: Any) -> Tensor:
+    """The one tensor (rows, ...) that a network returned."""
+    tensors = require_rows(call, output, "guidance skip")
+    if len(tensors) > 1:
+        raise UnsupportedModelError(
+            f"{type(call.module).__name__} returns {len(tensors)} outputs, and guidance skip stands in for one alone; "
+            "leave it off for this pipeline"
+        )
+    return tensors[0]
 
 
 def _computed(records: Sequence[CallRecord], guided: Sequence[bool]) -> list[int]:
