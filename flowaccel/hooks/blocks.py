@@ -13,8 +13,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from flowaccel.errors import FlowaccelError, RecipeConflictError, UnsupportedModelError
-from flowaccel.hooks.calls import Call, take_rows
+from flowaccel.hooks.calls import Call, in_rows, take_rows
 from flowaccel.hooks.families import FAMILIES, BlockList, Family, TimeSignal, unsupported, unwrapped
+from flowaccel.hooks.walk import Walk
 from flowaccel.hooks.wrap import Wrapped, entry_point, wrap
 
 BlockAround = Callable[[Callable[..., Any], Call, "Block"], Any]
@@ -82,8 +83,10 @@ class Block:
 
     @property
     def encoder(self) -> Tensor | None:
-        """(rows, text tokens, width) the text tokens that go in, where the block takes them."""
-        return None if self.blocks.encoder is None else self.arguments.get(self.blocks.encoder)
+        """(rows, text tokens, width) the text tokens that go in, where the block takes them; one row that all share is
+        repeated."""
+        found = None if self.blocks.encoder is None else self.arguments.get(self.blocks.encoder)
+        return None if found is None else in_rows(found, len(self.hidden))
 
     @property
     def condition(self) -> Tensor:
@@ -98,14 +101,15 @@ class Block:
                 f"{type(self.module).__name__} takes no embedding (rows, D) as `temb`, so what modulates it is not "
                 "known; SD3, FLUX and SiT have one"
             )
-        return found
+        return in_rows(found, len(self.hidden))
 
     def unpack(self, output: Any) -> tuple[Tensor, Tensor | None]:
         """The block's return value as (image tokens, text tokens or None)."""
         if len(self.blocks.returns) == 1:
             return output, None
         found = dict(zip(self.blocks.returns, output, strict=True))
-        return found["hidden"], found["encoder"]
+        hidden, encoder = found["hidden"], found["encoder"]
+        return hidden, None if encoder is None else in_rows(encoder, len(hidden))
 
     def pack(self, hidden: Tensor, encoder: Tensor | None) -> Any:
         """The inverse of `unpack`: what the block would return."""
@@ -122,6 +126,8 @@ class BlockHooks:
         self._arounds: list[BlockAround] = []
         self._wrapped: dict[nn.Module, _WrappedBlock] = {}
         self._inner = ModuleHooks(networks)
+        self._unchecked: set[nn.Module] = set()  # networks whose derived rows no call has shown to be true
+        self._walk: Walk | None = None
 
     def add(self, around: BlockAround) -> Callable[[], None]:
         """Surround every block; returns what undoes it.
@@ -155,16 +161,36 @@ class BlockHooks:
     def refresh(self) -> None:
         """Wrap the blocks of the present networks, where anybody surrounds blocks; unwrap all others."""
         self._inner.refresh()
-        wanted: dict[nn.Module, Block] = {}
+        wanted: dict[nn.Module, tuple[Block, Any]] = {}
         for network in self._networks() if self._arounds else ():
             _refuse_whole_graph(network.module)
-            wanted |= {block.module: block for block in _blocks_of(network.module, network.family)}
+            wanted |= {block.module: (block, network) for block in _blocks_of(network.module, network.family)}
         for module in list(self._wrapped):
             if module not in wanted or not self._wrapped[module].in_place:
                 self._wrapped.pop(module).wrapped.remove()
-        for module, block in wanted.items():
+        for module, (block, network) in wanted.items():
             if module not in self._wrapped:
                 self._wrapped[module] = _WrappedBlock(block, self._around)
+                if network.family.derived:
+                    self._unchecked.add(network.module)
+
+    @contextmanager
+    def during(self, call: Call) -> Iterator[None]:
+        """The blocks that run inside belong to `call`.
+
+        Raises:
+            UnsupportedModelError: the row was derived, and this first call shows that it does not hold.
+        """
+        outer = self._walk
+        self._walk = walk = Walk(call, _lists_of(call)) if call.module in self._unchecked else None
+        try:
+            with during(call):
+                yield
+            if walk is not None:
+                walk.finish()
+                self._unchecked.discard(call.module)
+        finally:
+            self._walk = outer
 
     def _around(self, wrapped: _WrappedBlock, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         call = _PRESENT.get()
@@ -176,11 +202,12 @@ class BlockHooks:
             return forward(*args, **kwargs) if arguments is None else forward(**arguments)
 
         proceed = compute
-        if call.family.derived and not wrapped.learned:
+        if self._walk is not None:
             proceed = _once(compute)
-            returns = _output_order(call, block, proceed())
-            wrapped.block = replace(wrapped.block, blocks=replace(block.blocks, returns=returns))
-            wrapped.learned = True
+            learned = self._walk.pass_by(block.path, block.arguments, proceed())
+            if learned is None:
+                return proceed()
+            wrapped.block = replace(wrapped.block, blocks=learned)
             block = wrapped.called(args, kwargs)
         for around in self._arounds:
             proceed = _surrounded(around, proceed, call, block)
@@ -189,7 +216,7 @@ class BlockHooks:
 
 class _WrappedBlock:
     def __init__(self, block: Block, around: Callable[..., Any]) -> None:
-        self.block, self.learned = block, False
+        self.block = block
         self.signature = inspect.signature(block.module.forward)
         self._entry = entry_point(block.module)
 
@@ -405,6 +432,10 @@ def _blocks_of(network: nn.Module, family: Family) -> list[Block]:
     ]
 
 
+def _lists_of(call: Call) -> list[tuple[BlockList, int]]:
+    return [(blocks, len(getattr(unwrapped(call.module), blocks.path))) for blocks in call.family.blocks]
+
+
 def _surrounded(around: BlockAround, proceed: Callable[..., Any], call: Call, block: Block) -> Callable[..., Any]:
     return lambda arguments=None: around(proceed if arguments is None else lambda: proceed(arguments), call, block)
 
@@ -421,32 +452,3 @@ def _once(compute: Callable[..., Any]) -> Callable[..., Any]:
         return kept[0]
 
     return proceed
-
-
-def _output_order(call: Call, block: Block, output: Any) -> tuple[str, ...]:
-    """Which of a block's outputs are the image tokens and which the text tokens, from their shapes."""
-    if isinstance(output, Tensor):
-        return ("hidden",)
-    hidden, encoder = block.hidden, block.encoder
-    if isinstance(output, tuple) and len(output) == 2 and encoder is not None:
-        shapes = [None if tensor is None else tensor.shape for tensor in output]
-        orders = [
-            order
-            for order, places in ((("hidden", "encoder"), (0, 1)), (("encoder", "hidden"), (1, 0)))
-            if shapes[places[0]] == hidden.shape and shapes[places[1]] in (encoder.shape, None)
-        ]
-        if len(orders) == 1:
-            return orders[0]
-        if block.blocks.returns in orders:
-            return block.blocks.returns
-    raise unsupported(
-        call.module,
-        call.family,
-        f"its blocks {block.blocks.path!r} map {tuple(hidden.shape)} to {_shapes(output)}, which does not tell "
-        "image from text tokens",
-    )
-
-
-def _shapes(output: Any) -> str:
-    parts = output if isinstance(output, (tuple, list)) else [output]
-    return ", ".join(str(tuple(part.shape)) if isinstance(part, Tensor) else type(part).__name__ for part in parts)

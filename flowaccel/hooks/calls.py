@@ -286,6 +286,11 @@ class Call:
         return take_rows(value, rows, self.rows)
 
 
+def in_rows(tensor: Tensor, rows: int) -> Tensor:
+    """A tensor with a row for each of `rows`, where it has one that all share; else as it is."""
+    return tensor.expand(rows, *tensor.shape[1:]) if tensor.shape[0] == 1 else tensor
+
+
 def take_rows(value: Any, rows: Tensor, full: int) -> Any:
     """The tensors in `value` that have `full` rows, for the rows of those indices only; all else as it is."""
     if isinstance(value, Tensor):

@@ -246,13 +246,14 @@ def unsupported(network: nn.Module, family: Family, reason: str) -> UnsupportedM
     lists = family.blocks or (BlockList(path="transformer_blocks", returns=("hidden",)),)
     rows = ", ".join(
         f"BlockList(path={blocks.path!r}, returns={blocks.returns or ('encoder', 'hidden')!r}, "
-        f"hidden={blocks.hidden!r}, encoder={blocks.encoder!r}, shared={blocks.shared!r})"
+        f"hidden={blocks.hidden!r}, encoder={blocks.encoder!r}, shared={blocks.shared!r}, joined={blocks.joined!r})"
         for blocks in lists
     )
     known = ", ".join(sorted(FAMILIES))
     return UnsupportedModelError(
         f"{type(unwrapped(network)).__name__} is not among the known families ({known}) and its row could not be "
-        f"derived: {reason}. Correct and register this one before accelerating:\n"
+        f"derived: {reason}. What reuses the network's output (scope 'output', such as 'ab_cache') needs no "
+        "row; to reuse blocks, correct and register this one before accelerating:\n"
         f"from flowaccel.hooks import BlockList, Family, register_family\n"
         f"register_family(Family(name='mine', networks=({type(unwrapped(network)).__name__!r},), blocks=({rows},), "
         f"guidance={family.guidance!r}, time={family.time!r}, shared={family.shared!r}))"

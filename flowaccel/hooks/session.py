@@ -332,7 +332,7 @@ class Session:
 
         def compute(present: Call, arguments: dict[str, Any] | None) -> Any:
             record.what = COMPUTED
-            with during(present):
+            with self._blocks.during(present):
                 if arguments is None and present is call:
                     return forward(*args, **kwargs)
                 return forward(**(present.arguments if arguments is None else arguments))
@@ -489,7 +489,9 @@ def _busy(pipe: Any, here: bool) -> str:
 def require_idle(pipe: Any, what: str) -> None:
     """Raise a PipelineBusyError in a callback of the pipeline, or while another thread is in a call of it."""
     if is_called(pipe):
-        raise PipelineBusyError(f"cannot {what} a {type(pipe).__name__} while it runs; do so when its call has returned")
+        raise PipelineBusyError(
+            f"cannot {what} a {type(pipe).__name__} while it runs; do so when its call has returned"
+        )
 
 
 _Inner = Callable[[Call, dict[str, Any] | None], Any]
