@@ -9,7 +9,7 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, nn
 
-from flowaccel.accelerators.caching.runtime import Cache, Moment, Proceed, Rules, not_run, tensor_of
+from flowaccel.accelerators.caching.runtime import Cache, Moment, Proceed, Rules, not_run, tensors_of
 from flowaccel.accelerators.caching.scopes import Range, Stack, middle
 from flowaccel.errors import UnsupportedModelError
 from flowaccel.gates.base import TIME_SIGNALS
@@ -62,20 +62,19 @@ class StackCache(Cache):
                 with time_signal(moment.call, signal) as self._pass.time_signal:
                     output = proceed()
             if not proved and self._pass.left is not None:
-                self._prove(proceed, self._pass, tensor_of(output))
+                self._prove(proceed, self._pass, tensors_of(output))
         finally:
             self._pass = outer
         return output
 
-    def _prove(self, proceed: Proceed, passed: _Pass, expected: Tensor) -> None:
+    def _prove(self, proceed: Proceed, passed: _Pass, expected: tuple[Tensor, ...]) -> None:
         """Call a network whose row was derived once more, leaving the blocks out: what they made in this very call is
         handed on in their place, and so the output must be the same.
         """
         call = passed.moment.call
         passed.replays = True
-        found = tensor_of(proceed())
-        furthest = float((found - expected).nan_to_num().abs().max())
-        if furthest > 10 * torch.finfo(expected.dtype).eps * float(expected.nan_to_num().abs().max()):
+        found = tensors_of(proceed())
+        if not all(_alike(ours, theirs) for ours, theirs in zip(found, expected, strict=True)):
             raise unsupported(
                 call.module,
                 call.family,
@@ -227,6 +226,11 @@ class _Pass:
         if block.blocks.joined and text is not None:
             return torch.cat([text, image], dim=1)
         return block.pack(image, text)
+
+
+def _alike(found: Tensor, expected: Tensor) -> bool:
+    bound = 10 * torch.finfo(expected.dtype).eps * float(expected.nan_to_num().abs().max())
+    return float((found - expected).nan_to_num().abs().max()) <= bound
 
 
 def _difference(new: Tokens, old: Tokens) -> Tokens:
