@@ -25,6 +25,7 @@ from flowaccel import (
     accelerated,
     is_accelerated,
     restore,
+    zoo,
 )
 from flowaccel.pipelines import AcceleratedPipeline, load_pipeline
 from flowaccel.recipe import FILE_NAME
@@ -262,3 +263,14 @@ def test_saved_pipeline_can_be_accelerated_by_its_own_folder(sit: Path) -> None:
     pipe = SiTPipeline.from_pretrained(sit)
     pipe.set_progress_bar_config(disable=True)
     assert torch.equal(sit_image(accelerate(pipe, sit)), expected(sit))
+
+
+@pytest.mark.parametrize("name", [None, *(entry.name for entry in zoo.ENTRIES.values() if entry.kind == "recipe")])
+def test_recipes_of_the_zoo_in_bfloat16(name: str | None) -> None:
+    recipe = None if name is None else zoo.recipe_folder(name)
+    pipe: Any = AcceleratedPipeline.from_pretrained(zoo.folder("sit-digits"), recipe, torch_dtype=torch.bfloat16)
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe.transformer.dtype == torch.bfloat16
+    generator = torch.Generator().manual_seed(1)
+    latents = pipe([3], num_inference_steps=2, generator=generator, output_type="latent").images
+    assert torch.isfinite(latents).all()
