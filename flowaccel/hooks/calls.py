@@ -172,7 +172,7 @@ class Run:
         if self.stepped or not isinstance(clock, Tensor):
             return
         before, self.clock = self.clock, clock.detach().clone()
-        if before is not None and not torch.equal(before, self.clock):
+        if before is not None and before.shape == self.clock.shape and not torch.equal(before, self.clock):
             self.steps_done += 1
 
     def stop(self) -> None:

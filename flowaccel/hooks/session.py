@@ -384,7 +384,7 @@ class Session:
         run = self.run
         assert run is not None
         listed = len(run.timesteps)
-        if isinstance(clock, Tensor) and clock.dim() > 1 and run.num_steps > listed and self._call_arounds:
+        if _by_token(clock) and run.num_steps > listed and self._call_arounds:
             raise UnsupportedModelError(
                 f"this {type(self.pipe).__name__} walks its frames through {listed} timesteps one after the other, in "
                 f"{run.num_steps} evaluations, and what is cached of one is not what the next computes; let all frames "
@@ -546,8 +546,13 @@ def _span(pipe: Any, timesteps: tuple[float, ...], timestep: Any, family: Family
     evaluations the pipeline says that it makes.
     """
     planned, listed = getattr(pipe, "_num_timesteps", None), len(timesteps)
-    # Where a step takes several timesteps, the number of steps says nothing.
-    if not isinstance(planned, int) or planned < 1 or planned == _steps(pipe.scheduler) != listed:
+    steps = getattr(pipe.scheduler, "num_inference_steps", None)
+    if (
+        not isinstance(planned, int)
+        or planned < 1
+        or planned == steps != listed  # a step takes several timesteps
+        or (planned > listed and not _by_token(timestep))  # of several walks
+    ):
         planned = None
     begin = getattr(pipe.scheduler, "begin_index", None)
     if begin is None:
@@ -558,8 +563,9 @@ def _span(pipe: Any, timesteps: tuple[float, ...], timestep: Any, family: Family
     return int(begin), planned
 
 
-def _steps(scheduler: Any) -> int | None:
-    return getattr(scheduler, "num_inference_steps", None)
+def _by_token(timestep: Any) -> bool:
+    """Whether frames or tokens have times of their own."""
+    return isinstance(timestep, Tensor) and timestep.dim() > 1
 
 
 def _starts(scheduler: Any, timesteps: tuple[float, ...], timestep: Any, family: Family) -> list[int]:

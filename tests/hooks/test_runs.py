@@ -62,7 +62,7 @@ class Walk(DiffusionPipeline):
         self.scheduler.set_timesteps(count)
         for _ in range(segments):
             timesteps = self.scheduler.timesteps[: count - cut]
-            self._num_timesteps = len(timesteps)
+            self._num_timesteps = len(timesteps) * segments
             x = torch.ones(1, 1, 8, 8)
             with self.progress_bar(total=len(timesteps)):
                 for t in timesteps:
