@@ -187,8 +187,8 @@ def main() -> None:
                 result = None
             else:
                 result = getattr(side, command)(say, **request)
-        except (FlowaccelError, ValueError, TypeError, OSError) as error:
-            kind = type(error).__name__ if isinstance(error, FlowaccelError) else "ValueError"
+        except (FlowaccelError, ValueError, TypeError, OSError, FloatingPointError) as error:
+            kind = type(error).__name__ if isinstance(error, (FlowaccelError, FloatingPointError)) else "ValueError"
             say(error=["OSError" if isinstance(error, OSError) else kind, str(error)])
             return
         say(result=result)

@@ -109,7 +109,10 @@ class Prompts(Conditions):
 
     @classmethod
     def from_file(cls, path: str | Path) -> Prompts:
-        """One prompt per line of a UTF-8 text file; empty lines do not count.
+        """One prompt per line of a UTF-8 text file; empty lines do not count, all others do, also if they are equal.
+
+        Lines end with a line feed, a carriage return or both; the other characters at which `str.splitlines` would cut,
+        such as U+2028, belong to the prompt.
 
         Raises:
             FileNotFoundError: no such file.
@@ -120,10 +123,10 @@ class Prompts(Conditions):
                 f"there is no file of prompts {path}; give a UTF-8 text file with one prompt a line"
             )
         try:
-            lines = Path(path).read_text(encoding="utf-8-sig").splitlines()  # a byte order mark is no text
+            text = Path(path).read_text(encoding="utf-8-sig")  # a byte order mark is no text; newlines become \n
         except UnicodeDecodeError as error:
             raise ValueError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start})") from error
-        return cls(tuple(line.strip() for line in lines if line.strip()), source=Path(path).name)
+        return cls(tuple(line.strip() for line in text.split("\n") if line.strip()), source=Path(path).name)
 
     @classmethod
     def from_zoo(cls, name: str) -> Prompts:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import itertools
+import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,7 +30,8 @@ from .statistics import is_statistics, load_statistics
 _BATCH = 500
 _BATCH_RESIZED = 32  # networks with a fixed input size are large
 _PRETRAINED = ("inception", "clip", "dinov2")
-_IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
+_IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+_IMAGE_KINDS = "PNG, JPEG, WebP or BMP"
 _EIGHT_BIT = {"1", "P", "PA", "LA", "RGBA", "CMYK", "YCbCr"}
 
 
@@ -176,7 +179,7 @@ def load_reference(name: str, network: FeatureNetwork, image_size: tuple[int, ..
     """Reference features or statistics by name.
 
     * `zoo:SET`: one of `flowaccel.data.REFERENCE_SETS`;
-    * a folder of 8-bit PNG, JPEG or WebP images;
+    * a folder of 8-bit PNG, JPEG, WebP or BMP images, in it or in its sub-folders; a warning counts what else there is;
     * `FILE.safetensors` that `save_statistics` wrote;
     * `FILE.npz` with `mu` and `sigma` (pytorch-fid, clean-fid, ADM, EDM): Fréchet distances only, and nothing tells
       which network they are of.
@@ -236,12 +239,22 @@ def _check_size(
 
 
 def _image_files(folder: str) -> list[Path]:
-    files = sorted(path for path in Path(folder).glob("*") if path.suffix.lower() in _IMAGE_SUFFIXES)
+    """The images in a folder and its sub-folders; `UserWarning` where there are sub-folders or other files."""
+    found = sorted(path for path in Path(folder).rglob("*") if path.is_file())
+    files = [path for path in found if path.suffix.lower() in _IMAGE_SUFFIXES]
     if not files:
         raise ValueError(
             "reference must be zoo:SET, a folder with images, or a statistics file FILE.safetensors or FILE.npz; "
             f"{folder!r} has no images"
         )
+    below = sum(path.parent != Path(folder) for path in files)
+    others = Counter(path.suffix or path.name for path in found if path.suffix.lower() not in _IMAGE_SUFFIXES)
+    remarks = [f"{below} of them in sub-folders"] if below else []
+    if others:
+        kinds = ", ".join(f"{kind} ({count})" for kind, count in others.most_common(5))
+        remarks.append(f"{others.total()} other files left out, which are no {_IMAGE_KINDS}: {kinds}")
+    if remarks:
+        warnings.warn(f"reference {folder}: {len(files)} images, {', '.join(remarks)}", UserWarning, stacklevel=2)
     return files
 
 
@@ -270,7 +283,11 @@ def _read(path: Path) -> Tensor:
     try:
         with _opened(path) as image:
             array = np.array(image if image.mode in ("L", "RGB") else image.convert("RGB"))
-    except (OSError, SyntaxError) as error:  # SyntaxError is what PIL raises on a broken chunk
+    except (
+        OSError,
+        SyntaxError,
+        Image.DecompressionBombError,
+    ) as error:  # SyntaxError is what PIL raises on a broken chunk
         raise ValueError(f"reference image {path} is damaged ({error})") from error
     return torch.from_numpy(array if array.ndim == 3 else array[:, :, None]).permute(2, 0, 1)
 
@@ -278,11 +295,14 @@ def _read(path: Path) -> Tensor:
 def _opened(path: Path) -> Image.Image:
     try:
         image = Image.open(path)
-    except (OSError, SyntaxError) as error:
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"reference image {path} is damaged ({error})") from error
     if image.mode not in {"L", "RGB"} | _EIGHT_BIT:
         image.close()
         raise ValueError(f"reference image {path} has mode {image.mode!r}; allowed are images of 8 bits per channel")
+    if getattr(image, "is_animated", False):
+        image.close()
+        raise ValueError(f"reference image {path} is animated; allowed are still images, so save the frames that count")
     return image
 
 

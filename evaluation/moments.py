@@ -19,6 +19,9 @@ from torch import Tensor
 _SMALLEST_SUBSET = 5000  # below this, the 1/n law of the distance's bias has visible higher orders (arXiv 1911.07023)
 
 
+_ROUNDING = 1e-4  # of the largest entry; statistics kept in float32 stay far below it
+
+
 def check_features(features: Tensor, name: str = "features") -> Tensor:
     """`features` as float64 `(N, d)`; `ValueError` unless it is two-dimensional, not empty and finite."""
     if features.ndim != 2 or 0 in features.shape:
@@ -103,8 +106,22 @@ class Moments:
 
     @cached_property
     def factor(self) -> Tensor:
-        """`F` `(d, d)` with `F F^T` = covariance; kept, since one reference meets many rows."""
-        values, vectors = torch.linalg.eigh(self.covariance)
+        """`F` `(d, d)` with `F F^T` = covariance; kept, since one reference meets many rows.
+
+        `ValueError` where the covariance is none: not symmetric, or with eigenvalues further below 0 than rounding
+        brings them.
+        """
+        covariance = self.covariance
+        scale = float(covariance.abs().max())
+        if float((covariance - covariance.T).abs().max()) > _ROUNDING * scale:
+            raise ValueError("the covariance is not symmetric; is it one, and not a table of something else?")
+        values, vectors = torch.linalg.eigh(covariance)
+        least = float(values.min())
+        if least < -_ROUNDING * scale:
+            raise ValueError(
+                f"the covariance has the negative eigenvalue {least:.3g}, beside entries up to {scale:.3g}: no set of "
+                "samples has such a one; make the statistics again"
+            )
         factor: Tensor = vectors * values.clamp_min(0).sqrt()
         return factor
 

@@ -36,6 +36,7 @@ _ERRORS: dict[str, type[Exception]] = {
     "UnsupportedModelError": UnsupportedModelError,
     "MissingExtraError": MissingExtraError,
     "OSError": OSError,
+    "FloatingPointError": FloatingPointError,
 }
 
 

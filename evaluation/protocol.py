@@ -18,6 +18,7 @@ from .call_arguments import check_names
 from .conditions import Conditions
 from .cost import denoiser
 from .features import fingerprint
+from .finite import check_samples
 from .metrics import find_metric
 from .store import SampleStore, folder_name, sample_generator
 
@@ -156,7 +157,11 @@ def _plain_config(scheduler: Any) -> dict[str, Any]:
 
 
 def call(pipe: Any, protocol: Protocol, ids: Sequence[int], steps: int) -> Tensor:
-    """One pipeline call for sample ids: uint8 images (N, C, H, W), rounded."""
+    """One pipeline call for sample ids: uint8 images (N, C, H, W), rounded.
+
+    Raises:
+        FloatingPointError: an image is not finite.
+    """
     arguments = {**protocol.arguments, **protocol.conditions.arguments(ids)}
     if protocol.guidance_scale is not None:
         arguments["guidance_scale"] = protocol.guidance_scale
@@ -165,6 +170,7 @@ def call(pipe: Any, protocol: Protocol, ids: Sequence[int], steps: int) -> Tenso
     images = getattr(output, "images", None)
     if images is None:
         raise no_images(pipe)
+    check_samples(pipe, images, ids)
     return (torch.from_numpy(images).permute(0, 3, 1, 2) * 255).round().clamp(0, 255).to(torch.uint8)
 
 

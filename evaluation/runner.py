@@ -103,6 +103,7 @@ def evaluate(
             differently or is in use by another run.
         UnsupportedModelError: a baseline does not work with the pipeline; found before any sample is made.
         MissingExtraError: a baseline's package is missing.
+        FloatingPointError: a sample holds NaN or infinity; none of its batch was kept.
         ConnectionError: another process of this run has ended.
         OSError: something could not be written; what was made so far stays, and the same call goes on from there.
     """

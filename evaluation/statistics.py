@@ -100,7 +100,7 @@ def _own(path: Path, features: str, fingerprint: str) -> ReferenceSet:
         shape = json.loads(said["image_shape"])
         mean, scatter = (tensors[key].to(torch.float64) for key in ("mean", "scatter"))
         moments = Moments(count=int(tensors["count"]), mean=mean, scatter=scatter)
-        moments.covariance  # noqa: B018  # at least two samples
+        moments.factor  # noqa: B018  # at least two samples, and a covariance
         return ReferenceSet(
             name=str(path),
             features=tensors.get("features"),
@@ -120,6 +120,7 @@ def _imported(path: Path) -> ReferenceSet:
                 raise ValueError(f"it has no {' and no '.join(missing)}, only {', '.join(file) or 'nothing'}")
             mean, covariance = (_real(file[key], key) for key in ("mu", "sigma"))
         moments = Moments.from_mean_covariance(torch.from_numpy(mean), torch.from_numpy(covariance))
+        moments.factor  # noqa: B018
     except (OSError, ValueError, TypeError, EOFError, MemoryError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(
             f"{path} cannot be read as statistics ({error}); it must be an npz file with mu (d) and sigma (d, d)"

@@ -94,7 +94,11 @@ class SampleStore:
         try:
             with Image.open(path) as image:
                 array = np.array(image)
-        except (OSError, SyntaxError) as error:  # SyntaxError is what PIL raises on a broken chunk
+        except (
+            OSError,
+            SyntaxError,
+            Image.DecompressionBombError,
+        ) as error:  # SyntaxError is what PIL raises on a broken chunk
             raise ValueError(f"sample {path} is missing or damaged ({error}); delete it and run again") from error
         return torch.from_numpy(array if array.ndim == 3 else array[:, :, None]).permute(2, 0, 1)
 

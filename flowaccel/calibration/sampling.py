@@ -13,6 +13,7 @@ from torch import Tensor
 
 from flowaccel.accelerators.calibration import identities
 from flowaccel.evaluation import Conditions, sample_generator
+from flowaccel.evaluation.finite import check_samples
 
 Notify = Callable[[str, int, int], None]
 """`notify(stage, done, total)`, for progress bars."""
@@ -76,8 +77,15 @@ class Sampling:
         }
 
     def run(self, pipe: Any, notify: Notify, stage: str) -> Iterator[Tensor]:
-        """Call the pipeline batch by batch; yields what it made, uint8 (N, C, H, W), frames one below the other."""
-        yield from map(_pixels, self.outputs(pipe, notify, stage, output_type="np"))
+        """Call the pipeline batch by batch; yields what it made, uint8 (N, C, H, W), frames one below the other.
+
+        Raises:
+            FloatingPointError: a sample is not finite.
+        """
+        for ids, output in zip(self.batches, self.outputs(pipe, notify, stage, output_type="np"), strict=True):
+            made = output.frames if hasattr(output, "frames") else output.images
+            check_samples(pipe, made, ids)
+            yield _pixels(made)
 
     def outputs(self, pipe: Any, notify: Notify, stage: str, *, output_type: str) -> Iterator[Any]:
         """Call the pipeline batch by batch; yields what it returned."""
@@ -96,7 +104,6 @@ class Sampling:
             yield output
 
 
-def _pixels(output: Any) -> Tensor:
-    made = np.asarray(output.frames if hasattr(output, "frames") else output.images)
-    numbers = torch.from_numpy(made).flatten(1, -3)  # (N, frames * H, W, C)
+def _pixels(made: Any) -> Tensor:
+    numbers = torch.from_numpy(np.asarray(made)).flatten(1, -3)  # (N, frames * H, W, C)
     return (numbers.movedim(-1, 1) * 255).round().clamp(0, 255).to(torch.uint8)

@@ -126,6 +126,8 @@ def evaluate(
             rounds=rounds,
             latency_batch=latency_batch,
         )
+        if num_samples < len(protocol.conditions):
+            say(f"only the first {num_samples} of {len(protocol.conditions)} prompts or classes are sampled for")
         folder = output_folder(out, "evaluate")
         saved = None if recipe else saved_with(pipe)
         recipes = [open_recipe(name) for name in recipe or ()] + ([saved] if saved else [])

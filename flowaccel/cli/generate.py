@@ -7,7 +7,10 @@ import time
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import typer
+from diffusers.image_processor import VaeImageProcessor
+from PIL.Image import Image
 
 from flowaccel import zoo
 from flowaccel.cli.common import (
@@ -33,6 +36,7 @@ from flowaccel.cli.common import (
 from flowaccel.data import PROMPT_SETS
 from flowaccel.evaluation import Classes, Conditions, Prompts, sample_generator, set_attention
 from flowaccel.evaluation.call_arguments import check_arguments, parameters, unknown_argument
+from flowaccel.evaluation.finite import check_samples
 from flowaccel.evaluation.processes import processes
 from flowaccel.evaluation.prompt_lengths import too_long
 from flowaccel.recipe import Recipe, accelerate
@@ -115,6 +119,8 @@ def generate(
         folder = output_folder(out, "generate")
         folder.mkdir(parents=True, exist_ok=True)
         files = [str(folder / f"{sample_id:05d}{suffix}") for sample_id in range(count)]
+        if count < len(conditions):
+            say(f"only the first {count} of {len(conditions)} prompts or classes are sampled for")
         start = time.perf_counter()
         pipeline.set_progress_bar_config(disable=True)
         with processes() as world, progress() as notify:
@@ -123,11 +129,13 @@ def generate(
                 ids = mine[first : first + batch]
                 generators = [sample_generator(seed, sample_id) for sample_id in ids]
                 output = pipeline(**conditions.arguments(ids), **arguments, generator=generators)
-                for sample_id, made in zip(ids, output.frames if kind == "videos" else output.images, strict=True):
+                made = output.frames if kind == "videos" else output.images
+                check_samples(pipeline, made, ids)  # before any of them is written
+                for sample_id, sample in zip(ids, made, strict=True):
                     if kind == "videos":
-                        save_video(made, files[sample_id], fps or frame_rate(pipeline))
+                        save_video(as_pil(sample), files[sample_id], fps or frame_rate(pipeline))
                     else:
-                        made.save(files[sample_id])
+                        as_pil(sample)[0].save(files[sample_id])
                 notify(kind, first + len(ids), len(mine))
             world.wait()
         seconds = time.perf_counter() - start
@@ -142,6 +150,16 @@ def generate(
         )
 
 
+def as_pil(sample: Any) -> list[Image]:
+    """One sample as PIL images: of an array (..., H, W, C) in [0, 1] its frames, rounded as diffusers does."""
+    if isinstance(sample, Image):
+        return [sample]
+    if not isinstance(sample, np.ndarray):
+        return list(sample)
+    made: list[Image] = VaeImageProcessor.numpy_to_pil(sample)
+    return made
+
+
 def makes_videos(pipeline: Any) -> bool:
     """Whether the pipeline can be asked for a number of frames."""
     return "num_frames" in parameters(pipeline)
@@ -151,7 +169,7 @@ def call_arguments(
     pipeline: Any, pipe: str, argument: list[str] | None, *, fps: float | None = None, **given: Any
 ) -> dict[str, Any]:
     """The arguments of a call: the options that are not None over those of --argument over what the zoo has for PIPE;
-    of a video pipeline, frames as PIL images too.
+    where the pipeline can, numbers as output.
 
     Raises:
         ValueError: the pipeline does not take one of them, flowaccel sets it itself, or it is given twice.
@@ -168,8 +186,8 @@ def call_arguments(
     known = zoo_entry(pipe)
     guidance = {} if known is None or known.guidance_scale is None else {"guidance_scale": known.guidance_scale}
     arguments = {**free, **guidance, **options}
-    if makes_videos(pipeline):
-        arguments["output_type"] = "pil"
+    if "output_type" in parameters(pipeline):
+        arguments["output_type"] = "np"  # numbers, of which it can be seen whether they are finite
     if fps is not None and (rate := _rate_argument(pipeline)) is not None:
         arguments[rate] = fps
     return arguments

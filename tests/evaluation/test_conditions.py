@@ -86,3 +86,10 @@ def test_prompts_of_the_zoo() -> None:
 def test_nothing_to_sample_for(make: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("letter", ["\u2028", "\u2029", "\x85", "\v", "\f", "\x1c", "\x1e"])
+def test_a_prompt_ends_where_its_line_ends(letter: str, tmp_path: Path) -> None:
+    path = tmp_path / "prompts.txt"
+    path.write_bytes(f"a{letter}b\n\n# c\r\n  d  \re\ne".encode())
+    assert Prompts.from_file(path).prompts == (f"a{letter}b", "# c", "d", "e", "e")

@@ -133,7 +133,6 @@ def test_reference_folder(mode: str, tmp_path: Path) -> None:
     arrays = [np.random.default_rng(i).integers(256, size=shape, dtype=np.uint8) for i in range(5)]
     for i, array in enumerate(arrays):
         Image.fromarray(array).save(tmp_path / f"{9 - i}.png")
-    (tmp_path / "notes.txt").write_text("no image")
     network = load_features(f"{ME}:Moments")
     reference = load_reference(str(tmp_path), network, (1 if mode == "L" else 3, 8, 8))
     stacked = torch.from_numpy(np.stack(arrays[::-1]))
@@ -174,3 +173,30 @@ def test_damaged_reference_image(tmp_path: Path) -> None:
     (tmp_path / "1.png").write_bytes(b"nothing")
     with pytest.raises(ValueError, match=r"reference image .*1\.png is damaged"):
         load_reference(str(tmp_path), load_features(f"{ME}:Moments"))
+
+
+def test_sub_folders_are_used_and_everything_is_counted(tmp_path: Path) -> None:
+    network = load_features("zoo:digits-features")
+    for name in ("a.png", "b.BMP", "seven/c.png", "seven/deep/d.webp"):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (8, 8)).save(path, lossless=True)
+    plain = tmp_path / "seven"
+    with (
+        pytest.warns(UserWarning, match=r"seven: 2 images, 1 of them in sub-folders$"),
+        pytest.raises(ValueError, match="different shapes"),  # WebP knows no grey
+    ):
+        load_reference(str(plain), network)
+    (plain / "deep/d.webp").unlink()
+    for name in ("notes.txt", "more.txt", "seven/e.tiff", "LICENSE"):
+        (tmp_path / name).write_text("x")
+    left_out = r"4 other files left out, which are no PNG, JPEG, WebP or BMP: .*\.txt \(2\)"
+    with pytest.warns(UserWarning, match=rf"3 images, 1 of them in sub-folders, {left_out}"):
+        assert load_reference(str(tmp_path), network).moments.count == 3
+
+
+def test_animations_are_refused(tmp_path: Path) -> None:
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+    frames[0].save(tmp_path / "a.png", save_all=True, append_images=frames[1:])
+    with pytest.raises(ValueError, match=r"a\.png is animated"):
+        load_reference(str(tmp_path), load_features("zoo:digits-features"))

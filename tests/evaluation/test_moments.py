@@ -173,3 +173,28 @@ NARROW, WIDE = Moments.of(normal(5, 2, 0)), Moments.of(normal(5, 3, 0))
 def test_wrong_use_is_explained(call: Callable[[], object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize(
+    ("covariance", "message"),
+    [
+        (-torch.eye(3), "negative eigenvalue -1"),
+        (torch.tensor([[1.0, 2.0, 0.0], [2.0, 1.0, 0.0], [0.0, 0.0, 1.0]]), "negative eigenvalue -1"),
+        (torch.tensor([[1.0, 0.5, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]]), "not symmetric"),
+    ],
+)
+def test_a_table_that_is_no_covariance_is_refused(covariance: torch.Tensor, message: str) -> None:
+    moments = Moments.from_mean_covariance(torch.zeros(3), covariance)
+    with pytest.raises(ValueError, match=message):
+        frechet_distance(moments, Moments.of(torch.randn(9, 3, generator=torch.Generator().manual_seed(0))))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
+def test_rounding_makes_no_covariance_a_wrong_one(dtype: torch.dtype, scale: float) -> None:
+    """Of fewer samples than features, so that most eigenvalues are 0 up to rounding."""
+    features = torch.randn(5, 40, generator=torch.Generator().manual_seed(0)).double()
+    covariance = features.T.cov().to(dtype)
+    moments = Moments.from_mean_covariance(features.mean(0), covariance * scale)
+    assert torch.allclose(moments.factor @ moments.factor.T, covariance.double() * scale, atol=1e-5 * scale)
+    assert Moments.from_mean_covariance(torch.zeros(2), torch.zeros(2, 2)).factor.eq(0).all()

@@ -288,6 +288,7 @@ def test_grey_palette_and_transparent_images(inception: FeatureNetwork, tmp_path
 
 
 def test_images_of_sixteen_bits_are_refused(inception: FeatureNetwork, tmp_path: Path) -> None:
-    Image.fromarray(np.full((8, 8), 40000, np.uint16)).save(tmp_path / "deep.png")
+    (tmp_path / "deep").mkdir()
+    Image.fromarray(np.full((8, 8), 40000, np.uint16)).save(tmp_path / "deep" / "deep.png")
     with pytest.raises(ValueError, match=r"deep.png has mode 'I;16'; allowed are images of 8 bits"):
-        load_reference(str(tmp_path), inception)
+        load_reference(str(tmp_path / "deep"), inception)
