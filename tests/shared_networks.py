@@ -124,10 +124,10 @@ def attention_of(network: nn.Module) -> nn.Module:
 def pair(name: str) -> Pair:
     case, make = recipe_for(name)
     pipe = case.make()
-    before, other = tiny.snapshot(pipe), neighbour(pipe)
+    found = Pair(case, (pipe, neighbour(pipe)), (torch.empty(0), torch.empty(0)), {})
+    untouched, before = found.make(1), tiny.snapshot(pipe)
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of levels, that nothing is calibrated for random weights
         patch.setattr(runtime, "SparseAttention", SMALL_BLOCKS)
         accelerate(pipe, make(pipe))
-        found = Pair(case, (pipe, other), (torch.empty(0), torch.empty(0)), before)
-        return found._replace(alone=(found.make(0), found.make(1)))
+        return found._replace(alone=(found.make(0), untouched), before=before)

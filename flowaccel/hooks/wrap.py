@@ -137,7 +137,7 @@ def lend(owner: Any, name: str, value: Any) -> Callable[[], None]:
 
 
 def exchanged(owner: Any, attributes: Mapping[str, tuple[Any, Any]]) -> Callable[[], None]:
-    """Let copies of an object have the old ones of attributes (old, new) that were exchanged; returns what undoes that."""
+    """Let copies of an object have the old ones of attributes (old, new); returns what undoes that."""
     state = _PlainState.of(owner)
     state.exchanged.update(attributes)
 
