@@ -31,7 +31,7 @@ class RecipeConflictError(FlowaccelError, ValueError):
 
 
 class PipelineBusyError(FlowaccelError, RuntimeError):
-    """An accelerated pipeline was called, accelerated or restored while a call of it was going on. Nothing was changed."""
+    """A pipeline was called, accelerated or restored while a call of it was going on. That call goes on unharmed."""
 
 
 class MissingExtraError(FlowaccelError, ImportError):

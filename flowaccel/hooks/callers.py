@@ -6,8 +6,10 @@ pipeline are further inside, and another thread has another stack.
 
 from __future__ import annotations
 
+import inspect
 import sys
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
 from types import CodeType, FrameType
 from typing import Any
@@ -84,7 +86,7 @@ def is_called(pipe: Any) -> bool:
     )
 
 
-def _stack(frame: FrameType | None) -> Any:
+def _stack(frame: FrameType | None) -> Iterator[tuple[FrameType, FrameType | None]]:
     """Frames from the innermost on, each with the one that it called."""
     inner = None
     while frame is not None:
@@ -118,5 +120,5 @@ def _code_of(function: Any) -> CodeType | None:
     while hasattr(function, "func"):  # of a partial
         function = function.func
     if not hasattr(function, "__code__"):
-        function = getattr(type(function), "__call__", None)
+        function = inspect.getattr_static(function, "__call__", None)
     return getattr(function, "__code__", None)

@@ -479,10 +479,10 @@ def _refuse_foreign_cache(name: str, module: nn.Module) -> None:
 def _busy(pipe: Any, here: bool) -> str:
     where = "further up in this very thread" if here else "in another thread"
     return (
-        f"the {type(pipe).__name__} is in use {where}, and makes one thing at a time: wait until it is done. For calls at "
-        "the same time use one pipeline object each: `other = copy.copy(pipe)` with `other.scheduler = "
-        "copy.deepcopy(other.scheduler)` shares the networks and runs them untouched, `copy.deepcopy(pipe)` has its own "
-        "and can be accelerated too"
+        f"the {type(pipe).__name__} is in use {where}, and makes one thing at a time: wait until it is done. For calls "
+        "at the same time use one pipeline object each: `other = copy.copy(pipe)` with `other.scheduler = "
+        "copy.deepcopy(other.scheduler)` shares the networks and runs them untouched; `copy.deepcopy(pipe)` has its "
+        "own, and can be accelerated too"
     )
 
 

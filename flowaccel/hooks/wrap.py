@@ -98,11 +98,11 @@ class _PlainState:
 
     def __call__(self) -> Any:
         kind = type(self._owner)
-        state = {
-            name: _below(value)
-            for name, value in kind.__getstate__(self._owner).items()
-            if not (value is self or name in self.lent or _below(value) is None is not value)
-        }
+        state = {}
+        for name, value in kind.__getstate__(self._owner).items():
+            before = _before(name, value)
+            if not (value is self or name in self.lent or before is None is not value):
+                state[name] = before
         if not self.exchanged:
             return state
         twin = kind.__new__(kind)  # whose `setattr` keeps its configuration in step
@@ -113,10 +113,12 @@ class _PlainState:
         return vars(twin)
 
 
-def _below(value: Any) -> Any:
-    """What an instance had in the place of a wrapped method; None for nothing."""
+def _before(name: str, value: Any) -> Any:
+    """What an instance had in the place of a wrapped method, None for nothing; the method below where a neighbour keeps
+    the wrapper under another name.
+    """
     while isinstance(value, _Method):
-        value = value._wrapped._shadowed
+        value = value._wrapped._shadowed if value._wrapped.name == name else value.stock
     return value
 
 
@@ -135,7 +137,7 @@ def lend(owner: Any, name: str, value: Any) -> Callable[[], None]:
 
 
 def exchanged(owner: Any, attributes: Mapping[str, tuple[Any, Any]]) -> Callable[[], None]:
-    """Let copies of an object have the old ones of attributes (old, new) that were exchanged; returns what undoes it."""
+    """Let copies of an object have the old ones of attributes (old, new); returns what undoes that."""
     state = _PlainState.of(owner)
     state.exchanged.update(attributes)
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import itertools
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +17,7 @@ from diffusers.hooks import ModelHook as DiffusersHook
 from torch import Tensor, nn
 
 import tiny
-from flowaccel.hooks import wrap
+from flowaccel.hooks import lend, wrap
 
 
 class Doubler(nn.Module):
@@ -65,7 +67,7 @@ def test_the_original_need_not_be_called(module: Doubler) -> None:
 def test_remove_leaves_nothing(module: Doubler) -> None:
     keys = set(vars(module))
     handle = wrap(module, "forward", adding(1))
-    assert set(vars(module)) == {*keys, "forward"}
+    assert set(vars(module)) == {*keys, "forward", "__getstate__"}
     handle.remove()
     assert set(vars(module)) == keys
     assert module(ONE) == 2
@@ -121,6 +123,29 @@ def test_removed_below_a_stranger_lets_calls_through(module: Doubler) -> None:
     assert module(ONE) == 1002
     handle.remove()
     assert module(ONE) == 1002
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda one: pickle.loads(pickle.dumps(one))])
+def test_a_copy_is_of_what_there_was_before(module: Doubler, copied: Callable[[Any], Any]) -> None:
+    keys = set(vars(module))
+    handles = [wrap(module, "forward", adding(amount)) for amount in (1, 10)]
+    take_back = lend(module, "guest", Doubler())
+    twin = copied(module)
+    assert set(vars(twin)) == keys
+    assert twin(ONE) == 2
+    assert module(ONE) == 13 and isinstance(module.guest, Doubler)
+    for undo in (take_back, *(handle.remove for handle in handles)):
+        undo()
+    assert set(vars(module)) == keys
+
+
+def test_a_copied_wrapper_is_the_method_below(module: Doubler) -> None:
+    """As others keep it that wrapped the same method: accelerate in `_old_forward`."""
+    wrap(module, "forward", adding(1))
+    add_hook_to_module(module, Shift())
+    twin = copy.deepcopy(module)
+    assert (module(ONE), twin(ONE)) == (1003, 1002)
+    assert twin._old_forward.__self__ is twin
 
 
 class Shift(ModelHook):
