@@ -33,7 +33,7 @@ _started: list[str] = []
 
 
 def _heard(event: str, values: tuple[Any, ...]) -> None:
-    if event in ("subprocess.Popen", "os.fork", "os.posix_spawn"):
+    if event in ("subprocess.Popen", "os.fork", "os.posix_spawn") and values[:1] != ("git",):  # asked for the version
         _started.append(str(values[0] if values else event))
 
 

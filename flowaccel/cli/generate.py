@@ -103,6 +103,8 @@ def generate(
             num_frames=num_frames,
             fps=fps,
         )
+        if "output_type" in parameters(pipeline):
+            arguments["output_type"] = "np"  # numbers, of which it can be seen whether they are finite
         prompted = conditions.texts(range(count))
         if prompted is not None and (problem := too_long(pipeline, prompted, arguments)) is not None:
             say(f"warning: {problem}")
@@ -168,8 +170,7 @@ def makes_videos(pipeline: Any) -> bool:
 def call_arguments(
     pipeline: Any, pipe: str, argument: list[str] | None, *, fps: float | None = None, **given: Any
 ) -> dict[str, Any]:
-    """The arguments of a call: the options that are not None over those of --argument over what the zoo has for PIPE;
-    where the pipeline can, numbers as output.
+    """The arguments of a call: the options that are not None over those of --argument over what the zoo has for PIPE.
 
     Raises:
         ValueError: the pipeline does not take one of them, flowaccel sets it itself, or it is given twice.
@@ -186,8 +187,6 @@ def call_arguments(
     known = zoo_entry(pipe)
     guidance = {} if known is None or known.guidance_scale is None else {"guidance_scale": known.guidance_scale}
     arguments = {**free, **guidance, **options}
-    if "output_type" in parameters(pipeline):
-        arguments["output_type"] = "np"  # numbers, of which it can be seen whether they are finite
     if fps is not None and (rate := _rate_argument(pipeline)) is not None:
         arguments[rate] = fps
     return arguments

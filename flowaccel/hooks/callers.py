@@ -41,11 +41,10 @@ class Caller:
         those of a pipeline that it calls, too."""
         return self.is_same(other) or (self.own_loop and self.thread == other.thread)
 
-    @property
-    def running(self) -> bool:
-        """Whether its frame is on the stack of any thread."""
+    def is_running(self, pipe: Any) -> bool:
+        """Whether its frame is on the stack of any thread; `pipe` tells it from a later frame in the same memory."""
         return any(
-            id(frame) == self.frame and frame.f_code is self.code
+            id(frame) == self.frame and frame.f_code is self.code and (self.own_loop or _is_part(_self_of(frame), pipe))
             for innermost in sys._current_frames().values()
             for frame, _ in _stack(innermost)
         )
@@ -59,7 +58,7 @@ def caller_of(pipe: Any) -> Caller | None:
     for frame, inner in _stack(sys._getframe(1)):
         owner = _self_of(frame)
         if owner is not None and _is_pipeline(owner):
-            if not (owner is pipe or any(value is owner for value in vars(pipe).values())):
+            if not _is_part(owner, pipe):
                 break
             if _calls_back(frame, inner):
                 return None
@@ -103,6 +102,11 @@ def _self_of(frame: FrameType) -> Any:
     if not code.co_argcount or code.co_varnames[0] != "self" or _module(frame).startswith("torch."):
         return None
     return frame.f_locals.get("self")
+
+
+def _is_part(owner: Any, pipe: Any) -> bool:
+    """Whether an object is a pipeline, or one of those that it is made of."""
+    return owner is pipe or any(value is owner for value in vars(pipe).values())
 
 
 def _is_pipeline(owner: Any) -> bool:

@@ -215,7 +215,7 @@ class Session:
     def _is_busy(self, holder: Caller, caller: Caller | None = None) -> bool:
         if holder.own_loop and (self._active() is None or (caller is not None and caller.thread == holder.thread)):
             return False
-        return holder.running
+        return holder.is_running(self.pipe)
 
     @contextmanager
     def idle(self) -> Iterator[None]:
@@ -225,8 +225,10 @@ class Session:
             PipelineBusyError: there is one.
         """
         with self._lock:
-            if self._holder is not None and self._is_busy(self._holder):
-                raise PipelineBusyError(_busy(self.pipe, self._holder.thread == threading.get_ident()))
+            holder = self._holder
+            ours = holder is not None and holder.own_loop and holder.thread == threading.get_ident()
+            if holder is not None and not ours and self._is_busy(holder):
+                raise PipelineBusyError(_busy(self.pipe, holder.thread == threading.get_ident()))
             yield
 
     def _around_check(self, check_inputs: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
