@@ -97,7 +97,7 @@ class _PlainState:
             self._owner.__dict__.pop("__getstate__", None)
 
     def __call__(self) -> Any:
-        kind = type(self._owner)
+        kind: Any = type(self._owner)
         state = {}
         for name, value in kind.__getstate__(self._owner).items():
             before = _before(name, value)
