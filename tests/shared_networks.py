@@ -115,9 +115,9 @@ class Pair(NamedTuple):
 
 
 def attention_of(network: nn.Module) -> nn.Module:
-    """The last one, which sparse attention and agents work in, too."""
+    """The first one, which sparse attention and agents work in, too."""
     names = [name for name, _ in network.named_modules() if name.split(".")[-1] in (*ATTENTION, "attn1")]
-    return network.get_submodule(names[-1])
+    return network.get_submodule(names[0])
 
 
 @functools.cache

@@ -37,7 +37,6 @@ from flowaccel.hooks.session import close_session as close_session
 from flowaccel.hooks.session import open_session as open_session
 from flowaccel.hooks.session import require_idle as require_idle
 from flowaccel.hooks.session import session_of as session_of
-from flowaccel.hooks.wrap import StandIn as StandIn
 from flowaccel.hooks.wrap import Wrapped as Wrapped
 from flowaccel.hooks.wrap import exchanged as exchanged
 from flowaccel.hooks.wrap import lend as lend

@@ -11,20 +11,11 @@ from torch import nn
 Around = Callable[..., Any]
 
 
-class StandIn:
-    """Abstract: stands in the place of something else, `stock`; a copy of it, or what is unpickled, is one of that."""
-
-    stock: Any
-
-    def __reduce__(self) -> Any:
-        return _same, (self.stock,)
+def _same(method: Any) -> Any:
+    return method
 
 
-def _same(stock: Any) -> Any:
-    return stock
-
-
-class _Method(StandIn):
+class _Method:
     """What stands in the place of the wrapped method."""
 
     def __init__(self, wrapped: Wrapped, original: Callable[..., Any]) -> None:
@@ -35,6 +26,10 @@ class _Method(StandIn):
         if self._wrapped.armed:
             return self._wrapped.around(self.stock, *args, **kwargs)
         return self.stock(*args, **kwargs)
+
+    def __reduce__(self) -> Any:
+        """A copy is one of the method below, of the copied owner: an EMA or a teacher must not run the original."""
+        return _same, (self.stock,)
 
 
 class Wrapped:
@@ -97,7 +92,7 @@ class _PlainState:
             self._owner.__dict__.pop("__getstate__", None)
 
     def __call__(self) -> Any:
-        kind = type(self._owner)
+        kind: Any = type(self._owner)
         state = {}
         for name, value in kind.__getstate__(self._owner).items():
             before = _before(name, value)

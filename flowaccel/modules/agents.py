@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from flowaccel.hooks import StandIn
 from flowaccel.modules.grids import as_image, as_tokens
+from flowaccel.modules.stand_in import StandIn
 
 READING_SHARPNESS = 0.15
 """Queries read agents with logits times d to the power of minus this, the published value; attention has 0.5."""

@@ -13,9 +13,9 @@ import torch
 from diffusers.models.embeddings import apply_rotary_emb
 from torch import Tensor
 
-from flowaccel.hooks import StandIn
 from flowaccel.modules.rows import grouped, joined
 from flowaccel.modules.sparse_attention import Backend, BlockRule, predicted_blocks, sparse_attention
+from flowaccel.modules.stand_in import StandIn
 
 Rotary = tuple[Tensor, Tensor]
 Output = Tensor | tuple[Tensor, Tensor]

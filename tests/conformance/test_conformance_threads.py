@@ -106,7 +106,7 @@ def test_a_pipeline_called_during_a_run_on_its_network_does_not_disturb_it(name:
         if busy:  # in the pipeline that is called here
             return
         calls[where] += 1
-        if calls[where] == 2:
+        if calls[where] in (2, 3):  # within: where TeaCache only looks at what goes into attention, too
             busy.append(where)
             with torch.random.fork_rng():
                 made.append(found.make(1))
@@ -118,4 +118,4 @@ def test_a_pipeline_called_during_a_run_on_its_network_does_not_disturb_it(name:
         before_each_call([attention_of(network)], lambda: nest("within")),
     ):
         assert torch.equal(found.make(0), found.alone[0])
-    assert len(made) == 2 and all(torch.equal(images, found.alone[1]) for images in made)
+    assert len(made) >= 3 and all(torch.equal(images, found.alone[1]) for images in made)
