@@ -61,7 +61,6 @@ __all__ = [
     "Routed",
     "Run",
     "Session",
-    "StandIn",
     "TimeSignal",
     "Wrapped",
     "attention_input",
