@@ -222,7 +222,7 @@ def _number(axes: Axes, rows: Sequence[Row], metric: str) -> None:
     """Write the number of every row beside its point; points that touch share one text."""
     from matplotlib.patheffects import withStroke
 
-    points = [axes.transData.transform(_xy(entry, metric)) for entry in rows]
+    points = [tuple(map(float, axes.transData.transform(_xy(entry, metric)))) for entry in rows]
     middle = axes.transAxes.transform((0.6, 0))[0]
     for group in _together(points, _NEAR * axes.figure.dpi / 72):
         highest = max(group, key=lambda index: points[index][1])
