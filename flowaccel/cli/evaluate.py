@@ -167,7 +167,7 @@ def show(results: Results, folder: Path) -> None:
     """Print the table and say where the rest is."""
     Console().print(console_table(results))
     files = [name for name in ("results.json", "pareto.png", "samples.png", "report.html") if (folder / name).exists()]
-    say(f"{', '.join(files)} are in {folder}")
+    say(f"{' and '.join(filter(None, [', '.join(files[:-1]), files[-1]]))} are in {folder}")
 
 
 def fewer_steps(steps: int) -> tuple[int, ...]:
