@@ -13,6 +13,7 @@ from flowaccel.hooks.calls import Call as Call
 from flowaccel.hooks.calls import CallRecord as CallRecord
 from flowaccel.hooks.calls import Routed as Routed
 from flowaccel.hooks.calls import Run as Run
+from flowaccel.hooks.calls import in_rows as in_rows
 from flowaccel.hooks.calls import mean_capacity as mean_capacity
 from flowaccel.hooks.exchange import exchange as exchange
 from flowaccel.hooks.families import FAMILIES as FAMILIES
@@ -60,6 +61,7 @@ __all__ = [
     "denoiser",
     "exchange",
     "family_of",
+    "in_rows",
     "is_compiled",
     "macs_by_module",
     "mean_capacity",

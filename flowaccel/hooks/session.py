@@ -7,6 +7,7 @@ state hangs on the run, so that none outlives it. Only instances are wrapped, ne
 
 from __future__ import annotations
 
+import functools
 import gc
 import inspect
 import time
@@ -23,6 +24,7 @@ from flowaccel.hooks.blocks import BlockAround, BlockHooks, ModuleAround
 from flowaccel.hooks.calls import COMPUTED, COND, EXTRA, REUSED, UNCOND, Call, CallRecord, Run
 from flowaccel.hooks.families import Family, family_of, networks, unwrapped
 from flowaccel.hooks.macs import shapes_of
+from flowaccel.hooks.order import first_is_conditional
 from flowaccel.hooks.wrap import Wrapped, entry_point, wrap
 
 _ATTACHED = "_flowaccel_session"
@@ -49,6 +51,8 @@ class Session:
         self._scheduler_wraps: list[Wrapped] = []
         self._latent_rows: int | None = None
         self._runs = 0
+        self._conditional_first = False  # in calls of both branches, where no written row says
+        self._guided_calls: list[_Guided] = []  # of the present step, until the run shows which branch is which
         self._blocks = BlockHooks(lambda: self._networks.values())
         self.run: Run | None = None
         """The present run, or the last one."""
@@ -156,6 +160,7 @@ class Session:
         self.follow()
         self.run = Run(index=self._runs)
         self._runs += 1
+        self._guided_calls.clear()
         return self.run
 
     def _end(self, failed: bool = False) -> None:
@@ -175,6 +180,8 @@ class Session:
     def _around_step(self, step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         run = self._active()
         try:
+            if run is not None and self._guided_calls:
+                self._tell_order(run, inspect.signature(step).bind(*args, **kwargs).arguments.get("model_output"))
             returned = step(*args, **kwargs)
             if self._step_observers and run is not None and run.images is not None:
                 handed = inspect.signature(step).bind(*args, **kwargs).arguments
@@ -187,6 +194,23 @@ class Session:
             if run.steps_done >= run.num_steps:
                 run.end()
         return returned
+
+    def _tell_order(self, run: Run, guided: Any) -> None:
+        """At the first guided step, tell from what guidance made of the outputs which of them was conditional. Where
+        a batch held it where the other was taken for it, what accelerators made of the call is made again.
+        """
+        calls, images = self._guided_calls.copy(), run.images or 0
+        self._guided_calls.clear()
+        outputs = [half for made in calls for half in made.output.split(images)]
+        if len(outputs) != 2:
+            return
+        told = first_is_conditional(*outputs, guided[:images]) if isinstance(guided, Tensor) else None
+        run.ordered = told is not None if len(calls) == 1 else bool(told)
+        if len(calls) == 1 and told not in (None, self._conditional_first):
+            self._conditional_first = told
+            run.state.clear()
+            run.records[:] = [record for record in run.records if record.step != run.steps_done]
+            calls[0].again()
 
     def _observed(self, images: int, velocity: Tensor, sample: Tensor, returned: Any) -> Any:
         """What the scheduler's step returned, or with the state that an observer put in its place."""
@@ -228,8 +252,14 @@ class Session:
         if pipe is None or run is None:
             return forward(*args, **kwargs)
         try:
-            call = self._describe(run, network, network.bind(args, kwargs))
-            return self._call(call, forward, args, kwargs)
+            call = self._describe(run, network, network.bind(args, kwargs), forward)
+            output = self._call(call, forward, args, kwargs)
+            if call.family.derived and run.ordered is None and EXTRA not in call.branches:
+                again = functools.partial(self._around_network, network, forward, args, kwargs)
+                found = output[0] if isinstance(output, tuple) else getattr(output, "sample", None)
+                if isinstance(found, Tensor):
+                    self._guided_calls.append(_Guided(found, again))
+            return output
         except BaseException:
             self._end(failed=True)
             raise
@@ -252,7 +282,7 @@ class Session:
         call.run.records.append(record)
         return output
 
-    def _describe(self, run: Run, network: _Network, arguments: dict[str, Any]) -> Call:
+    def _describe(self, run: Run, network: _Network, arguments: dict[str, Any], forward: Callable[..., Any]) -> Call:
         if run.begin is None:
             run.timesteps, run.sigmas = _levels(self.pipe.scheduler)
             run.begin = _begin(self.pipe.scheduler, run.timesteps, arguments.get("timestep"), network.family)
@@ -272,6 +302,7 @@ class Session:
             branches=branches,
             images=images,
             arguments=arguments,
+            forward=forward,
             record=CallRecord(
                 step=step,
                 network=network.name,
@@ -292,9 +323,18 @@ class Session:
         if any(arguments.get(name) is not None for name in network.family.extra):
             return (EXTRA,), rows
         if rows == 2 * run.images:
-            return (COND, UNCOND) if network.family.guidance == "cond_uncond" else (UNCOND, COND), run.images
+            derived, written = network.family.derived, network.family.guidance == "cond_uncond"
+            first = self._conditional_first if derived else written
+            return (COND, UNCOND) if first else (UNCOND, COND), run.images
         earlier = sum(record.step == step and EXTRA not in record.branches for record in run.records[-8:])
         return ((COND, UNCOND)[earlier],) if earlier < 2 else (EXTRA,), rows
+
+
+class _Guided(NamedTuple):
+    """A call of the first guided step."""
+
+    output: Tensor
+    again: Callable[[], Any]
 
 
 class _Network:
