@@ -1,7 +1,7 @@
 """Which tests run when, told from what they use.
 
-- default: every feature, family and method at least once. Of a conformance test's product (families x methods x ...)
-  it takes rows that hold every value of every argument once, and of a single argument every third value.
+- default: every feature, family and method at least once. Of a product of arguments (families x methods x ...) it takes
+  tests that hold every value of every argument once; of a conformance test's single argument every third value.
 - full: also the rest of these products, and the tests that start processes.
 - soak: kills, hostile files, threads; by hand.
 """
@@ -41,7 +41,7 @@ sys.addaudithook(_heard)
 
 
 def tier_of(item: pytest.Item, covering: set[pytest.Item]) -> str:
-    """Return the tier of one test; `covering` are those that stand for a conformance test's product."""
+    """Return the tier of one test; `covering` are those that stand for a product of arguments."""
     if item.get_closest_marker("soak"):
         return "soak"
     if item.get_closest_marker("quick"):
@@ -96,7 +96,8 @@ def _conforms(item: pytest.Item) -> bool:
 
 
 def _product(group: Sequence[pytest.Item]) -> bool:
-    return _conforms(group[0]) and len(group) > 1
+    several = len({name for item in group for name in arguments(item)}) > 1
+    return len(group) > 1 and (several or _conforms(group[0]))
 
 
 def _cover(name: str, group: Sequence[pytest.Item]) -> Iterator[pytest.Item]:

@@ -16,6 +16,7 @@ from flowaccel.hooks.calls import Call as Call
 from flowaccel.hooks.calls import CallRecord as CallRecord
 from flowaccel.hooks.calls import Routed as Routed
 from flowaccel.hooks.calls import Run as Run
+from flowaccel.hooks.calls import in_rows as in_rows
 from flowaccel.hooks.calls import mean_capacity as mean_capacity
 from flowaccel.hooks.exchange import exchange as exchange
 from flowaccel.hooks.families import FAMILIES as FAMILIES
@@ -69,6 +70,7 @@ __all__ = [
     "exchange",
     "exchanged",
     "family_of",
+    "in_rows",
     "is_compiled",
     "is_present",
     "lend",

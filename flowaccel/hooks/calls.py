@@ -148,6 +148,9 @@ class Run:
     """Whether an exception ended it."""
     stopped: bool = False
     """See `stop`."""
+    ordered: bool | None = None
+    """Whether the first guided step showed which branch is which; None before it. Nobody asks where a written row
+    says."""
     at_end: list[Callable[[], None]] = field(default_factory=list)
     """What accelerators have to do once it has ended; `state` is gone by then."""
 
@@ -215,6 +218,8 @@ class Call:
     arguments: dict[str, Any]
     """What the network was called with, by name."""
     record: CallRecord
+    forward: Callable[..., Any]
+    """The network with nobody around it; what it does then is in no report."""
     kept: tuple[int, ...] | None = None
     """The rows of the pipeline's batch that a `narrowed` call still holds, ascending; None for all."""
 
@@ -246,6 +251,11 @@ class Call:
         """
         start = self.branches.index(branch) * self.images
         return slice(bisect_left(self.places, start), bisect_left(self.places, start + self.images))
+
+    @property
+    def ordered(self) -> bool:
+        """Whether it is certain which branch is which: a written row says so, or the run has shown it."""
+        return not self.family.derived or bool(self.run.ordered)
 
     @property
     def gathers(self) -> bool:

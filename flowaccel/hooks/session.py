@@ -10,6 +10,7 @@ pipeline or in another thread, pass through as if nothing were.
 
 from __future__ import annotations
 
+import functools
 import gc
 import inspect
 import threading
@@ -29,6 +30,7 @@ from flowaccel.hooks.callers import Caller, caller_of, is_called
 from flowaccel.hooks.calls import COMPUTED, COND, EXTRA, REUSED, UNCOND, Call, CallRecord, Run
 from flowaccel.hooks.families import Family, family_of, networks, unwrapped
 from flowaccel.hooks.macs import shapes_of
+from flowaccel.hooks.order import first_is_conditional
 from flowaccel.hooks.wrap import Wrapped, entry_point, lend, wrap
 
 _ATTACHED = "_flowaccel_session"
@@ -56,6 +58,8 @@ class Session:
         self._latent_rows: int | None = None
         self._latent_channels: int | None = None
         self._runs = 0
+        self._conditional_first = False  # in calls of both branches, where no written row says
+        self._guided_calls: list[_Guided] = []  # of the present step, until the run shows which branch is which
         self._blocks = BlockHooks(lambda: self._networks.values())
         self._lock = threading.RLock()
         self._holder: Caller | None = None  # whose the pipeline is
@@ -178,6 +182,7 @@ class Session:
         self._last = self.last_run
         self.run, self._starter = Run(index=self._runs), caller
         self._runs += 1
+        self._guided_calls.clear()
 
     def _end(self, failed: bool = False) -> None:
         if self.run is not None:
@@ -252,6 +257,8 @@ class Session:
         if run is None:
             return step(*args, **kwargs)
         try:
+            if self._guided_calls:
+                self._tell_order(run, inspect.signature(step).bind(*args, **kwargs).arguments.get("model_output"))
             returned = step(*args, **kwargs)
             if self._step_observers and run.images is not None:
                 handed = inspect.signature(step).bind(*args, **kwargs).arguments
@@ -265,6 +272,23 @@ class Session:
             if run.steps_done >= run.num_steps:
                 run.end()
         return returned
+
+    def _tell_order(self, run: Run, guided: Any) -> None:
+        """At the first guided step, tell from what guidance made of the outputs which of them was conditional. Where
+        a batch held it where the other was taken for it, what accelerators made of the call is made again.
+        """
+        calls, images = self._guided_calls.copy(), run.images or 0
+        self._guided_calls.clear()
+        outputs = [half for made in calls for half in made.output.split(images)]
+        if len(outputs) != 2:
+            return
+        told = first_is_conditional(*outputs, guided[:images]) if isinstance(guided, Tensor) else None
+        run.ordered = told is not None if len(calls) == 1 else bool(told)
+        if len(calls) == 1 and told not in (None, self._conditional_first):
+            self._conditional_first = told
+            run.state.clear()
+            run.records[:] = [record for record in run.records if record.step != run.steps_done]
+            calls[0].again()
 
     def _observed(self, images: int, velocity: Tensor, sample: Tensor, returned: Any) -> Any:
         """What the scheduler's step returned, or with the state that an observer put in its place."""
@@ -323,8 +347,14 @@ class Session:
             with during(None):
                 return forward(*args, **kwargs)
         try:
-            call = self._describe(run, network, network.bind(args, kwargs))
-            return self._call(call, forward, args, kwargs)
+            call = self._describe(run, network, network.bind(args, kwargs), forward)
+            output = self._call(call, forward, args, kwargs)
+            if call.family.derived and run.ordered is None and EXTRA not in call.branches:
+                again = functools.partial(self._around_network, network, forward, args, kwargs)
+                found = output[0] if isinstance(output, tuple) else getattr(output, "sample", None)
+                if isinstance(found, Tensor):
+                    self._guided_calls.append(_Guided(found, again))
+            return output
         except BaseException:
             run.end(failed=True)
             raise
@@ -347,7 +377,7 @@ class Session:
         call.run.records.append(record)
         return output
 
-    def _describe(self, run: Run, network: _Network, arguments: dict[str, Any]) -> Call:
+    def _describe(self, run: Run, network: _Network, arguments: dict[str, Any], forward: Callable[..., Any]) -> Call:
         clock = arguments.get("timestep")
         if run.begin is None:
             run.timesteps, run.sigmas = _levels(self.pipe.scheduler)
@@ -371,6 +401,7 @@ class Session:
             branches=branches,
             images=images,
             arguments=arguments,
+            forward=forward,
             record=CallRecord(
                 step=step,
                 network=network.name,
@@ -406,7 +437,9 @@ class Session:
         if copies > 1 and not rest and self._more_than_guidance(run, arguments[network.sample], copies):
             return (COND, *(EXTRA,) * (copies - 1)), run.images
         if copies == 2 and not rest:
-            return (COND, UNCOND) if network.family.guidance == "cond_uncond" else (UNCOND, COND), run.images
+            derived, written = network.family.derived, network.family.guidance == "cond_uncond"
+            first = self._conditional_first if derived else written
+            return (COND, UNCOND) if first else (UNCOND, COND), run.images
         earlier = sum(record.step == step and EXTRA not in record.branches for record in run.records[-8:])
         return ((COND, UNCOND)[earlier],) if earlier < 2 else (EXTRA,), rows
 
@@ -421,6 +454,13 @@ class Session:
             shared = sample.unflatten(0, (copies, -1))[:, :, : self._latent_channels]
             run.repeats = bool((shared == shared[:1]).all())
         return bool(run.repeats)
+
+
+class _Guided(NamedTuple):
+    """A call of the first guided step."""
+
+    output: Tensor
+    again: Callable[[], Any]
 
 
 class _Network:

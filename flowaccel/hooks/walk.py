@@ -102,10 +102,10 @@ class Walk:
     def _begin(self, entry: _List, tokens: Tokens) -> None:
         """Tell how a list comes by its tokens."""
         before = self._chains[-1][-1] if self._chains else None
-        if before is None:
+        if before is None or before.left is None or before.done < before.count:
             self._chains.append([entry])
             return
-        image, text = before.left or (tokens[0][:0], None)
+        image, text = before.left
         if _same(image, tokens[0]) and (text is None or tokens[1] is None or _same(text, tokens[1])):
             entry.blocks = replace(entry.blocks, joined=before.blocks.joined)
         elif text is not None and _same(torch.cat([text, image], dim=1), tokens[0]):

@@ -13,7 +13,8 @@ from torch import Tensor
 from flowaccel.accelerators.caching.history import Value
 from flowaccel.accelerators.caching.runtime import Cache, Moment, Proceed, Rules, not_run
 from flowaccel.accelerators.caching.scopes import Module
-from flowaccel.hooks import ATTENTION, FEED_FORWARD, Call, Session
+from flowaccel.errors import UnsupportedModelError
+from flowaccel.hooks import ATTENTION, FEED_FORWARD, Call, Session, in_rows
 
 logger = logging.getLogger(__name__)
 
@@ -63,21 +64,39 @@ class ModuleCache(Cache):
         if len(rows) == call.rows or history.empty:
             output = proceed()
             self._bare[key] = not isinstance(output, tuple)
-            history.store(_as_value(output), self._moment.place)
+            history.store(self._as_value(output, call, path), self._moment.place)
             return output
         forecast = history.predict(self._moment.place)
         if not len(rows):
             if self._calls[path] == 1:
                 not_run(call.record, path, call.rows)
             return _like(self._bare[key], forecast)
-        output = _as_value(proceed())
+        output = self._as_value(proceed(), call, path)
         chosen: Value = tuple(None if tensor is None else tensor[rows.to(tensor.device)] for tensor in output)
         history.store(chosen, self._moment.place, rows)
         return _like(self._bare[key], tuple(map(_merged, forecast, chosen, [rows] * len(chosen))))
 
+    def _as_value(self, output: Any, call: Call, path: str) -> Value:
+        """What a module returned, in the rows of the call.
 
-def _as_value(output: Any) -> Value:
-    return output if isinstance(output, tuple) else (output,)
+        Raises:
+            UnsupportedModelError: no tensors, or tensors that rows cannot be told in although rows decide.
+        """
+        value = output if isinstance(output, tuple) else (output,)
+        if not all(isinstance(tensor, Tensor | None) for tensor in value):
+            raise UnsupportedModelError(
+                f"{path} of the {type(call.module).__name__} returns something else than tensors, which the scope "
+                "'module' cannot stand in for; use scope 'output'"
+            )
+        found = tuple(None if tensor is None else in_rows(tensor, call.rows) for tensor in value)
+        odd = [len(tensor) for tensor in found if tensor is not None and len(tensor) != call.rows]
+        alike = self.rules.unit == "batch" or self.rules.gate.static
+        if odd and (min(odd) < call.rows or not alike):
+            raise UnsupportedModelError(
+                f"{path} of the {type(call.module).__name__} returns {odd[0]} rows in a call of {call.rows}, so images "
+                f"cannot be told apart in it; let the batch decide (decide='batch'), or use scope 'output'"
+            )
+        return found
 
 
 def _like(bare: bool, value: Value) -> Any:

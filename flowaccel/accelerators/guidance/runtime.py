@@ -21,6 +21,8 @@ from flowaccel.hooks import COMPUTED, COND, EXTRA, UNCOND, Call, CallRecord, Ses
 from flowaccel.models import convention_of
 from flowaccel.predictors import Predictor
 
+SAME = 0.02
+"""Part of the largest value by which outputs may differ for being computed in another batch, in half precision."""
 REFINED = "refined"
 UNGUIDED, PARTLY, LEFT_OUT = "unguided", "partly guided", "left out"
 """What a report says of calls: for the conditional rows alone, for some unconditional rows, not made at all."""
@@ -62,6 +64,7 @@ class Guiding:
 
     def __init__(self, when: When, predictor: Predictor | None, session: Session) -> None:
         self._when, self._predictor, self._session = when, predictor, session
+        self._alone: dict[Any, bool] = {}  # of networks whose rows nobody wrote down: whether parts of a batch can run
 
     def attach(self) -> Callable[[], None]:
         """Surround the network's calls; returns what undoes it."""
@@ -143,6 +146,8 @@ class Guiding:
         split, first = memory.conditional if COND not in call.branches else None, call.rows_of(UNCOND).start
         if COND not in call.branches and (split is None or split.step != call.step):
             return proceed()  # there is no conditional output to stand in
+        if not all(guided) and not self._may_leave_out(call):
+            guided = (True,) * call.images
         call.record.guided = guided
         unguided = [image for image, on in enumerate(guided) if not on]
         left_out = [first + image for image in unguided]
@@ -159,18 +164,35 @@ class Guiding:
         stand_in = self._stand_in(memory, call, cond, refined)[images]
         return packer(output)((found.index_copy(0, first + images, stand_in),))
 
+    def _may_leave_out(self, call: Call) -> bool:
+        """Whether it is certain which rows are the unconditional ones, and that the others run without them. Where it
+        is not, guidance stays as it is.
+        """
+        if not call.ordered:
+            if call.run.ordered is not None:
+                self._warn_idle(call, "guidance at the first guided step did not show which output is the conditional")
+            return False
+        if COND not in call.branches or call.gathers:
+            return True
+        shapes = {name: value.shape for name, value in call.arguments.items() if isinstance(value, Tensor)}
+        key = (call.network, tuple(shapes.items()))
+        if key not in self._alone:
+            self._alone[key] = _runs_alone(call, call.rows_of(COND))
+        if not self._alone[key]:
+            self._warn_idle(call, "its conditional rows alone do not give what they give in the whole batch")
+        return self._alone[key]
+
+    def _warn_idle(self, call: Call, why: str) -> None:
+        warn_once(
+            self._session.pipe,
+            LEFT_OUT,
+            f"guidance_skip changes and saves nothing with this {type(call.module).__name__}, because {why}. Register "
+            "the family (docs/hooks.md), or leave it off",
+        )
+
     def _run(self, proceed: Proceed, call: Call, left_out: Sequence[int]) -> Any:
         """The network's output for all rows; those that are `left_out` hold nothing of use."""
         if not left_out:
-            return proceed()
-        if not call.gathers:
-            warn_once(
-                self._session.pipe,
-                LEFT_OUT,
-                f"guidance_skip saves nothing where a {type(call.module).__name__} gets both branches in one call, "
-                "because it is not known here which arguments the rows share (no family row, or a ControlNet); the "
-                "images are the same. Register the family (docs/hooks.md), or leave it off",
-            )
             return proceed()
         kept = torch.tensor(sorted(set(range(call.rows)) - set(left_out)))
         output = proceed(call.narrowed(kept))
@@ -200,6 +222,20 @@ def _only(call: Call, output: Any) -> Tensor:
     return tensors[0]
 
 
+def _runs_alone(call: Call, chosen: slice) -> bool:
+    """Whether the network makes of some rows alone what it makes of them in the whole batch, tried here and now."""
+    rows = torch.arange(call.rows)[chosen]
+    whole = _only(call, call.forward(**call.arguments))[chosen]
+    try:
+        alone = _only(call.narrowed(rows), call.forward(**call.narrowed(rows).arguments))
+    except (RuntimeError, ValueError, IndexError):  # shapes that do not fit each other any more
+        return False
+    if alone.shape != whole.shape:
+        return False
+    close = SAME * float(whole.abs().max())
+    return float((alone - whole).abs().max()) <= close
+
+
 def _computed(records: Sequence[CallRecord], guided: Sequence[bool]) -> list[int]:
     """The guided images whose outputs the network made, rather than a cache or a refiner."""
     by_network = [record.computed or (record.what == COMPUTED,) * len(guided) for record in records]
@@ -209,8 +245,6 @@ def _computed(records: Sequence[CallRecord], guided: Sequence[bool]) -> list[int
 def _account(call: Call, left_out: Sequence[int], refined: bool) -> None:
     """Tell the report what was not run."""
     record, all_rows = call.record, len(left_out) == call.rows
-    if not all_rows and not call.gathers:
-        return
     if not refined:  # what a refiner leaves out is not the network's
         not_run(record, "", len(left_out))
     if all_rows:

@@ -1,0 +1,319 @@
+"""Tiny networks of families without a written row, what they are called with, and a pipeline that calls them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from torch import Tensor
+
+import tiny
+
+ROWS = 2
+
+
+def noise(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(ROWS, *shape, generator=torch.Generator().manual_seed(seed))
+
+
+def text(tokens: int, width: int) -> Tensor:
+    return noise(tokens, width, seed=1)
+
+
+SIZES = {"num_attention_heads": 2, "attention_head_dim": 8, "in_channels": 4}
+COGVIDEO = SIZES | {
+    "time_embed_dim": 2,
+    "text_embed_dim": 8,
+    "num_layers": 3,
+    "sample_width": 8,
+    "sample_height": 8,
+    "sample_frames": 8,
+    "max_text_seq_length": 8,
+}
+FACES = {
+    "cross_attn_interval": 1,
+    "is_train_face": True,
+    "cross_attn_dim_head": 1,
+    "cross_attn_num_heads": 1,
+    "LFE_id_dim": 2,
+    "LFE_vit_dim": 2,
+    "LFE_depth": 5,
+    "LFE_dim_head": 8,
+    "LFE_num_heads": 2,
+    "LFE_num_id_token": 1,
+    "LFE_num_querie": 1,
+    "LFE_output_dim": 10,
+    "LFE_ff_mult": 1,
+    "LFE_num_scale": 1,
+}
+MOTION = {
+    "motion_encoder_channel_sizes": {"4": 16, "8": 16, "16": 16},
+    "motion_encoder_size": 16,
+    "motion_style_dim": 8,
+    "motion_dim": 4,
+    "motion_encoder_dim": 16,
+    "face_encoder_hidden_dim": 16,
+    "face_encoder_num_heads": 2,
+    "inject_face_latents_blocks": 2,
+}
+JOINT = {"num_layers": 2, "num_single_layers": 2, "num_attention_heads": 2}
+
+RIGHT: dict[str, tuple[dict[str, Any], Callable[[], dict[str, Any]]]] = {
+    "Flux2Transformer2DModel": (
+        JOINT | {"in_channels": 4, "attention_head_dim": 16, "joint_attention_dim": 16, "axes_dims_rope": [4, 4, 4, 4]},
+        lambda: {
+            "hidden_states": noise(6, 4),
+            "encoder_hidden_states": text(5, 16),
+            "img_ids": torch.arange(24.0).view(1, 6, 4).expand(ROWS, -1, -1),
+            "txt_ids": torch.zeros(ROWS, 5, 4),
+            "guidance": torch.ones(ROWS),
+        },
+    ),
+    "ChromaTransformer2DModel": (
+        JOINT
+        | {
+            "in_channels": 4,
+            "attention_head_dim": 16,
+            "joint_attention_dim": 16,
+            "axes_dims_rope": [4, 4, 8],
+            "approximator_num_channels": 8,
+            "approximator_hidden_dim": 16,
+            "approximator_layers": 1,
+        },
+        lambda: {
+            "hidden_states": noise(6, 4),
+            "encoder_hidden_states": text(5, 16),
+            "img_ids": torch.arange(18.0).view(6, 3),
+            "txt_ids": torch.zeros(5, 3),
+        },
+    ),
+    "QwenImageTransformer2DModel": (
+        {
+            "in_channels": 16,
+            "out_channels": 4,
+            "num_layers": 3,
+            "attention_head_dim": 16,
+            "num_attention_heads": 2,
+            "joint_attention_dim": 16,
+            "axes_dims_rope": (8, 4, 4),
+        },
+        lambda: {
+            "hidden_states": noise(16, 16),
+            "encoder_hidden_states": text(5, 16),
+            "encoder_hidden_states_mask": torch.ones(ROWS, 5, dtype=torch.long),
+            "img_shapes": [[(1, 4, 4)]] * ROWS,
+        },
+    ),
+    "HunyuanVideoTransformer3DModel": (
+        JOINT
+        | {
+            "in_channels": 4,
+            "out_channels": 4,
+            "attention_head_dim": 10,
+            "num_refiner_layers": 1,
+            "patch_size": 1,
+            "text_embed_dim": 16,
+            "pooled_projection_dim": 8,
+            "rope_axes_dim": (2, 4, 4),
+        },
+        lambda: {
+            "hidden_states": noise(4, 2, 4, 4),
+            "encoder_hidden_states": text(5, 16),
+            "pooled_projections": noise(8, seed=2),
+            "encoder_attention_mask": torch.ones(ROWS, 5),
+            "guidance": torch.full((ROWS,), 44.0),
+        },
+    ),
+    "LTXVideoTransformer3DModel": (
+        SIZES | {"out_channels": 4, "cross_attention_dim": 16, "num_layers": 3, "caption_channels": 16},
+        lambda: {
+            "hidden_states": noise(8, 4),
+            "encoder_hidden_states": text(5, 16),
+            "encoder_attention_mask": torch.ones(ROWS, 5, dtype=torch.bool),
+            "num_frames": 2,
+            "height": 2,
+            "width": 2,
+        },
+    ),
+    "SanaTransformer2DModel": (
+        {
+            "patch_size": 1,
+            "in_channels": 4,
+            "out_channels": 4,
+            "num_layers": 3,
+            "attention_head_dim": 4,
+            "num_attention_heads": 2,
+            "num_cross_attention_heads": 2,
+            "cross_attention_head_dim": 4,
+            "cross_attention_dim": 8,
+            "caption_channels": 8,
+            "sample_size": 4,
+        },
+        lambda: {"hidden_states": noise(4, 4, 4), "encoder_hidden_states": text(5, 8)},
+    ),
+    "CogVideoXTransformer3DModel": (
+        COGVIDEO | {"out_channels": 4},
+        lambda: {"hidden_states": noise(1, 4, 8, 8), "encoder_hidden_states": text(8, 8)},
+    ),
+    "MochiTransformer3DModel": (
+        SIZES
+        | {
+            "num_layers": 3,
+            "pooled_projection_dim": 16,
+            "qk_norm": "rms_norm",
+            "text_embed_dim": 16,
+            "time_embed_dim": 4,
+            "max_sequence_length": 16,
+        },
+        lambda: {
+            "hidden_states": noise(4, 2, 4, 4),
+            "encoder_hidden_states": text(16, 16),
+            "encoder_attention_mask": torch.ones(ROWS, 16, dtype=torch.bool),
+        },
+    ),
+}
+"""Class names of networks whose derived rows hold: their configuration and what they are called with."""
+
+WRONG: dict[str, tuple[dict[str, Any], Callable[[], dict[str, Any]]]] = {
+    "ConsisIDTransformer3DModel": (
+        COGVIDEO | FACES | {"out_channels": 4},
+        lambda: {
+            "hidden_states": noise(1, 4, 8, 8),
+            "encoder_hidden_states": text(8, 8),
+            "id_vit_hidden": [torch.ones(ROWS, 2, 2)],
+            "id_cond": torch.ones(ROWS, 2),
+        },
+    ),
+    "WanAnimateTransformer3DModel": (
+        MOTION
+        | {
+            "num_attention_heads": 2,
+            "attention_head_dim": 12,
+            "in_channels": 12,
+            "latent_channels": 4,
+            "out_channels": 4,
+            "text_dim": 16,
+            "freq_dim": 32,
+            "ffn_dim": 32,
+            "num_layers": 4,
+            "image_dim": 16,
+            "rope_max_seq_len": 32,
+        },
+        lambda: {
+            "hidden_states": noise(12, 3, 4, 4),
+            "encoder_hidden_states": text(12, 16),
+            "encoder_hidden_states_image": text(12, 16),
+            "pose_hidden_states": noise(4, 2, 4, 4),
+            "face_pixel_values": noise(3, 5, 16, 16),
+        },
+    ),
+    "Lumina2Transformer2DModel": (
+        {
+            "sample_size": 4,
+            "hidden_size": 24,
+            "in_channels": 4,
+            "num_layers": 3,
+            "num_refiner_layers": 1,
+            "num_attention_heads": 3,
+            "num_kv_heads": 1,
+            "multiple_of": 2,
+            "axes_dim_rope": (4, 2, 2),
+            "axes_lens": (32, 32, 32),
+            "cap_feat_dim": 8,
+        },
+        lambda: {
+            "hidden_states": noise(4, 4, 4),
+            "encoder_hidden_states": text(5, 8),
+            "encoder_attention_mask": torch.ones(ROWS, 5, dtype=torch.bool),
+        },
+    ),
+    "HiDreamImageTransformer2DModel": (
+        {
+            "patch_size": 2,
+            "in_channels": 4,
+            "out_channels": 4,
+            "num_layers": 2,
+            "num_single_layers": 2,
+            "attention_head_dim": 8,
+            "num_attention_heads": 4,
+            "caption_channels": [8, 4],
+            "text_emb_dim": 8,
+            "num_routed_experts": 2,
+            "num_activated_experts": 2,
+            "axes_dims_rope": (4, 2, 2),
+            "max_resolution": (8, 8),
+            "llama_layers": (0, 1, 0, 1),
+            "force_inference_output": True,
+        },
+        lambda: {
+            "hidden_states": noise(4, 8, 8),
+            "encoder_hidden_states_t5": text(5, 8),
+            "encoder_hidden_states_llama3": noise(5, 4, seed=3).expand(2, -1, -1, -1).transpose(0, 1),
+            "pooled_embeds": noise(8, seed=2),
+        },
+    ),
+    "LatteTransformer3DModel": (
+        {
+            "sample_size": 8,
+            "num_layers": 2,
+            "patch_size": 2,
+            "attention_head_dim": 4,
+            "num_attention_heads": 2,
+            "caption_channels": 8,
+            "in_channels": 4,
+            "cross_attention_dim": 8,
+            "out_channels": 4,
+            "attention_bias": True,
+            "num_embeds_ada_norm": 1000,
+            "video_length": 3,
+            "norm_type": "ada_norm_single",
+            "norm_elementwise_affine": False,
+        },
+        lambda: {"hidden_states": noise(4, 3, 8, 8), "encoder_hidden_states": text(5, 8)},
+    ),
+}
+"""The same of networks whose derived rows do not hold."""
+
+
+class Loop(DiffusionPipeline):
+    """Calls its network at every step with the same arguments, but for the time and what is denoised.
+
+    Args:
+        transformer: the network.
+        scheduler: of a flow.
+    """
+
+    def __init__(self, transformer: Any, scheduler: Any) -> None:
+        super().__init__()
+        self.register_modules(transformer=transformer, scheduler=scheduler)
+
+    @torch.no_grad()
+    def __call__(self, arguments: dict[str, Any], steps: int = 4, still: bool = False) -> Tensor:
+        """(steps, rows, ...) the outputs; `still` shows the network the same at every step."""
+        self.scheduler.set_timesteps(steps)
+        name = "timesteps" if "encoder_hidden_states_t5" in arguments else "timestep"
+        sample, made = arguments["hidden_states"], []
+        for timestep in self.scheduler.timesteps:
+            shown = arguments["hidden_states"] if still else sample
+            time = torch.full((ROWS,), float(self.scheduler.timesteps[0] if still else timestep))
+            output = self.transformer(**arguments | {"hidden_states": shown, name: time}, return_dict=False)[0]
+            made.append(output)
+            if output.shape == sample.shape:
+                sample = self.scheduler.step(output, timestep, sample, return_dict=False)[0]
+            else:  # a network that also takes what stays as it is
+                self.scheduler.step(output, timestep, output)
+        return torch.stack(made)
+
+
+def looped(name: str) -> tuple[Loop, dict[str, Any]]:
+    """A pipeline of a network of `RIGHT` or `WRONG`, and the arguments for it."""
+    config, arguments = (RIGHT | WRONG)[name]
+    torch.manual_seed(0)
+    network = getattr(diffusers, name)(**config).eval()
+    tiny.random_weights(network, 1, std=0.05)
+    pipe = Loop(network, FlowMatchEulerDiscreteScheduler())
+    pipe.set_progress_bar_config(disable=True)
+    return pipe, arguments()
