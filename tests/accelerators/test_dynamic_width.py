@@ -400,6 +400,7 @@ def test_how_tokens_are_left_out() -> None:
         DynamicWidth(network, gather={paths[0]: 1})
 
 
+@pytest.mark.slow
 def test_evaluated(tmp_path: Path) -> None:
     """Rows of the exchanged network are counted, and samples belong to the weights that made them."""
     pipe = tiny.sit_pipeline()

@@ -334,6 +334,7 @@ def test_full_disk_is_a_failure_that_says_how_to_go_on(saved: str, monkeypatch: 
     assert "No space left on device. What was made so far is kept; the same command goes on from there." in message
 
 
+@pytest.mark.slow
 def test_evaluate_from_a_file(saved: str) -> None:
     options = {
         "num-samples": 12,
@@ -364,6 +365,7 @@ def test_evaluate_from_a_file(saved: str) -> None:
     assert Path("typed/results.json").is_file()
 
 
+@pytest.mark.slow
 def test_the_file_and_the_command_line_make_the_same_run(saved: str) -> None:
     run(*evaluation(saved, "--recipe", "euler@2", "--baseline-steps", "2,1"))
     options = {"recipe": "euler@2", "baseline_steps": [2, 1], "metrics": "kid,class_accuracy,rel_l2", "num_samples": 12}

@@ -37,6 +37,7 @@ def run(pipe: str, *more: str, code: int = 0) -> Any:
     return result
 
 
+@pytest.mark.slow
 def test_baselines_are_rows(saved: str) -> None:
     found = json.loads(run(saved, "--baseline", FBC, "--baseline", TAYLOR, "--recipe", "fbcache", "--json").stdout)
     assert [row["recipe"] for row in found["rows"]] == ["baseline", "baseline@2", FBC, TAYLOR, "fbcache"]

@@ -63,6 +63,7 @@ def test_another_recipe_than_the_saved_one(plain: str, saved: str) -> None:
     assert files("other") == files("asked")
 
 
+@pytest.mark.slow
 def test_evaluate_measures_the_saved_recipe(saved: str) -> None:
     small = "--num-samples 8 --rounds 2 --steps 3 --latency-batch 2 --metrics rel_l2 --baseline-steps 2"
     networks = "--features zoo:digits-features --reference zoo:digits"

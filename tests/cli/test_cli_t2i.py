@@ -188,6 +188,7 @@ def test_calibrate_hands_arguments_on(monkeypatch: pytest.MonkeyPatch) -> None:
 # what the zoo knows
 
 
+@pytest.mark.slow
 def test_evaluate_with_nothing_but_a_recipe() -> None:
     options = ["--steps", "3", "--num-samples", "3", "--rounds", "2", "--latency-batch", "1", "--baseline-steps", "2"]
     with pytest.warns(UserWarning, match="Frechet distance of 3 samples"):
@@ -210,6 +211,7 @@ def test_evaluate_with_nothing_but_a_recipe() -> None:
     assert "holds samples made differently (arguments: there {'max_sequence_length': 16}" in " ".join(said.split())
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:nothing is calibrated")  # `balanced`, for this tiny network
 def test_demo(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(

@@ -96,6 +96,7 @@ def test_comparing_rows_of_prompts() -> None:
         assert found[name]["ci95"] == pytest.approx(versus["ci95"])
 
 
+@pytest.mark.slow
 def test_a_clip_as_feature_network_serves_the_score_too() -> None:
     run(*statistics("clip.safetensors", features="clip:clip"))
     command = evaluation("both", "fid,clip_score", reference="clip.safetensors")
@@ -109,6 +110,7 @@ def test_a_clip_as_feature_network_serves_the_score_too() -> None:
     assert scores[0] == pytest.approx(scores[1])
 
 
+@pytest.mark.slow
 def test_folders_and_imported_statistics_are_references_too() -> None:
     moments = load_reference("photos", load_features("dinov2:dinov2")).moments
     np.savez("ref.npz", mu=moments.mean, sigma=moments.covariance)

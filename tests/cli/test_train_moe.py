@@ -201,6 +201,7 @@ def test_a_resume_must_agree(saved: str) -> None:
         assert named in message and "use another --out" in message
 
 
+@pytest.mark.slow
 def test_methods(saved: str, objectives: list[Any]) -> None:
     """What they start from, and how the capacity goes from there."""
     steps = ["--steps", "50", "--learning-rate", "0", "--batch-size", "2", "--save-every", "50"]
@@ -360,6 +361,7 @@ def test_schedulers_and_pipelines_that_it_is_not_for(dit: DiTPipeline, monkeypat
         assert "a SiTPipeline or a StableDiffusion3Pipeline, got a DiTPipeline" in message
 
 
+@pytest.mark.slow
 def test_the_recipe_of_the_zoo() -> None:
     common = ["generate", "zoo:sit-digits", "--classes", "3", "--device", "cpu", "--steps", "2"]
     ran = CliRunner().invoke(app, [*common, "--recipe", "zoo:sit-digits-moe", "--report", "--out", "sparse"])

@@ -107,6 +107,7 @@ def test_ratios_of_all_layers_are_logged(saved: str) -> None:
     assert logged("out") == entries, "a finished run logs nothing again"
 
 
+@pytest.mark.slow
 def test_interrupted_training_goes_on(saved: str, monkeypatch: pytest.MonkeyPatch) -> None:
     original = train_command.run_training
 

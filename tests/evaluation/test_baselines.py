@@ -305,6 +305,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Results]:
     return out, run(out, FBC, TAYLOR, MAG)
 
 
+@pytest.mark.slow
 def test_rows_of_the_result(whole: tuple[Path, Results]) -> None:
     results = whole[1]
     base = row(results, "baseline")
@@ -329,6 +330,7 @@ def test_multiply_adds_are_those_of_the_blocks_that_ran(whole: tuple[Path, Resul
     assert share < 1 / row(results, FBC)["speedup"]["macs"] < 1.1 * share  # and the ends of the network
 
 
+@pytest.mark.slow
 def test_killed_in_a_batch_it_ends_with_the_same_files(tmp_path: Path, whole: tuple[Path, Results]) -> None:
     run(tmp_path, FBC, TAYLOR, MAG)
     assert samples(tmp_path) == samples(whole[0])
@@ -338,6 +340,7 @@ def test_killed_in_a_batch_it_ends_with_the_same_files(tmp_path: Path, whole: tu
     assert samples(tmp_path) == samples(whole[0])
 
 
+@pytest.mark.slow
 def test_what_decides_for_a_batch_needs_the_same_batches(tmp_path: Path) -> None:
     run(tmp_path, FBC, num_samples=4)
     with pytest.raises(ValueError, match="batch_size: there 4, now 2"):
@@ -391,6 +394,7 @@ def test_a_pipeline_made_in_memory_cannot_be_loaded_again(tmp_path: Path, monkey
         run(tmp_path, "cache-dit")
 
 
+@pytest.mark.slow
 def test_a_process_that_dies_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(own_process, "_MODULE", "flowaccel.no_such_module")
     pipe = pipeline()

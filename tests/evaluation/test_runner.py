@@ -236,6 +236,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(
     assert numbers(results) == numbers(whole[1])
 
 
+@pytest.mark.slow
 def test_interrupted_while_timing(tmp_path: Path, whole: tuple[Path, Results]) -> None:
     with pytest.raises(Interruption):
         run(tmp_path, make=interrupted_call(12 + 10))
@@ -269,6 +270,7 @@ def test_progress(tmp_path: Path) -> None:
     assert by_stage["timing"] == [(1, 2), (2, 2)]
 
 
+@pytest.mark.slow
 def test_more_rows_and_samples_extend_a_run(tmp_path: Path, whole: tuple[Path, Results]) -> None:
     fewer = replace(PROTOCOL, num_samples=17, baseline_steps=())
     run(tmp_path, fewer, recipes=[preset("euler@3")])
@@ -279,6 +281,7 @@ def test_more_rows_and_samples_extend_a_run(tmp_path: Path, whole: tuple[Path, R
     assert numbers(results) == numbers(whole[1])
 
 
+@pytest.mark.slow
 def test_full_disk_leaves_nothing_half_and_resumes(
     tmp_path: Path, whole: tuple[Path, Results], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -338,6 +341,7 @@ def test_other_networks_are_refused(what: str, whole: tuple[Path, Results]) -> N
     assert f"{key}: there" in str(caught.value)
 
 
+@pytest.mark.slow
 def test_a_damaged_sample_is_named_and_made_again(tmp_path: Path) -> None:
     protocol = replace(PROTOCOL, baseline_steps=(), metrics=("kid",))
     results = run(tmp_path, protocol)
@@ -362,6 +366,7 @@ def test_samples_do_not_depend_on_the_batch() -> None:
     assert torch.equal(call(pipe, PROTOCOL, [3, 4, 5], 5), together)
 
 
+@pytest.mark.slow
 def test_fewer_samples_than_features_warn(tmp_path: Path) -> None:
     protocol = replace(PROTOCOL, baseline_steps=(), metrics=("fid",), features="zoo:digits-features")
     with pytest.warns(UserWarning, match="20 samples in 32 features is rank-deficient .*; take at least 64"):
@@ -371,6 +376,7 @@ def test_fewer_samples_than_features_warn(tmp_path: Path) -> None:
         run(tmp_path, replace(protocol, metrics=("kid",)), recipes=[preset("euler@3")])
 
 
+@pytest.mark.slow
 def test_all_metrics_together(tmp_path: Path) -> None:
     names = ("fid", "fid_inf", "kid", "class_accuracy", "precision", "recall", "psnr", "ssim", "rel_l2")
     protocol = replace(PROTOCOL, metrics=names, baseline_steps=(), resamples=5)

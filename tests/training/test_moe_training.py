@@ -105,6 +105,7 @@ def mean_capacity(made: Any, count: int = 20) -> float:
 # thresholds that follow
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("router", ["diffmoe", "expert_race", "expert_threshold"])
 def test_capacity_with_the_followed_thresholds(router: str, tmp_path: Path) -> None:
     """Nothing is fitted afterwards. Weights that come to rest at the end are those that the thresholds followed."""

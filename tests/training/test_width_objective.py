@@ -483,6 +483,7 @@ def aimed_at(ratio: float, model: Any, **options: Any) -> WidthObjective:
     return made
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("ratio", "controller"), [(0.5, True), (0.7, False)])
 def test_the_ratio_becomes_what_was_asked_for(ratio: float, controller: bool, tmp_path: Path) -> None:
     """Of the gates of evaluation, with the averaged weights, on times and data that were not drawn before."""
