@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from flowaccel.accelerators import AgentAttention, SparseAttention
@@ -76,12 +77,20 @@ class Report:
     """Whether it ended early: an exception, or `pipe._interrupt`."""
     unsaved: str | None
     """Why no network call was saved; None if some were."""
-    macs: int | None
-    """Multiply-adds that the networks did; None where they cannot be counted (compiled networks)."""
-    macs_saved: int | None
-    """Multiply-adds that they would have done besides, had every call been computed, and had experts taken as many
-    tokens as in training, and attention always gone through the most mediators of the recipe; negative where they did
-    more."""
+    counted: Callable[[], tuple[int | None, int | None]] = field(repr=False, compare=False)
+    """Counts `macs` and `macs_saved`, once one of them is asked for: it takes a while."""
+
+    @property
+    def macs(self) -> int | None:
+        """Multiply-adds that the networks did; None where they cannot be counted (compiled networks)."""
+        return self.counted()[0]
+
+    @property
+    def macs_saved(self) -> int | None:
+        """Multiply-adds that they would have done besides, had every call been computed, and had experts taken as many
+        tokens as in training, and attention always gone through the most mediators of the recipe; negative where they
+        did more."""
+        return self.counted()[1]
 
     @property
     def calls(self) -> list[CallRecord]:
@@ -334,17 +343,17 @@ def report(pipe: Any) -> Report:
         seconds=run.seconds,
         failed=run.failed,
         unsaved=None if run.stopped else _unsaved(recipe, run.records),
-        **_macs(run),
+        counted=functools.cache(lambda: _macs(run)),
     )
 
 
-def _macs(run: Run) -> dict[str, int | None]:
-    """Multiply-adds done and saved, by the shapes of every network's first call."""
+def _macs(run: Run) -> tuple[int | None, int | None]:
+    """Return the multiply-adds done and saved, by the shapes of every network's first call."""
     done = saved = 0
     for name, (network, shapes, rows) in run.shapes.items():
         counts = macs_by_module(network, shapes)
         if counts is None:
-            return {"macs": None, "macs_saved": None}
+            return None, None
         for record in run.records:
             if record.network == name:
                 left_out = int(sum(counts.get(path, 0) * number for path, number in record.not_run.items()))
@@ -352,7 +361,7 @@ def _macs(run: Run) -> dict[str, int | None]:
                 left_out += record.spared * rows
                 saved += left_out // rows
                 done += (counts[""] * record.rows - left_out) // rows if record.what in _BY_NETWORK else 0
-    return {"macs": done, "macs_saved": saved}
+    return done, saved
 
 
 def _steps(run: Run) -> list[StepReport]:
