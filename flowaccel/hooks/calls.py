@@ -146,6 +146,8 @@ class Run:
     ended: bool = False
     failed: bool = False
     """Whether an exception ended it."""
+    looped: bool = False
+    """Whether the pipeline opened its progress bar; compiled blocks call no network that is seen."""
     stopped: bool = False
     """See `stop`."""
     ordered: bool | None = None

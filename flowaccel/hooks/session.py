@@ -75,8 +75,9 @@ class Session:
 
     @property
     def last_run(self) -> Run | None:
-        """The last run that called a network: pipelines also set timesteps that they do not use."""
-        return self._last if self.run is None or self.run.begin is None else self.run
+        """The last run that called a network or began its loop: pipelines also set timesteps that they do not use."""
+        run = self.run
+        return run if run is not None and (run.begin is not None or run.looped) else self._last
 
     @property
     def families(self) -> tuple[str, ...]:
@@ -303,7 +304,10 @@ class Session:
 
     def _around_progress_bar(self, progress_bar: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         bar, run = progress_bar(*args, **kwargs), self._own_run()
-        if run is None or not hasattr(bar, "close"):
+        if run is None:
+            return bar
+        run.looped = True
+        if not hasattr(bar, "close"):
             return bar
 
         def close(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
