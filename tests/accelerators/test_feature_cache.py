@@ -13,7 +13,16 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 import tiny
 import unwritten
 from families import CASES, assert_close
-from flowaccel import FeatureCache, Recipe, RecipeConflictError, accelerate, accelerated, report, restore
+from flowaccel import (
+    FeatureCache,
+    Recipe,
+    RecipeConflictError,
+    UnsupportedModelError,
+    accelerate,
+    accelerated,
+    report,
+    restore,
+)
 from flowaccel.accelerators import CACHE_PRESETS, Accelerator, StepSkip, cache_preset
 from flowaccel.accelerators.caching import SCOPES, Guard, Module, Output, Range, Stack
 from flowaccel.gates import GATES, Codebook, Easy, FirstBlock, Interval, Magnitude, Mask, ModulatedInput
@@ -342,3 +351,16 @@ def test_what_a_controlnet_adds_between_reused_blocks_is_not_added_twice() -> No
     with accelerated(pipe, "fbcache:threshold=1e6"):
         assert_close(pipe(arguments, still=True), expected)
         assert session_of(pipe).run.records[-1].what == "reused"
+
+
+def test_modules_whose_rows_are_not_those_of_the_call_are_not_taken_apart() -> None:
+    """Latte's blocks see every frame, or every place, as a row."""
+    pipe, arguments = unwritten.looped("LatteTransformer3DModel")
+    bounds = {"scope": "module", "warmup": 1, "last": 0}
+    easy = bounds | {"gate": "easy", "threshold": 10.0}
+    with accelerated(pipe, FeatureCache(**easy)), pytest.raises(UnsupportedModelError, match="6 rows in a call of 2"):
+        pipe(arguments)
+    for fits in (FeatureCache(**easy, decide="batch"), FeatureCache(gate="interval", **bounds)):
+        with accelerated(pipe, fits):
+            assert pipe(arguments).isfinite().all()
+            assert any(record.what == "reused" for record in session_of(pipe).run.records)
