@@ -283,7 +283,8 @@ class Session:
         outputs = [half for made in calls for half in made.output.split(images)]
         if len(outputs) != 2:
             return
-        told = first_is_conditional(*outputs, guided[:images]) if isinstance(guided, Tensor) else None
+        first, second = outputs
+        told = first_is_conditional(first, second, guided[:images]) if isinstance(guided, Tensor) else None
         run.ordered = told is not None if len(calls) == 1 else bool(told)
         if len(calls) == 1 and told not in (None, self._conditional_first):
             self._conditional_first = told

@@ -8,9 +8,21 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 
-from families import CASES
-from flowaccel import FeatureCache, Recipe, RecipeConflictError, accelerate, accelerated, report, restore
+import tiny
+import unwritten
+from families import CASES, assert_close
+from flowaccel import (
+    FeatureCache,
+    Recipe,
+    RecipeConflictError,
+    UnsupportedModelError,
+    accelerate,
+    accelerated,
+    report,
+    restore,
+)
 from flowaccel.accelerators import CACHE_PRESETS, Accelerator, StepSkip, cache_preset
 from flowaccel.accelerators.caching import SCOPES, Guard, Module, Output, Range, Stack
 from flowaccel.gates import GATES, Codebook, Easy, FirstBlock, Interval, Magnitude, Mask, ModulatedInput
@@ -315,3 +327,58 @@ def test_units_other_than_the_image_decide_for_themselves(unit: Any) -> None:
     if unit == "batch":
         assert all(len(set(computed)) == 1 for computed in taken["cond"] + taken["uncond"])
         assert any(not computed[0] for computed in taken["cond"])
+
+
+# -- rows
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        "magcache",
+        "adacache",
+        FeatureCache(gate="first_block", threshold=0.2, scope="range"),
+        FeatureCache(gate="easy", threshold=0.2, scope="module"),
+    ],
+    ids=["magcache", "adacache", "range", "module"],
+)
+def test_one_row_of_text_for_all_images_is_that_of_each(recipe: Any) -> None:
+    """FLUX with given embeddings and several images per prompt, which decide differently."""
+    arguments = tiny.flux_arguments(1, STEPS) | {"output_type": "latent"}
+    texts = {name: arguments[name].expand(3, *arguments[name].shape[1:]) for name in arguments if "embeds" in name}
+    found = []
+    for given in (texts, {"num_images_per_prompt": 3}):
+        pipe = tiny.flux_pipeline()
+        with accelerated(pipe, recipe):
+            arguments["generator"] = [torch.Generator().manual_seed(i) for i in range(3)]
+            found.append(pipe(**arguments | given).images)
+            assert any(len(set(record.computed)) > 1 for record in session_of(pipe).run.records)
+    assert_close(*found)
+
+
+def test_what_a_controlnet_adds_between_reused_blocks_is_not_added_twice() -> None:
+    pipe = unwritten.Loop(tiny.sd3_pipeline().transformer, FlowMatchEulerDiscreteScheduler())
+    pipe.set_progress_bar_config(disable=True)
+    arguments = {
+        "hidden_states": unwritten.noise(4, 8, 8),
+        "encoder_hidden_states": unwritten.text(tiny.TOKENS, tiny.CONTEXT),
+        "pooled_projections": unwritten.noise(tiny.POOLED, seed=2),
+        "block_controlnet_hidden_states": [unwritten.noise(16, 16, seed=seed) for seed in (3, 4, 5)],
+    }
+    expected = pipe(arguments, still=True)
+    with accelerated(pipe, "fbcache:threshold=1e6"):
+        assert_close(pipe(arguments, still=True), expected)
+        assert session_of(pipe).run.records[-1].what == "reused"
+
+
+def test_modules_whose_rows_are_not_those_of_the_call_are_not_taken_apart() -> None:
+    """Latte's blocks see every frame, or every place, as a row."""
+    pipe, arguments = unwritten.looped("LatteTransformer3DModel")
+    bounds = {"scope": "module", "warmup": 1, "last": 0}
+    easy = bounds | {"gate": "easy", "threshold": 10.0}
+    with accelerated(pipe, FeatureCache(**easy)), pytest.raises(UnsupportedModelError, match="6 rows in a call of 2"):
+        pipe(arguments)
+    for fits in (FeatureCache(**easy, decide="batch"), FeatureCache(gate="interval", **bounds)):
+        with accelerated(pipe, fits):
+            assert pipe(arguments).isfinite().all()
+            assert any(record.what == "reused" for record in session_of(pipe).run.records)

@@ -28,7 +28,7 @@ from flowaccel import (
 )
 from flowaccel.accelerators.caching.runtime import require_tensor
 from flowaccel.accelerators.guidance.runtime import clean_sample
-from flowaccel.hooks import FAMILIES
+from flowaccel.hooks import FAMILIES, session_of
 from flowaccel.models.convention import SIT
 from flowaccel.recipe import preset
 
@@ -238,21 +238,32 @@ def test_without_guidance_it_warns_once_and_changes_nothing(name: str) -> None:
     assert report(pipe).guided_rate is None
 
 
-def test_where_rows_cannot_be_told_apart_all_run_and_the_images_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_derived_row_saves_what_the_written_one_does(monkeypatch: pytest.MonkeyPatch) -> None:
     case, recipe = CASES["sd3"], "guidance_interval"
     pipe = case.make()
     with accelerated(pipe, recipe):
-        expected = case(pipe, batch=2)
+        expected, saved = case(pipe, batch=2), report(pipe).macs_saved
     monkeypatch.delitem(FAMILIES, "sd3")
     pipe = case.make()
     accelerate(pipe, recipe)
-    with pytest.warns(
-        UserWarning, match="saves nothing where a SD3Transformer2DModel gets both branches in one call"
-    ) as caught:
-        found = case(pipe, batch=2)
-    assert len([warning for warning in caught if "saves nothing" in str(warning.message)]) == 1
-    assert_close(found, expected)
-    assert report(pipe).macs_saved == 0 and "had every call computed" in (report(pipe).unsaved or "")
+    for _ in range(2):
+        assert_close(case(pipe, batch=2), expected)
+    assert saved and report(pipe).macs_saved == saved
+
+
+def test_a_unet_is_called_for_the_conditional_rows_alone_once_guidance_has_ended() -> None:
+    pipe = tiny.unet_pipeline()
+    arguments = tiny.unet_arguments(batch=2, steps=6)
+
+    def end(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        pipe._guidance_scale = 1 + 1e-9 if step >= 2 else pipe._guidance_scale
+        return tensors
+
+    expected = pipe(**arguments, callback_on_step_end=end).images
+    accelerate(pipe, "guidance_interval")
+    assert_close(pipe(**tiny.unet_arguments(batch=2, steps=6)).images, expected)
+    rows = [record.not_run.get("", 0) for record in session_of(pipe).run.records]
+    assert rows == [0, 0, 0, 2, 2, 2]
 
 
 def test_calls_beyond_guidance_pass() -> None:

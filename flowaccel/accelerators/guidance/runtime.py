@@ -170,7 +170,10 @@ class Guiding:
         """
         if not call.ordered:
             if call.run.ordered is not None:
-                self._warn_idle(call, "guidance at the first guided step did not show which output is the conditional")
+                self._warn_idle(
+                    call,
+                    "the first guided step did not show which output is the conditional one (or that it is the last)",
+                )
             return False
         if COND not in call.branches or call.gathers:
             return True
