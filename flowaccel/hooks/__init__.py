@@ -23,7 +23,6 @@ from flowaccel.hooks.families import denoiser as denoiser
 from flowaccel.hooks.families import family_of as family_of
 from flowaccel.hooks.families import networks as networks
 from flowaccel.hooks.families import register_family as register_family
-from flowaccel.hooks.families import unsupported as unsupported
 from flowaccel.hooks.identity import Identity as Identity
 from flowaccel.hooks.macs import is_compiled as is_compiled
 from flowaccel.hooks.macs import macs_by_module as macs_by_module
@@ -70,6 +69,5 @@ __all__ = [
     "register_family",
     "session_of",
     "shapes_of",
-    "unsupported",
     "wrap",
 ]

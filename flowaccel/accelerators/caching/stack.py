@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from flowaccel.accelerators.caching.runtime import Cache, Moment, Proceed, Rules, not_run, tensor_of
 from flowaccel.accelerators.caching.scopes import Range, Stack, middle
 from flowaccel.errors import UnsupportedModelError
-from flowaccel.hooks import Block, Call, Session, attention_input, unsupported
+from flowaccel.hooks import Block, Call, Session, attention_input
 
 Tokens = tuple[Tensor, Tensor | None]
 """(rows, tokens, width) of the image, and of the text where the blocks carry it."""
@@ -53,11 +53,11 @@ class StackCache(Cache):
         found = tensor_of(proceed())
         furthest = float((found - expected).nan_to_num().abs().max())
         if furthest > 10 * torch.finfo(expected.dtype).eps * float(expected.nan_to_num().abs().max()):
-            raise unsupported(
-                call.module,
-                call.family,
-                "with what its blocks made handed on in their place, the network makes something else: it takes more "
-                "from within the blocks than their tokens",
+            raise UnsupportedModelError(
+                f"scope {self._scope.name!r} cannot be used with this {type(call.module).__name__}: with what the "
+                "blocks made handed on in their place it makes something else, so it takes more from within the blocks than "
+                "their last tokens, as skip connections do. Leave out other blocks (scope 'stack', or 'range' with a "
+                "smaller back), or use scope 'output'"
             )
         self._proved.add(call.module)
 
