@@ -55,9 +55,9 @@ class StackCache(Cache):
         if furthest > 10 * torch.finfo(expected.dtype).eps * float(expected.nan_to_num().abs().max()):
             raise UnsupportedModelError(
                 f"scope {self._scope.name!r} cannot be used with this {type(call.module).__name__}: with what the "
-                "blocks made handed on in their place it makes something else, so it takes more from within the blocks than "
-                "their last tokens, as skip connections do. Leave out other blocks (scope 'stack', or 'range' with a "
-                "smaller back), or use scope 'output'"
+                "blocks made handed on in their place it makes something else, so it takes more from within the blocks "
+                "than their last tokens, as skip connections do. Leave out other blocks (scope 'stack', or 'range' "
+                "with a smaller back), or use scope 'output'"
             )
         self._proved.add(call.module)
 
