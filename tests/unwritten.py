@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -158,6 +159,30 @@ RIGHT: dict[str, tuple[dict[str, Any], Callable[[], dict[str, Any]]]] = {
         COGVIDEO | {"out_channels": 4},
         lambda: {"hidden_states": noise(1, 4, 8, 8), "encoder_hidden_states": text(8, 8)},
     ),
+    "HunyuanDiT2DModel": (
+        SIZES
+        | {
+            "sample_size": 4,
+            "patch_size": 2,
+            "num_layers": 6,
+            "hidden_size": 16,
+            "cross_attention_dim": 8,
+            "cross_attention_dim_t5": 8,
+            "pooled_projection_dim": 4,
+            "text_len": 4,
+            "text_len_t5": 4,
+        },
+        lambda: {
+            "hidden_states": noise(4, 4, 4),
+            "encoder_hidden_states": text(4, 8),
+            "encoder_hidden_states_t5": text(4, 8),
+            "text_embedding_mask": torch.ones(ROWS, 4),
+            "text_embedding_mask_t5": torch.ones(ROWS, 4),
+            "image_meta_size": torch.ones(ROWS, 6),
+            "style": torch.zeros(ROWS, dtype=torch.long),
+            "image_rotary_emb": (torch.ones(4, 8), torch.zeros(4, 8)),
+        },
+    ),
     "MochiTransformer3DModel": (
         SIZES
         | {
@@ -294,7 +319,8 @@ class Loop(DiffusionPipeline):
     def __call__(self, arguments: dict[str, Any], steps: int = 4, still: bool = False) -> Tensor:
         """(steps, rows, ...) the outputs; `still` shows the network the same at every step."""
         self.scheduler.set_timesteps(steps)
-        name = "timesteps" if "encoder_hidden_states_t5" in arguments else "timestep"
+        names = inspect.signature(self.transformer.forward).parameters
+        name = next(name for name in names if name in ("timestep", "timesteps"))
         sample, made = arguments["hidden_states"], []
         for timestep in self.scheduler.timesteps:
             shown = arguments["hidden_states"] if still else sample

@@ -27,7 +27,6 @@ from flowaccel.hooks.families import denoiser as denoiser
 from flowaccel.hooks.families import family_of as family_of
 from flowaccel.hooks.families import networks as networks
 from flowaccel.hooks.families import register_family as register_family
-from flowaccel.hooks.families import unsupported as unsupported
 from flowaccel.hooks.identity import Identity as Identity
 from flowaccel.hooks.macs import is_compiled as is_compiled
 from flowaccel.hooks.macs import macs_by_module as macs_by_module
@@ -84,6 +83,5 @@ __all__ = [
     "shapes_of",
     "time_signal",
     "time_source",
-    "unsupported",
     "wrap",
 ]

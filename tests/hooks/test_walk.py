@@ -104,7 +104,7 @@ class Leaky(ModelMixin, ConfigMixin):
         ("other tokens", "what leaves its blocks 'first'"),
         ("fewer tokens", "changes the tokens between its blocks 'blocks'"),
         ("early end", "ran 3 of its 5 blocks"),
-        ("skip", "takes more from within the blocks than their tokens"),
+        ("skip", "takes more from within the blocks than their last tokens"),
     ],
 )
 def test_a_network_that_does_more_than_its_row_says_is_told_from_one_that_does_not(leak: str, said: str) -> None:
@@ -116,3 +116,14 @@ def test_a_network_that_does_more_than_its_row_says_is_told_from_one_that_does_n
             continue
         with accelerated(pipe, ALWAYS), pytest.raises(UnsupportedModelError, match=said):
             pipe(arguments)
+
+
+def test_blocks_that_later_ones_reach_back_to_are_not_left_out() -> None:
+    """HunyuanDiT's second half takes in what the blocks of its first half made."""
+    pipe, arguments = looped("HunyuanDiT2DModel")
+    expected = pipe(arguments, still=True)
+    reused = {"gate": "interval", "interval": 9, "scope": "range", "warmup": 1, "last": 0}
+    with accelerated(pipe, FeatureCache(**reused, back=1)):
+        torch.testing.assert_close(pipe(arguments, still=True), expected, rtol=1e-4, atol=1e-5)
+    with accelerated(pipe, FeatureCache(**reused, back=3)), pytest.raises(UnsupportedModelError, match="smaller back"):
+        pipe(arguments)

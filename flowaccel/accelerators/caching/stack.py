@@ -13,17 +13,7 @@ from flowaccel.accelerators.caching.runtime import Cache, Moment, Proceed, Rules
 from flowaccel.accelerators.caching.scopes import Range, Stack, middle
 from flowaccel.errors import UnsupportedModelError
 from flowaccel.gates.base import TIME_SIGNALS
-from flowaccel.hooks import (
-    Block,
-    Call,
-    Session,
-    attention_input,
-    family_of,
-    networks,
-    time_signal,
-    time_source,
-    unsupported,
-)
+from flowaccel.hooks import Block, Call, Session, attention_input, family_of, networks, time_signal, time_source
 
 Tokens = tuple[Tensor, Tensor | None]
 """(rows, tokens, width) of the image, and of the text where the blocks carry it."""
@@ -75,11 +65,11 @@ class StackCache(Cache):
         passed.replays = True
         found = tensors_of(proceed())
         if not all(_alike(ours, theirs) for ours, theirs in zip(found, expected, strict=True)):
-            raise unsupported(
-                call.module,
-                call.family,
-                "with what its blocks made handed on in their place, the network makes something else: it takes more "
-                "from within the blocks than their tokens",
+            raise UnsupportedModelError(
+                f"scope {self._scope.name!r} cannot be used with this {type(call.module).__name__}: with what the "
+                "blocks made handed on in their place it makes something else, so it takes more from within the blocks "
+                "than their last tokens, as skip connections do. Leave out other blocks (scope 'stack', or 'range' "
+                "with a smaller back), or use scope 'output'"
             )
         self._proved.add(call.module)
 
