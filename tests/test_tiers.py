@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -38,9 +39,11 @@ def test_the_default_tier_holds_every_value_of_a_product_and_not_every_pair() ->
     assert len(found["full"]) == 14
 
 
-def test_a_single_argument_is_met_by_a_third_of_its_values() -> None:
-    found = tiers.sort_into_tiers([item("test", case=case) for case in range(9)])
-    assert (len(found["default"]), len(found["full"])) == (3, 6)
+def test_a_single_argument_is_met_by_a_third_of_its_values_and_by_all_in_three_tests() -> None:
+    found = tiers.sort_into_tiers([item(name, case=case) for name in ("one", "two", "three") for case in range(10)])
+    counts = Counter(each.name for each in found["default"])
+    assert counts == {"one": 4, "two": 3, "three": 3}
+    assert {each.callspec.params["case"] for each in found["default"]} == set(range(10))
 
 
 def test_outside_of_conformance_everything_is_in_the_default_tier_but_what_costs() -> None:
@@ -77,8 +80,10 @@ def test_a_process_that_no_fixture_tells_of_is_noticed(
 def test_every_family_and_every_preset_is_in_the_default_tier(request: pytest.FixtureRequest) -> None:
     if request.config.args != request.config.getini("testpaths"):
         pytest.skip("only some of the tests were collected")
-    values = [value for test in request.config.stash[tiers.DEFAULT] for value in _values(test)]
-    assert set(FAMILIES) - {value.family for value in values if isinstance(value, Case)} == set()
+    tests = request.config.stash[tiers.DEFAULT]
+    values = [value for test in tests for value in _values(test)]
+    families = {mark.args[0] for test in tests for mark in test.iter_markers("family")}
+    assert set(FAMILIES) - families - {value.family for value in values if isinstance(value, Case)} == set()
     assert set(PRESETS) - {value for value in values if isinstance(value, str)} == set()
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -60,7 +60,15 @@ def sort_into_tiers(items: Sequence[pytest.Item]) -> dict[str, list[pytest.Item]
     groups: dict[Any, list[pytest.Item]] = defaultdict(list)
     for item in items:
         groups[item.nodeid.split("[")[0]].append(item)
-    covering = {item for name, group in groups.items() for item in (_cover(name, group) if _product(group) else group)}
+    turns: Counter[tuple[str, ...]] = Counter()
+    covering: set[pytest.Item] = set()
+    for name, group in groups.items():
+        single = _single(group)
+        if single:
+            covering.update(group[turns[single] % 3 :: 3] or group)
+            turns[single] += 1
+        else:
+            covering.update(_cover(name, group) if _product(group) else group)
     tiers: dict[str, list[pytest.Item]] = {tier: [] for tier in TIERS}
     for item in items:
         tiers[tier_of(item, covering)].append(item)
@@ -95,20 +103,24 @@ def _conforms(item: pytest.Item) -> bool:
     return "conformance" in Path(item.path).parts
 
 
+def _single(group: Sequence[pytest.Item]) -> tuple[str, ...]:
+    """Return the values of a conformance test with a single argument; the tests that share them take turns, so that
+    three of them meet every value."""
+    found = [arguments(item) for item in group]
+    alone = _conforms(group[0]) and all(len(each) == 1 for each in found)
+    return tuple(value for each in found for value in each.values()) if alone else ()
+
+
 def _product(group: Sequence[pytest.Item]) -> bool:
-    several = len({name for item in group for name in arguments(item)}) > 1
-    return len(group) > 1 and (several or _conforms(group[0]))
+    return len({name for item in group for name in arguments(item)}) > 1
 
 
 def _cover(name: str, group: Sequence[pytest.Item]) -> Iterator[pytest.Item]:
-    """Choose tests of a product until every value of every argument is in one, or a third of the values of a single
-    argument. Which ones differs from test function to test function, so that together they meet many pairs."""
+    """Choose tests of a product until every value of every argument is in one. Which ones differs from test function
+    to test function, so that together they meet many pairs."""
     start = crc32(name.encode()) % len(group)
     left = [*group[start:], *group[:start]]
     missing = {pair for item in group for pair in arguments(item).items()}
-    if len({argument for argument, _ in missing}) == 1:
-        yield from left[::3]
-        return
     while missing:
         best = max(left, key=lambda item: len(missing & set(arguments(item).items())))
         left.remove(best)

@@ -329,6 +329,7 @@ def cog_latents(pipe: Any, seeds: tuple[int, ...] = (3,), steps: int = 12) -> Te
     ).frames
 
 
+@pytest.mark.family("cogvideox")
 def test_the_fits_of_cogvideox_read_its_time_embedding() -> None:
     pipe, name, emb, steps = cogvideox(), "cogvideox1.5-5b", [], 12
     pipe.transformer.time_embedding.register_forward_hook(lambda _m, _a, output: emb.append(output))
