@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import random
 import shlex
 import shutil
 import sys
@@ -24,7 +26,7 @@ import flowaccel.cli
 import tiny
 from commands import fails, run
 from flowaccel import CheckpointError, Recipe, UnsupportedModelError, accelerate
-from flowaccel.errors import UnnamedCodeError
+from flowaccel.errors import FlowaccelError, UnnamedCodeError
 from flowaccel.evaluation import compare_rows, load_features
 from flowaccel.evaluation.baselines import calibrated_to
 from flowaccel.evaluation.features import runs_code
@@ -267,6 +269,23 @@ PIPELINES: dict[str, tuple[Callable[[Path], None], str]] = {
         "declares num_layers=1000000000",
     ),
 }
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("seed", range(300))
+def test_a_damaged_pipeline_loads_or_is_one_clear_error(seed: int, saved_pipeline: Path, tmp_path: Path) -> None:
+    """A few bytes of one file are others, or its end is missing."""
+    folder, chance = Path(shutil.copytree(saved_pipeline, tmp_path / "pipe")), random.Random(seed)
+    file = chance.choice(sorted(path for path in folder.rglob("*") if path.is_file()))
+    content = bytearray(file.read_bytes())
+    if chance.random() < 0.3:
+        del content[chance.randrange(len(content)) :]
+    else:
+        for _ in range(chance.randint(1, 8)):
+            content[chance.randrange(min(len(content), 4096))] = chance.randrange(256)
+    file.write_bytes(content)
+    with contextlib.suppress(FlowaccelError, ValueError, OSError):
+        load_pipeline(folder)
 
 
 @pytest.mark.parametrize("case", PIPELINES)

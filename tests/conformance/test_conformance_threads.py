@@ -97,6 +97,23 @@ def test_two_threads_on_a_shared_network_do_not_meet(name: str) -> None:
     assert len(report(found.pipes[0]).steps) >= STEPS - 1
 
 
+@pytest.mark.soak
+@pytest.mark.parametrize("name", [name for name in PRESETS if name != "sde"])  # threads share its generator
+def test_two_threads_that_run_freely_do_not_meet(name: str) -> None:
+    found, made = pair(name), ([], [])
+
+    def act(which: int) -> None:
+        made[which].extend(found.make(which) for _ in range(20))
+
+    threads = [threading.Thread(target=act, args=(which,)) for which in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for which in (0, 1):
+        assert [torch.equal(each, found.alone[which]) for each in made[which]] == [True] * 20
+
+
 @EVERY
 def test_a_pipeline_called_during_a_run_on_its_network_does_not_disturb_it(name: str) -> None:
     """Between two calls of the network, as callbacks do, and in the middle of one."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
@@ -105,7 +106,14 @@ def single(pipe: Path, worker: Path, tmp_path_factory: pytest.TempPathFactory) -
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("victim", "allowed"), [("1", 2), ("0", 7)])
+@pytest.mark.parametrize(
+    ("victim", "allowed"),
+    [
+        ("1", 2),
+        ("0", 7),
+        *(pytest.param(*case, marks=pytest.mark.soak) for case in itertools.product("01", (1, 3, 4, 5, 6, 8, 9, 10))),
+    ],
+)
 def test_two_processes_killed_and_resumed_by_one(
     victim: str, allowed: int, pipe: Path, worker: Path, single: Path, tmp_path: Path
 ) -> None:
