@@ -82,7 +82,7 @@ def process() -> tiers.Process:
     way asks for this fixture all the same, as its tier is told by it."""
 
     def run(*command: object, code: int = 0, **options: object) -> subprocess.CompletedProcess[str]:
-        settings = {"capture_output": True, "text": True, "timeout": 280, "check": False} | options
+        settings = {"capture_output": True, "text": True, "timeout": 600, "check": False} | options
         ended = subprocess.run([sys.executable, *map(str, command)], **settings)
         assert ended.returncode == code, ended.stderr[-3000:]
         return ended
