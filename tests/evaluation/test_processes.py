@@ -78,7 +78,7 @@ def start(command: list[str], world: int, *script: str) -> subprocess.CompletedP
     """Run a script or module in `world` processes that torchrun starts, or in one without it."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)] if world > 1 else []
     return subprocess.run(
-        [sys.executable, *torchrun, *script, *command], capture_output=True, text=True, timeout=240, check=False
+        [sys.executable, *torchrun, *script, *command], capture_output=True, text=True, timeout=600, check=False
     )
 
 
