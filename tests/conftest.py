@@ -17,6 +17,9 @@ if not NETWORK:
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["MPLBACKEND"] = "Agg"
+# Without it MKL's products differ in the last digit with the alignment of their operands, and what is read from a file
+# lies elsewhere than what was made in memory: bit for bit with a fresh process would be a matter of luck.
+os.environ.setdefault("MKL_CBWR", "AUTO")
 os.environ["OMP_NUM_THREADS"] = str(THREADS)  # also for the processes that tests start
 
 import numpy as np  # noqa: E402
