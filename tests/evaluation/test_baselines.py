@@ -395,6 +395,7 @@ def test_a_pipeline_made_in_memory_cannot_be_loaded_again(tmp_path: Path, monkey
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("process")
 def test_a_process_that_dies_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(own_process, "_MODULE", "flowaccel.no_such_module")
     pipe = pipeline()

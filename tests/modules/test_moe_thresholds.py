@@ -257,6 +257,7 @@ def in_process(rank: int, folder: str) -> None:
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.usefixtures("process")
 def test_two_processes_have_the_mean_of_both(tmp_path: Path) -> None:
     method = "fork" if sys.platform == "linux" else "spawn"  # which would import everything again, twice
     torch.multiprocessing.start_processes(in_process, (str(tmp_path),), nprocs=2, start_method=method)
