@@ -42,8 +42,8 @@ def fit(layer: MoEFeedForward, hidden: Tensor | None = None, capacity: float | N
     """Ready for use: evaluating, with thresholds, where there are any, that were fitted to `hidden`."""
     layer.eval()
     if layer.settings.thresholded:
-        weight = layer.gate.weight
-        hidden = tokens(8, 64, seed=2, dtype=weight.dtype, dim=weight.shape[1]) if hidden is None else hidden
+        width, dtype = layer.gate.weight.shape[1], next(layer.experts.parameters()).dtype
+        hidden = tokens(8, 64, seed=2, dtype=dtype, dim=width) if hidden is None else hidden
         layer.thresholds.collecting = True
         with torch.no_grad():
             layer(hidden)
