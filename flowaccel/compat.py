@@ -7,6 +7,9 @@ from typing import Any
 from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
 from diffusers.pipelines import pipeline_loading_utils
 
+AROUND_FORWARD = ("forward", "_hf_hook", "_old_forward", "_diffusers_hook")
+"""What accelerate, diffusers and others put on a module around its forward; it leads back to that module."""
+
 
 def register_components(library: str) -> None:
     """Let `model_index.json` name components as `["flowaccel", "ClassName"]`, as diffusers does for its own.

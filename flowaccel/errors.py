@@ -15,9 +15,12 @@ class UnnamedCodeError(FlowaccelError, ValueError):
     """A file asks for code to be run, which the person at work has not named: files choose data, never code."""
 
     def __init__(self, where: str, option: str, name: str) -> None:
+        self.reason = (
+            f"{where} asks for the {option} network {name!r}, and loading that runs code, which a file may not choose"
+        )
         super().__init__(
-            f"{where} asks for the {option} network {name!r}, and loading that runs code, which a file may not choose; "
-            f"if you trust it, name it yourself: {option}={name!r}, on the command line --{option} {name}"
+            f"{self.reason}; if you trust it, name it yourself: {option}={name!r}, on the command line "
+            f"--{option} {name}"
         )
         self.option, self.name = option, name
 

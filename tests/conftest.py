@@ -7,7 +7,6 @@ import random
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import nullcontext
 
 NETWORK = os.environ.get("FLOWACCEL_TEST_NETWORK") == "1"
 THREADS = int(os.environ.get("OMP_NUM_THREADS") or 1)  # the models are tiny: more threads only wait for each other
@@ -60,13 +59,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_setup(item: pytest.Item) -> Iterator[None]:
-    with tiers.nothing_costly(item) if item.config.getoption("--tier") == "default" else nullcontext():
+    with tiers.nothing_costly(item):
         yield
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
-    with tiers.nothing_costly(item) if item.config.getoption("--tier") == "default" else nullcontext():
+    with tiers.nothing_costly(item):
         yield
 
 

@@ -12,7 +12,11 @@ import torch
 from diffusers import (
     AuraFlowPipeline,
     AuraFlowTransformer2DModel,
+    AutoencoderKLCogVideoX,
     AutoencoderKLWan,
+    CogVideoXDDIMScheduler,
+    CogVideoXPipeline,
+    CogVideoXTransformer3DModel,
     CogView4Pipeline,
     CogView4Transformer2DModel,
     DDIMScheduler,
@@ -339,6 +343,50 @@ def auraflow_arguments(batch: int = 1, steps: int = STEPS, seed: int = 3, guided
     }
 
 
+def cogvideox_pipeline(seed: int = 0) -> Any:
+    torch.manual_seed(seed)
+    transformer = CogVideoXTransformer3DModel(
+        num_attention_heads=1,
+        attention_head_dim=16,
+        in_channels=4,
+        out_channels=4,
+        time_embed_dim=8,
+        text_embed_dim=WIDTH,
+        num_layers=3,
+        sample_width=4,
+        sample_height=4,
+        sample_frames=9,
+        patch_size=2,
+        max_text_seq_length=TEXT,
+        use_rotary_positional_embeddings=True,
+    )
+    vae = AutoencoderKLCogVideoX(
+        in_channels=3,
+        out_channels=3,
+        down_block_types=("CogVideoXDownBlock3D",) * 4,
+        up_block_types=("CogVideoXUpBlock3D",) * 4,
+        block_out_channels=(8, 8, 8, 8),
+        latent_channels=4,
+        layers_per_block=1,
+        norm_num_groups=2,
+    ).eval()
+    return silent(CogVideoXPipeline(None, None, vae, prepared(transformer, seed), CogVideoXDDIMScheduler()))
+
+
+def cogvideox_arguments(batch: int = 1, steps: int = STEPS, seed: int = 3, guided: bool = True) -> dict[str, Any]:
+    return {
+        "prompt_embeds": words(batch, seed),
+        "negative_prompt_embeds": words(1, 40).expand(batch, -1, -1),
+        "guidance_scale": 6.0 if guided else 1.0,
+        "num_inference_steps": steps,
+        "height": 32,
+        "width": 32,
+        "num_frames": 9,
+        "generator": generators(batch, seed),
+        "output_type": "pt",
+    }
+
+
 COND_UNCOND = (("cond", "uncond"),)
 UNCOND_COND = (("uncond", "cond"),)
 SPLIT = (("cond",), ("uncond",))
@@ -361,6 +409,7 @@ CASES = {
             SPLIT,
             networks=("transformer", "transformer_2"),
         ),
+        Case("cogvideox", "cogvideox", cogvideox_pipeline, cogvideox_arguments, UNCOND_COND),
         Case("cogview4", "cogview4", cogview4_pipeline, cogview4_arguments, SPLIT),
         Case("auraflow", "auraflow", auraflow_pipeline, auraflow_arguments, UNCOND_COND),
     )

@@ -130,8 +130,8 @@ def _cover(name: str, group: Sequence[pytest.Item]) -> Iterator[pytest.Item]:
 
 @contextmanager
 def nothing_costly(item: pytest.Item) -> Iterator[None]:
-    """Fail a test that starts a process, and does not ask for the fixture that says so."""
+    """Fail a test of the default tier that starts a process, and does not ask for the fixture that says so."""
     _started.clear()
     yield
-    if _started and not set(COSTLY) & set(_fixtures(item)):
+    if item.config.getoption("--tier") == "default" and _started and not set(COSTLY) & set(_fixtures(item)):
         pytest.fail(f"{item.name} starts {_started}: let it ask for the fixture 'process', or 'compiler'")

@@ -246,7 +246,7 @@ def ask_again(context: typer.Context, error: UnnamedCodeError) -> ValueError:
         for one in value if isinstance(value, (list, tuple)) else [value]:
             typed += option if one is True else [*option, str(one)]
     again = shlex.join([*context.command_path.split(), *typed, f"--{error.option}", error.name])
-    return ValueError(f"{str(error).partition('; if you trust it')[0]}. If you trust it, name it yourself: {again}")
+    return ValueError(f"{error.reason}. If you trust it, name it yourself: {again}")
 
 
 def _exit(message: str, code: int) -> typer.Exit:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from flowaccel.gates.base import Gate, Signal, State, Step, check_threshold, relative_change, where
-from flowaccel.gates.teacache_fits import PUBLISHED, UNUSABLE, PublishedFit
+from flowaccel.gates.teacache_fits import PUBLISHED, UNUSABLE
 
 
 @dataclass(frozen=True)
@@ -106,19 +106,17 @@ class ModulatedInput(Gate):
             raise ValueError(f"fitted_range must be two rising numbers of at least 0, got {self.fitted_range!r}")
 
     @property
-    def _fit(self) -> PublishedFit | None:
-        return PUBLISHED[self.coefficients] if isinstance(self.coefficients, str) else None
-
-    @property
     def signal(self) -> Signal:  # type: ignore[override]
         """What the polynomial was fitted to."""
-        return "modulated_input" if self._fit is None else self._fit.signal
+        return PUBLISHED[self.coefficients].signal if isinstance(self.coefficients, str) else "modulated_input"
 
     def rescaled(self, change: Tensor) -> Tensor:
         """The polynomial of a relative change."""
-        fitted_range = self._fit.changes if self.fitted_range is None and self._fit is not None else self.fitted_range
-        named = self.coefficients
-        coefficients = PUBLISHED[named].coefficients if isinstance(named, str) else named
+        if isinstance(self.coefficients, str):
+            fit = PUBLISHED[self.coefficients]
+            coefficients, fitted_range = fit.coefficients, self.fitted_range or fit.changes
+        else:
+            coefficients, fitted_range = tuple(self.coefficients), self.fitted_range
         if self.bounded and fitted_range is not None:
             change = change.clamp(*fitted_range)
         value = torch.zeros_like(change)

@@ -31,6 +31,9 @@ from flowaccel.hooks.identity import Identity as Identity
 from flowaccel.hooks.macs import is_compiled as is_compiled
 from flowaccel.hooks.macs import macs_by_module as macs_by_module
 from flowaccel.hooks.macs import shapes_of as shapes_of
+from flowaccel.hooks.outputs import packer as packer
+from flowaccel.hooks.outputs import require_rows as require_rows
+from flowaccel.hooks.outputs import tensors_of as tensors_of
 from flowaccel.hooks.session import CallAround as CallAround
 from flowaccel.hooks.session import Session as Session
 from flowaccel.hooks.session import close_session as close_session
@@ -77,10 +80,13 @@ __all__ = [
     "mean_capacity",
     "networks",
     "open_session",
+    "packer",
     "register_family",
     "require_idle",
+    "require_rows",
     "session_of",
     "shapes_of",
+    "tensors_of",
     "time_signal",
     "time_source",
     "wrap",

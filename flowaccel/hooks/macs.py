@@ -12,10 +12,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
+from flowaccel.compat import AROUND_FORWARD
 from flowaccel.hooks.families import unwrapped
-
-_SURROUNDING = ("forward", "_hf_hook", "_old_forward", "_diffusers_hook")
-"""What others put on an instance around its forward; it leads back to that instance."""
 
 
 def shapes_of(arguments: dict[str, Any]) -> dict[str, Any]:
@@ -67,7 +65,7 @@ def _replica(network: nn.Module) -> nn.Module:
     with _WithoutData():
         for module, twin in twins.items():
             unwatched = {name: value for name, value in nn.Module().__dict__.items() if "hook" in name}
-            left_out = (*unwatched, *_SURROUNDING)
+            left_out = (*unwatched, *AROUND_FORWARD)
             state = {name: value for name, value in module.__dict__.items() if name not in left_out}
             generators = [value for value in state.values() if isinstance(value, torch.Generator)]
             memo |= {id(one): torch.Generator(one.device) for one in generators}  # their states are tensors with data

@@ -28,9 +28,11 @@ from flowaccel.errors import PipelineBusyError, RecipeConflictError, Unsupported
 from flowaccel.hooks.blocks import BlockAround, BlockHooks, ModuleAround, during
 from flowaccel.hooks.callers import Caller, caller_of, is_called
 from flowaccel.hooks.calls import COMPUTED, COND, EXTRA, REUSED, UNCOND, Call, CallRecord, Run
-from flowaccel.hooks.families import Family, family_of, networks, unwrapped
+from flowaccel.hooks.families import family_of, networks, unwrapped
 from flowaccel.hooks.macs import shapes_of
 from flowaccel.hooks.order import first_is_conditional
+from flowaccel.hooks.outputs import tensors_of
+from flowaccel.hooks.schedule import by_token, levels, span
 from flowaccel.hooks.wrap import Wrapped, entry_point, lend, wrap
 
 _ATTACHED = "_flowaccel_session"
@@ -356,9 +358,7 @@ class Session:
             output = self._call(call, forward, args, kwargs)
             if call.family.derived and run.ordered is None and EXTRA not in call.branches:
                 again = functools.partial(self._around_network, network, forward, args, kwargs)
-                found = output[0] if isinstance(output, tuple) else getattr(output, "sample", None)
-                if isinstance(found, Tensor):
-                    self._guided_calls.append(_Guided(found, again))
+                self._guided_calls += [_Guided(found, again) for found in tensors_of(output)[:1]]
             return output
         except BaseException:
             run.end(failed=True)
@@ -385,8 +385,8 @@ class Session:
     def _describe(self, run: Run, network: _Network, arguments: dict[str, Any], forward: Callable[..., Any]) -> Call:
         clock = arguments.get("timestep")
         if run.begin is None:
-            run.timesteps, run.sigmas = _levels(self.pipe.scheduler)
-            run.begin, run.planned = _span(self.pipe, run.timesteps, clock, network.family)
+            run.timesteps, run.sigmas = levels(self.pipe.scheduler)
+            run.begin, run.planned = span(self.pipe, run.timesteps, clock, network.family)
             self._refuse_apart(clock)
         run.tick(clock)
         run.due = True
@@ -422,7 +422,7 @@ class Session:
         run = self.run
         assert run is not None
         listed = len(run.timesteps)
-        if _by_token(clock) and run.num_steps > listed and self._call_arounds:
+        if by_token(clock) and run.num_steps > listed and self._call_arounds:
             raise UnsupportedModelError(
                 f"this {type(self.pipe).__name__} walks its frames through {listed} timesteps one after the other, in "
                 f"{run.num_steps} evaluations, and what is cached of one is not what the next computes; let all frames "
@@ -573,59 +573,6 @@ def _images(arguments: dict[str, Any], network: _Network, rows: int) -> int:
         null = config.get("num_classes", config.get("num_embeds_ada_norm"))
         return half if bool((labels[half:] == null).all()) else rows
     return half
-
-
-def _levels(scheduler: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    timesteps = tuple(map(float, torch.as_tensor(scheduler.timesteps).tolist()))  # one wait for the GPU, not one each
-    sigmas = getattr(scheduler, "sigmas", None)
-    if isinstance(sigmas, Tensor) and len(sigmas) >= len(timesteps):
-        return timesteps, tuple(sigmas[: len(timesteps)].tolist())
-    alphas = getattr(scheduler, "alphas_cumprod", None)
-    if isinstance(alphas, Tensor):
-        kept = alphas[[min(int(value), len(alphas) - 1) for value in timesteps]].tolist()
-        return timesteps, tuple(((1 - alpha) / alpha) ** 0.5 for alpha in kept)
-    scale = scheduler.config.get("num_train_timesteps", 1000)
-    return timesteps, tuple(value / scale for value in timesteps)
-
-
-def _span(pipe: Any, timesteps: tuple[float, ...], timestep: Any, family: Family) -> tuple[int, int | None]:
-    """Where in the scheduler's timesteps the run begins, since image to image leaves out the first ones, and how many
-    evaluations the pipeline says that it makes.
-    """
-    planned, listed = getattr(pipe, "_num_timesteps", None), len(timesteps)
-    steps = getattr(pipe.scheduler, "num_inference_steps", None)
-    if (
-        not isinstance(planned, int)
-        or planned < 1
-        or planned == steps != listed  # a step takes several timesteps
-        or (planned > listed and not _by_token(timestep))  # of several walks
-    ):
-        planned = None
-    begin = getattr(pipe.scheduler, "begin_index", None)
-    if begin is None:
-        starts = _starts(pipe.scheduler, timesteps, timestep, family)
-        rest = listed - (planned or listed)
-        # A timestep may be listed twice; those that are left out at the end (a refiner goes on) come after.
-        begin = rest if rest in starts or not starts else starts[0]
-    return int(begin), planned
-
-
-def _by_token(timestep: Any) -> bool:
-    """Whether frames or tokens have times of their own."""
-    return isinstance(timestep, Tensor) and timestep.dim() > 1
-
-
-def _starts(scheduler: Any, timesteps: tuple[float, ...], timestep: Any, family: Family) -> list[int]:
-    """The positions of the time that a network was called at."""
-    if timestep is None:
-        return []
-    scale = scheduler.config.get("num_train_timesteps", 1000)
-    value = float(torch.as_tensor(timestep).float().max())  # tokens of a given first frame have timestep 0
-    if family.derived:  # of which it is not known what they are shown; a timestep itself can be told
-        return [index for index, time in enumerate(timesteps) if time == value and value > 1]
-    value = {"timestep": value, "sigma": value * scale, "one_minus_sigma": (1 - value) * scale}[family.time]
-    nearest = min(timesteps, key=lambda time: abs(time - value))
-    return [index for index, time in enumerate(timesteps) if time == nearest]
 
 
 class _Attached(NamedTuple):

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from flowaccel.compat import AROUND_FORWARD
 from flowaccel.errors import RecipeConflictError
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -19,8 +20,6 @@ _HOOKS = (
     "_backward_hooks",
     "_backward_pre_hooks",
 )
-_OWN = ("forward", "_hf_hook", "_old_forward", "_diffusers_hook")
-"""What others put on an instance around its forward; it leads back to that instance."""
 
 
 def twin(module: Module, *, hooks: bool = True) -> Module:
@@ -33,7 +32,7 @@ def twin(module: Module, *, hooks: bool = True) -> Module:
     Raises:
         RecipeConflictError: a part of it is compiled, or its weights are moved by hooks of its parts.
     """
-    kept = {name: _copied(value) for name, value in module.__dict__.items() if name not in _OWN}
+    kept = {name: _copied(value) for name, value in module.__dict__.items() if name not in AROUND_FORWARD}
     if kept.get("_compiled_call_impl") is not None:
         raise RecipeConflictError(f"the {type(module).__name__} is compiled; accelerate first, then compile")
     hooked = bool(getattr(module.__dict__.get("_diffusers_hook"), "hooks", None))  # pipelines leave empty ones

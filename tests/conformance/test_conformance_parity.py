@@ -12,10 +12,6 @@ import numpy as np
 import pytest
 import torch
 from diffusers import (
-    AutoencoderKLCogVideoX,
-    CogVideoXDDIMScheduler,
-    CogVideoXPipeline,
-    CogVideoXTransformer3DModel,
     FirstBlockCacheConfig,
     FlowMatchEulerDiscreteScheduler,
     MagCacheConfig,
@@ -25,7 +21,7 @@ from diffusers.hooks.mag_cache import FLUX_MAG_RATIOS
 from torch import Tensor
 
 import tiny
-from families import CASES, words
+from families import CASES, made
 from flowaccel import FeatureCache, UnsupportedModelError, accelerate, accelerated, report
 from flowaccel.accelerators import CACHE_PRESETS, cache_preset
 from flowaccel.accelerators.caching import Guard, Output, Stack
@@ -283,58 +279,14 @@ def test_a_fit_to_a_signal_that_a_network_is_not_known_to_have_is_refused_before
 # -- CogVideoX
 
 
-def cogvideox() -> Any:
-    torch.manual_seed(0)
-    transformer = CogVideoXTransformer3DModel(
-        num_attention_heads=1,
-        attention_head_dim=16,
-        in_channels=4,
-        out_channels=4,
-        time_embed_dim=8,
-        text_embed_dim=16,
-        num_layers=3,
-        sample_width=4,
-        sample_height=4,
-        sample_frames=9,
-        patch_size=2,
-        max_text_seq_length=5,
-        use_rotary_positional_embeddings=True,
-    ).eval()
-    tiny.random_weights(transformer, 0)
-    vae = AutoencoderKLCogVideoX(
-        in_channels=3,
-        out_channels=3,
-        down_block_types=("CogVideoXDownBlock3D",) * 4,
-        up_block_types=("CogVideoXUpBlock3D",) * 4,
-        block_out_channels=(8, 8, 8, 8),
-        latent_channels=4,
-        layers_per_block=1,
-        norm_num_groups=2,
-    )
-    pipe = CogVideoXPipeline(None, None, vae, transformer, CogVideoXDDIMScheduler())
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+COGVIDEOX = CASES["cogvideox"]
 
 
-def cog_latents(pipe: Any, seeds: tuple[int, ...] = (3,), steps: int = 12) -> Tensor:
-    return pipe(
-        prompt_embeds=torch.cat([words(1, seed) for seed in seeds]),
-        negative_prompt_embeds=words(1, 40).expand(len(seeds), -1, -1),
-        num_inference_steps=steps,
-        height=32,
-        width=32,
-        num_frames=9,
-        generator=[torch.Generator().manual_seed(seed) for seed in seeds],
-        output_type="latent",
-    ).frames
-
-
-@pytest.mark.family("cogvideox")
 def test_the_fits_of_cogvideox_read_its_time_embedding() -> None:
-    pipe, name, emb, steps = cogvideox(), "cogvideox1.5-5b", [], 12
+    pipe, name, emb, steps = COGVIDEOX.make(), "cogvideox1.5-5b", [], 12
     pipe.transformer.time_embedding.register_forward_hook(lambda _m, _a, output: emb.append(output))
     with accelerated(pipe, cache_preset("teacache", parity=True, coefficients=name, threshold=0.8)):
-        cog_latents(pipe, steps=steps)
+        made(COGVIDEOX, pipe, steps)
         found = [call.what == "computed" for call in report(pipe).calls]
     fit, total, expected = PUBLISHED[name], 0.0, []
     for step, now in enumerate(emb):
@@ -360,14 +312,14 @@ class Alternating(Easy):
 
 def test_rows_of_cogvideox_that_compute_beside_rows_that_reuse(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its row is written, so blocks run for some of the rows alone."""
-    pipe = cogvideox()
+    pipe = COGVIDEOX.make()
     accelerate(pipe, FeatureCache(Alternating(), Stack(), Newton(1), Guard(warmup=3, last=0)))
-    together = cog_latents(pipe, (3, 4))
+    together = made(COGVIDEOX, pipe, 12, batch=2)
     assert report(pipe).count("mixed") > 0 and any(call.not_run for call in report(pipe).calls)
     alone = []
     for image, seed in enumerate((3, 4)):
         monkeypatch.setattr(Alternating, "first", image)
-        alone.append(cog_latents(pipe, (seed,)))
+        alone.append(made(COGVIDEOX, pipe, 12, seed=seed))
     torch.testing.assert_close(together, torch.cat(alone), atol=1e-4, rtol=0)
 
 

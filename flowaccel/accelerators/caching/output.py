@@ -9,18 +9,9 @@ import torch
 from torch import Tensor
 
 from flowaccel.accelerators.caching.history import Value
-from flowaccel.accelerators.caching.runtime import (
-    Cache,
-    Moment,
-    Proceed,
-    Rules,
-    not_run,
-    packer,
-    require_rows,
-    tensors_of,
-)
+from flowaccel.accelerators.caching.runtime import Cache, Moment, Proceed, Rules, not_run
 from flowaccel.accelerators.caching.scopes import Output
-from flowaccel.hooks import Call
+from flowaccel.hooks import Call, packer, require_rows, tensors_of
 
 WHAT = "a cache of outputs"
 

@@ -17,7 +17,7 @@ from flowaccel.accelerators.caching.guard import Guard
 from flowaccel.accelerators.caching.history import History, PartialHistory
 from flowaccel.errors import UnsupportedModelError
 from flowaccel.gates import Gate, Step
-from flowaccel.hooks import COMPUTED, COND, EXTRA, REUSED, Call, CallRecord, Session
+from flowaccel.hooks import COMPUTED, COND, EXTRA, REUSED, Call, CallRecord, Session, tensors_of
 from flowaccel.predictors import Predictor
 
 Proceed = Callable[..., Any]
@@ -255,50 +255,6 @@ def require_tensor(call: Call, what: str) -> None:
         raise UnsupportedModelError(
             f"{type(call.module).__name__} takes a list of images, and {what} needs them as one tensor; leave it off"
         )
-
-
-def tensors_of(output: Any) -> tuple[Tensor, ...]:
-    """The tensors that a network returned."""
-    return tuple(value for value in _values(output) if isinstance(value, Tensor))
-
-
-def require_rows(call: Call, output: Any, what: str) -> tuple[Tensor, ...]:
-    """The tensors (rows, ...) that a network returned; `what` needs them to be all that it returned.
-
-    Raises:
-        UnsupportedModelError: it returned something else besides, which would be lost.
-    """
-    values = [value for value in _values(output) if value is not None]
-    if not values or not all(isinstance(value, Tensor) and value.shape[:1] == (call.rows,) for value in values):
-        kinds = ", ".join(f"{type(value).__name__}{list(getattr(value, 'shape', []))}" for value in values)
-        raise UnsupportedModelError(
-            f"{type(call.module).__name__} returned {kinds or 'nothing'} for {call.rows} rows, and {what} stands in "
-            "for tensors with these rows alone; leave it off for this pipeline"
-        )
-    return tuple(values)
-
-
-def packer(output: Any) -> Callable[[tuple[Tensor, ...]], Any]:
-    """What makes of tensors (rows, ...), as many as are in this return value, a value like it."""
-    present = [isinstance(value, Tensor) for value in _values(output)]
-    names = list(output) if isinstance(output, dict) else []
-    kind: Any = type(output)
-    plain = isinstance(output, Tensor)
-
-    def pack(tensors: tuple[Tensor, ...]) -> Any:
-        left = iter(tensors)
-        values = [next(left) if there else None for there in present]
-        if plain:
-            return values[0]
-        return kind(**dict(zip(names, values, strict=True))) if names else kind(values)
-
-    return pack
-
-
-def _values(output: Any) -> list[Any]:
-    if isinstance(output, Tensor):
-        return [output]
-    return list(output.values() if isinstance(output, dict) else output)
 
 
 def not_run(record: CallRecord, path: str, rows: int) -> None:

@@ -9,11 +9,22 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, nn
 
-from flowaccel.accelerators.caching.runtime import Cache, Moment, Proceed, Rules, not_run, tensors_of
+from flowaccel.accelerators.caching.runtime import Cache, Moment, Proceed, Rules, not_run
 from flowaccel.accelerators.caching.scopes import Range, Stack, middle
 from flowaccel.errors import UnsupportedModelError
 from flowaccel.gates.base import TIME_SIGNALS
-from flowaccel.hooks import Block, Call, Session, attention_input, family_of, networks, time_signal, time_source
+from flowaccel.hooks import (
+    Block,
+    BlockList,
+    Call,
+    Session,
+    attention_input,
+    family_of,
+    networks,
+    tensors_of,
+    time_signal,
+    time_source,
+)
 
 Tokens = tuple[Tensor, Tensor | None]
 """(rows, tokens, width) of the image, and of the text where the blocks carry it."""
@@ -88,7 +99,7 @@ class _Pass:
         self._text = 0  # tokens of the text, which joined blocks hold first
         self._entry: Tensor | None = None  # image tokens before the first block
         self._before: Tokens | None = None  # tokens where the reuse begins
-        self._standing: Tokens | None = None  # what is handed on in the place of the blocks
+        self._standing: dict[BlockList, Any] = {}  # what is handed on in the place of a list's blocks
         self._rows: Tensor | None = None  # those that are computed, on the network's device
         self._gathered = False  # whether the blocks run for these alone
         self.time_signal: Callable[[Block], Tensor] | None = None
@@ -113,9 +124,9 @@ class _Pass:
         if not len(self._rows) or self._gathered:
             not_run(call.record, block.path, call.rows - len(self._rows))
         if not len(self._rows):
-            if self._standing is None:
-                self._standing = self._forecast()
-            return self._packed(block, self._standing)  # at every block: a ControlNet may have added to it in between
+            if block.blocks not in self._standing:
+                self._standing[block.blocks] = self._packed(block, self._forecast())
+            return self._standing[block.blocks]  # at every block: a ControlNet may have added to it in between
         output = self._compute(proceed, block)
         self._show_middle(block, output, self._rows if self._gathered else None)
         return self._leave(block, output) if block.index == end - 1 else output

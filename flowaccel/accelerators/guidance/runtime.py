@@ -12,12 +12,12 @@ from torch.nn.functional import cosine_similarity
 
 from flowaccel.accelerators.caching.decisions import NEAR
 from flowaccel.accelerators.caching.history import History, PartialHistory
-from flowaccel.accelerators.caching.runtime import Proceed, not_run, packer, require_rows, require_tensor
+from flowaccel.accelerators.caching.runtime import Proceed, not_run, require_tensor
 from flowaccel.accelerators.calibration import warn_once
 from flowaccel.accelerators.guidance.when import AdaptiveGuidance, When
 from flowaccel.accelerators.sampler import FLOW_PREDICTION
 from flowaccel.errors import UnsupportedModelError
-from flowaccel.hooks import COMPUTED, COND, EXTRA, UNCOND, Call, CallRecord, Session
+from flowaccel.hooks import COMPUTED, COND, EXTRA, UNCOND, Call, CallRecord, Session, packer, require_rows
 from flowaccel.models import convention_of
 from flowaccel.predictors import Predictor
 

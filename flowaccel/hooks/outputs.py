@@ -1,0 +1,55 @@
+"""Return values of networks: the tensors in them, and new ones like them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from flowaccel.errors import UnsupportedModelError
+from flowaccel.hooks.calls import Call
+
+
+def tensors_of(output: Any) -> tuple[Tensor, ...]:
+    """Return the tensors of a network's return value: a tensor, a tuple, a list or an output class of diffusers."""
+    return tuple(value for value in _values(output) if isinstance(value, Tensor))
+
+
+def require_rows(call: Call, output: Any, what: str) -> tuple[Tensor, ...]:
+    """Return the tensors (rows, ...) of a network's return value; `what` needs them to be all of it.
+
+    Raises:
+        UnsupportedModelError: it returned something else besides, which would be lost.
+    """
+    values = [value for value in _values(output) if value is not None]
+    if not values or not all(isinstance(value, Tensor) and value.shape[:1] == (call.rows,) for value in values):
+        kinds = ", ".join(f"{type(value).__name__}{list(getattr(value, 'shape', []))}" for value in values)
+        raise UnsupportedModelError(
+            f"{type(call.module).__name__} returned {kinds or 'nothing'} for {call.rows} rows, and {what} stands in "
+            "for tensors with these rows alone; leave it off for this pipeline"
+        )
+    return tuple(values)
+
+
+def packer(output: Any) -> Callable[[tuple[Tensor, ...]], Any]:
+    """Return a function that makes of tensors (rows, ...), as many as are in `output`, a return value like it."""
+    present = [isinstance(value, Tensor) for value in _values(output)]
+    names = list(output) if isinstance(output, dict) else []
+    kind: Any = type(output)
+    plain = isinstance(output, Tensor)
+
+    def pack(tensors: tuple[Tensor, ...]) -> Any:
+        left = iter(tensors)
+        values = [next(left) if there else None for there in present]
+        if plain:
+            return values[0]
+        return kind(**dict(zip(names, values, strict=True))) if names else kind(values)
+
+    return pack
+
+
+def _values(output: Any) -> list[Any]:
+    if isinstance(output, Tensor):
+        return [output]
+    return list(output.values() if isinstance(output, dict) else output)
