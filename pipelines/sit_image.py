@@ -76,7 +76,8 @@ class SiTFromImage(SiTBase):
 class SiTImg2ImgPipeline(SiTFromImage):
     """Image to image with a `SiTTransformer2DModel`: noise the source up to some level, and denoise it from there.
 
-    Takes the components of a `SiTPipeline`, accelerated or not:
+    Takes the components of a `SiTPipeline`. One made of an accelerated pipeline has its sampler, but is not accelerated
+    itself: give it to `flowaccel.accelerate`.
 
         >>> to_image = SiTImg2ImgPipeline.from_pipe(pipe)
         >>> images = to_image([3, 8], image=images, strength=0.5).images
@@ -144,7 +145,8 @@ class SiTInpaintPipeline(SiTFromImage):
     """Inpainting with a `SiTTransformer2DModel`: after every step the area to keep is put back, re-noised to the level
     reached, so that the rest grows to fit it. No network trained for inpainting is needed.
 
-    Takes the components of a `SiTPipeline`, accelerated or not:
+    Takes the components of a `SiTPipeline`. One made of an accelerated pipeline has its sampler, but is not accelerated
+    itself: give it to `flowaccel.accelerate`.
 
         >>> inpaint = SiTInpaintPipeline.from_pipe(pipe)
         >>> images = inpaint(3, image=image, mask_image=mask, strength=1.0).images

@@ -338,18 +338,26 @@ def test_wrong_use_of_colour() -> None:
 
 
 def test_components_of_an_accelerated_pipeline(image: Tensor) -> None:
-    """The sampler and the refiner come along: exactly what accelerating the pipeline itself gives."""
+    """The sampler comes along; the refiner does not, so that the network itself makes every evaluation."""
     base = tiny.sit_pipeline()
     refiner = tiny.random_refiner(base.transformer)
-    pipes = [SiTImg2ImgPipeline(**base.components)]
     options: dict[str, Any] = {"image": image[:1], "strength": 0.75, "latents": torch.randn(1, 1, 8, 8), **LATENT}
-    with flowaccel.accelerated(pipes[0], tiny.flowturbo(refiner, "H1P1R2")):
-        pipes[0].set_progress_bar_config(disable=True)
-        expected = pipes[0](1, **options).images
+    plain = SiTImg2ImgPipeline(base.transformer, FlowTurboScheduler("H1P1R2"))
+    plain.set_progress_bar_config(disable=True)
+    expected = plain(1, **options).images
     with flowaccel.accelerated(base, tiny.flowturbo(refiner, "H1P1R2")), counted(refiner) as calls:
         pipe = SiTImg2ImgPipeline(**base.components)
         pipe.set_progress_bar_config(disable=True)
         assert torch.equal(pipe(1, **options).images, expected)
+    assert not calls
+
+
+def test_image_to_image_accelerated(image: Tensor) -> None:
+    pipe = SiTImg2ImgPipeline(**tiny.sit_pipeline().components)
+    pipe.set_progress_bar_config(disable=True)
+    refiner = tiny.random_refiner(pipe.transformer)
+    with flowaccel.accelerated(pipe, tiny.flowturbo(refiner, "H1P1R2")), counted(refiner) as calls:
+        pipe(1, image[:1], strength=0.75, **LATENT)
     assert len(calls) == 4
 
 

@@ -132,8 +132,8 @@ def test_the_known_optimum_is_found(estimator: str, per_decision: bool) -> None:
     assert 0.93 * best_reward(OPTIMUM) < reached <= best_reward(OPTIMUM) * (1 + 1e-5)
     for fresh in watched[::2]:
         assert fresh.ratio == 1 and fresh.clip_fraction == 0 and fresh.kl == 0
-    # so that this is no property of the numbers watched; a step can be too small to be seen
-    assert sum(second.kl > 0 for second in watched[1::2]) > len(watched) / 4
+    # so that this is no property of the numbers watched; once the optimum is found, nothing moves
+    assert all(second.kl > 0 for second in watched[1:20:2])
 
 
 @pytest.mark.slow
