@@ -33,7 +33,9 @@ from torch import Tensor, nn
 
 import flowaccel
 from flowaccel import FeatureCache, FlowRungeKuttaScheduler, SiTPipeline, SiTTransformer2DModel, zoo
-from flowaccel.accelerators import LEVELS
+from flowaccel.caching.gates import Gate
+from flowaccel.caching.level_cache import LEVELS
+from flowaccel.caching.predictors import Hold
 from flowaccel.cli.common import progress
 from flowaccel.evaluation import (
     Classes,
@@ -45,10 +47,8 @@ from flowaccel.evaluation import (
     markdown_table,
     measure_latency,
 )
-from flowaccel.evaluation.figures import pareto_png
-from flowaccel.gates import Gate
+from flowaccel.evaluation.reporting.plots import pareto_png
 from flowaccel.pipelines import load_pipeline
-from flowaccel.predictors import Hold
 from flowaccel.recipe import preset
 
 RESULTS = Path(__file__).parent / "results"

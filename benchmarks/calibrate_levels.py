@@ -1,4 +1,4 @@
-"""Rebuild `flowaccel/accelerators/calibrated.json`, the caches behind the presets `safe`, `balanced` and `fast`.
+"""Rebuild `flowaccel/caching/calibrated.json`, the caches behind the presets `safe`, `balanced` and `fast`.
 
 For each model of the zoo, sampler and number of evaluations, and for each level, every method is calibrated to the
 level's speed-up. Of those that reach it in a run, the one with the least relative L2 error against the untouched images
@@ -22,13 +22,16 @@ from typing import Any
 import torch
 
 from flowaccel import FeatureCache, Recipe, Sampler, __version__, accelerated, zoo
-from flowaccel.accelerators import LEVELS
-from flowaccel.accelerators.level_cache import CALIBRATED, GENERIC
-from flowaccel.calibration import METHODS, Observation, Sampling, fitted, observe_methods, verified
+from flowaccel.caching.fit.calibrate import Observation, find_method, fitted, observe_methods, verified
+from flowaccel.caching.level_cache import CALIBRATED, GENERIC, LEVELS
+from flowaccel.caching.predictors import Hold, Newton, Predictor
+from flowaccel.caching.presets import CACHE_PRESETS
 from flowaccel.evaluation import Classes, Prompts, environment
-from flowaccel.evaluation.paired import rel_l2
+from flowaccel.evaluation.metrics.pixel_metrics import rel_l2
 from flowaccel.pipelines import load_pipeline
-from flowaccel.predictors import Hold, Newton, Predictor
+from flowaccel.training.sampling import Sampling
+
+METHODS = {name: find_method(name) for name, preset in CACHE_PRESETS.items() if preset.fit}
 
 DIGITS, SHAPES = "zoo:sit-digits", "zoo:t2i-shapes"
 OWN = "own"  # the pipeline's own sampler

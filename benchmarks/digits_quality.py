@@ -31,8 +31,8 @@ from flowaccel.evaluation import (
     load_features,
     load_reference,
 )
-from flowaccel.evaluation.features import quantise
-from flowaccel.evaluation.figures import sample_grid
+from flowaccel.evaluation.features.extractors import quantise
+from flowaccel.evaluation.reporting.plots import sample_grid
 from flowaccel.evaluation.runner import call
 from flowaccel.training.loop import load_average
 

@@ -42,9 +42,9 @@ from flowaccel.evaluation import (
     measure_latency,
     not_worse,
 )
-from flowaccel.evaluation.figures import pareto_png
+from flowaccel.evaluation.reporting.plots import pareto_png
 from flowaccel.evaluation.runner import row_samples
-from flowaccel.evaluation.store import SampleStore
+from flowaccel.evaluation.samples.store import SampleStore
 from flowaccel.pipelines import load_pipeline
 from flowaccel.recipe import Recipe, accelerate, preset
 

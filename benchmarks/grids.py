@@ -21,12 +21,13 @@ import torch
 from torch import Tensor
 
 from flowaccel import FlowRungeKuttaScheduler, Recipe, accelerated, zoo
-from flowaccel.calibration import GRID_METHODS, METRICS, Sampling, search_grids
-from flowaccel.calibration.steps import with_grid
 from flowaccel.cli.common import progress
 from flowaccel.evaluation import Classes, Conditions, Prompts, environment, load_features
-from flowaccel.evaluation.paired import rel_l2
+from flowaccel.evaluation.metrics.pixel_metrics import rel_l2
+from flowaccel.methods.grids.fit import search_grids, with_grid
+from flowaccel.methods.grids.search import GRID_METHODS, METRICS
 from flowaccel.pipelines import load_pipeline
+from flowaccel.training.sampling import Sampling
 
 RESULTS = Path(__file__).parent / "results"
 FEATURES = "zoo:digits-features"

@@ -21,20 +21,13 @@ from rich.console import Console
 
 from flowaccel import Mediators, zoo
 from flowaccel.cli.common import progress
-from flowaccel.evaluation import (
-    Classes,
-    Protocol,
-    console_table,
-    evaluate,
-    load_results,
-    markdown_table,
-)
+from flowaccel.evaluation import Classes, Protocol, console_table, evaluate, load_results, markdown_table
+from flowaccel.methods.mediators.networks import MediatorSiTTransformer2DModel
 from flowaccel.models import SiTTransformer2DModel
-from flowaccel.models.mediators import MediatorSiTTransformer2DModel
 from flowaccel.pipelines import load_pipeline
 from flowaccel.recipe import Recipe
-from flowaccel.training.zoo_mediators import DYNAMIC, TRAININGS, fresh_network, train_fresh
-from flowaccel.training.zoo_moe import FRESH_LOOP
+from flowaccel.zoo_build.mediators import DYNAMIC, TRAININGS, fresh_network, train_fresh
+from flowaccel.zoo_build.moe import FRESH_LOOP
 
 RESULTS = Path(__file__).parent / "results"
 STEPS, FEWER, FEW = 10, (2, 3, 4, 5), 4

@@ -37,10 +37,10 @@ from diffusers import (
 from torch import Tensor
 
 from flowaccel import AgentAttention
+from flowaccel.methods.mediators.attention import MediatorAttention
+from flowaccel.methods.mediators.networks import MediatorSiTTransformer2DModel, set_mediators
 from flowaccel.models import SiTTransformer2DModel
-from flowaccel.models.mediators import MediatorSiTTransformer2DModel, set_mediators
 from flowaccel.models.sit import SiTAttention
-from flowaccel.modules.mediators import MediatorAttention
 from flowaccel.recipe import accelerated
 
 SIDES = {"layers": (16, 32, 64, 128), "models": (16, 32, 64)}

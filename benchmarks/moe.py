@@ -34,23 +34,16 @@ from torch import Tensor
 from flowaccel import MixtureOfExperts, zoo
 from flowaccel.cli.common import progress
 from flowaccel.data import digits
-from flowaccel.evaluation import (
-    Classes,
-    Protocol,
-    console_table,
-    environment,
-    evaluate,
-    load_results,
-    markdown_table,
-)
-from flowaccel.evaluation.figures import pareto_png
-from flowaccel.models import MoESiTTransformer2DModel, SiTTransformer2DModel
-from flowaccel.modules.moe import moe_layers, set_moe_capacity, set_moe_selection
+from flowaccel.evaluation import Classes, Protocol, console_table, environment, evaluate, load_results, markdown_table
+from flowaccel.evaluation.reporting.plots import pareto_png
+from flowaccel.methods.moe.control import moe_layers, set_moe_capacity, set_moe_selection
+from flowaccel.methods.moe.networks import MoESiTTransformer2DModel
+from flowaccel.methods.moe.train import realised_capacity
+from flowaccel.models import SiTTransformer2DModel
 from flowaccel.pipelines import load_pipeline
 from flowaccel.recipe import Recipe
 from flowaccel.samplers.paths import LINEAR, flow_loss
-from flowaccel.training.moe import realised_capacity
-from flowaccel.training.zoo_moe import TRAININGS, train_moe
+from flowaccel.zoo_build.moe import TRAININGS, train_moe
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt

@@ -11,7 +11,7 @@ Each with every backend that runs it, and with what `auto` takes. Weights are ra
 
 `x dense` is the time in units of the dense feed-forward's, of the whole layer and of the experts alone, without router
 and capacity predictor; `realised/ideal` sets the first against the multiply-adds that are counted. What is recorded
-goes to benchmarks/results/ (--record): the measured ground of `flowaccel.modules.moe.experts.fastest`.
+goes to benchmarks/results/ (--record): the measured ground of `flowaccel.methods.moe.experts.fastest`.
 """
 
 from __future__ import annotations
@@ -29,14 +29,10 @@ from diffusers.models.attention import FeedForward
 from torch import Tensor
 
 from flowaccel.evaluation import count_macs, environment, measure_latency
-from flowaccel.modules.moe import (
-    BACKENDS,
-    MoEFeedForward,
-    MoESettings,
-    set_experts_backend,
-    set_moe_budget,
-)
-from flowaccel.modules.moe.experts import fastest, grouped_runs
+from flowaccel.methods.moe.control import set_experts_backend, set_moe_budget
+from flowaccel.methods.moe.experts import BACKENDS, fastest, grouped_runs
+from flowaccel.methods.moe.feed_forward import MoEFeedForward
+from flowaccel.methods.moe.settings import MoESettings
 
 RESULTS = Path(__file__).parent / "results"
 LENGTH, WIDENING, BUDGET = 256, 4, 1.5

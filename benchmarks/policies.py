@@ -34,9 +34,6 @@ from rich.console import Console
 from torch import Tensor
 
 from flowaccel import LearnedPolicy, Sampler, report
-from flowaccel.accelerators import Accelerator
-from flowaccel.accelerators.learned_policy import attach_policy, load_policy
-from flowaccel.accelerators.policy import Sight
 from flowaccel.cli.common import progress
 from flowaccel.evaluation import (
     Protocol,
@@ -47,13 +44,15 @@ from flowaccel.evaluation import (
     markdown_table,
     sample_generator,
 )
-from flowaccel.models import AccelerationPolicy
-from flowaccel.models.policy import COMPUTE, COUNT, REUSE
+from flowaccel.methods.policy.accelerator import attach_policy, load_policy
+from flowaccel.methods.policy.network import COMPUTE, COUNT, REUSE, AccelerationPolicy
+from flowaccel.methods.policy.policy_decisions import Sight
+from flowaccel.methods.policy.stats import ImagePath, paths_of
+from flowaccel.methods.policy.train.loop import fidelity, references
 from flowaccel.recipe import Recipe, accelerated, preset
-from flowaccel.recipe.report import ImagePath
+from flowaccel.recipe.accelerator import Accelerator
 from flowaccel.training.loop import train
-from flowaccel.training.policy import fidelity, references
-from flowaccel.training.zoo_policy import STEPS, TASK, TRAININGS, digits_pipeline, save_policy
+from flowaccel.zoo_build.policy import STEPS, TASK, TRAININGS, digits_pipeline, save_policy
 
 RESULTS = Path(__file__).parent / "results"
 FEWER, BATCH = (6, 8, 10, 12, 15), 25
@@ -131,7 +130,7 @@ def traced(pipe: Any, policy: AccelerationPolicy, count: int, seed: int) -> list
             generators = [sample_generator(seed, sample) for sample in ids]
             asked = TASK.conditions.arguments(ids)
             pipe(**asked, num_inference_steps=STEPS, generator=generators, output_type="latent")
-            found += report(pipe).paths
+            found += paths_of(report(pipe).stats("learned_policy"))
     return found
 
 

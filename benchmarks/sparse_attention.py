@@ -21,7 +21,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from flowaccel.evaluation import environment, measure_latency
-from flowaccel.modules.sparse_attention import BACKENDS, BlockRule, chosen_backend, predicted_blocks, sparse_attention
+from flowaccel.methods.sparse_attention.attention import (
+    BACKENDS,
+    BlockRule,
+    chosen_backend,
+    predicted_blocks,
+    sparse_attention,
+)
 
 RESULTS = Path(__file__).parent / "results"
 LENGTHS, KEEP, TEXT, HEADS, WIDTH = (1024, 4096, 8192), (0.75, 0.6, 0.5, 0.25), 333, 4, 64

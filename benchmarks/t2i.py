@@ -29,8 +29,6 @@ import torch
 from torch import Tensor
 
 from flowaccel import Recipe, Sampler, accelerated, zoo
-from flowaccel.calibration import Sampling, search_grids
-from flowaccel.calibration.steps import with_grid
 from flowaccel.cli.common import progress
 from flowaccel.cli.evaluate import default_protocol
 from flowaccel.data import shape_captions, shapes
@@ -44,18 +42,20 @@ from flowaccel.evaluation import (
     load_results,
     measure,
 )
-from flowaccel.evaluation.attributes import load_attributes
-from flowaccel.evaluation.features import quantise
-from flowaccel.evaluation.figures import pareto_png, sample_grid
-from flowaccel.evaluation.metrics import not_worse
+from flowaccel.evaluation.features.extractors import quantise
+from flowaccel.evaluation.metrics.attributes import load_attributes
+from flowaccel.evaluation.metrics.clip_score import load_clip
+from flowaccel.evaluation.metrics.table import not_worse
 from flowaccel.evaluation.protocol import call, plan_rows, row_store
+from flowaccel.evaluation.reporting.plots import pareto_png, sample_grid
 from flowaccel.evaluation.runner import judged
-from flowaccel.evaluation.store import SampleStore, folder_name
-from flowaccel.evaluation.text import load_clip
+from flowaccel.evaluation.samples.store import SampleStore, folder_name
+from flowaccel.methods.grids.fit import search_grids, with_grid
 from flowaccel.pipelines import load_pipeline
 from flowaccel.recipe import resolve
-from flowaccel.recipe.presets import joined
+from flowaccel.recipe.resolution import joined
 from flowaccel.training.loop import load_average
+from flowaccel.training.sampling import Sampling
 from flowaccel.training.text_to_image import TextToImage
 
 MODEL = "zoo:t2i-shapes"

@@ -30,23 +30,16 @@ from torch import Tensor
 
 from flowaccel import DynamicWidth, SiTTransformer2DModel, VelocityRefiner, zoo
 from flowaccel.cli.common import progress
-from flowaccel.cli.plan import draw
 from flowaccel.data import digits
-from flowaccel.evaluation import (
-    Classes,
-    Protocol,
-    console_table,
-    evaluate,
-    load_results,
-    markdown_table,
-)
-from flowaccel.evaluation.figures import pareto_png
-from flowaccel.models import DynamicSiTTransformer2DModel, make_dynamic
-from flowaccel.models.dynamic import choose_gather
+from flowaccel.evaluation import Classes, Protocol, console_table, evaluate, load_results, markdown_table
+from flowaccel.evaluation.reporting.plots import pareto_png
+from flowaccel.methods.dynamic_width.gathering import choose_gather
+from flowaccel.methods.dynamic_width.networks import DynamicSiTTransformer2DModel, make_dynamic
+from flowaccel.methods.dynamic_width.plan_command import draw
+from flowaccel.methods.dynamic_width.train import MacsCosts, WidthObjective, call_arguments, layer_ratios
 from flowaccel.pipelines import load_pipeline
 from flowaccel.recipe import Recipe, accelerated, preset
-from flowaccel.training.width import MacsCosts, WidthObjective, call_arguments, layer_ratios
-from flowaccel.training.zoo_width import LOOP, RATIO, build_width, train_longer
+from flowaccel.zoo_build.width import LOOP, RATIO, build_width, train_longer
 
 RESULTS = Path(__file__).parent / "results"
 STEPS, FEWER, OPERATING = 10, (1, 2, 3, 4, 5), 4

@@ -6,16 +6,15 @@ from pathlib import Path
 from typing import Any
 
 from flowaccel.errors import UnnamedCodeError
-
-from .attributes import load_attributes
-from .conditions import Conditions, Prompts, load_conditions
-from .features import load_features, load_reference, runs_code
-from .latency import Timing
-from .metrics import difference, find_metric
-from .protocol import BASELINE
-from .runner import row_samples
-from .schema import Results, load_results, row
-from .store import SampleStore, folder_name
+from flowaccel.evaluation.features.extractors import load_features, load_reference, runs_code
+from flowaccel.evaluation.metrics.attributes import load_attributes
+from flowaccel.evaluation.metrics.table import difference, find_metric
+from flowaccel.evaluation.protocol import BASELINE
+from flowaccel.evaluation.results import Results, load_results, row
+from flowaccel.evaluation.runner import row_samples
+from flowaccel.evaluation.samples.prompts import Conditions, Prompts, load_conditions
+from flowaccel.evaluation.samples.store import SampleStore, folder_name
+from flowaccel.evaluation.timing.latency import Timing
 
 _NEEDED = ("feature_extractor", "fingerprint", "reference", "metrics", "conditions", "resamples")
 _MOST_RESAMPLES = 100_000

@@ -12,15 +12,14 @@ import torch
 from torch import Tensor
 
 from flowaccel import Recipe
-
-from .baselines import Baseline, parse_baseline
-from .call_arguments import check_names
-from .conditions import Conditions
-from .cost import denoiser
-from .features import fingerprint
-from .finite import check_samples
-from .metrics import find_metric
-from .store import SampleStore, folder_name, sample_generator
+from flowaccel.evaluation.baselines.baselines import Baseline, parse_baseline
+from flowaccel.evaluation.features.extractors import fingerprint
+from flowaccel.evaluation.metrics.table import find_metric
+from flowaccel.evaluation.samples.call_arguments import check_names
+from flowaccel.evaluation.samples.finite import check_samples
+from flowaccel.evaluation.samples.prompts import Conditions
+from flowaccel.evaluation.samples.store import SampleStore, folder_name, sample_generator
+from flowaccel.evaluation.timing.cost import denoiser
 
 BASELINE = "baseline"
 DEFAULT_METRICS = ("fid", "kid", "class_accuracy", "rel_l2")

@@ -21,27 +21,41 @@ from torch import Tensor, nn
 
 from flowaccel import Recipe, accelerated, is_accelerated
 from flowaccel.data import AttributeSet
-
-from .attention import chosen_attention
-from .attributes import attribute_match, load_attributes
-from .baselines import NATIVE, calibrated, calibrated_to, check_native, native
-from .call_arguments import check_arguments, parameters
-from .conditions import Conditions
-from .cost import Cost, measure_cost
-from .environment import environment
-from .features import FeatureNetwork, check_reference, fingerprint, load_features, load_reference
-from .figures import PARETO_METRICS, pareto, pareto_png, sample_grid
-from .latency import Timing, measure_latency
-from .metrics import METRICS, OF_PROMPTS, RowSamples, find_metric, measure
-from .own_process import REMARK, OwnProcess, carried_over, loaded_from
-from .processes import World, claimed, processes
-from .prompt_lengths import check_prompt_lengths
-from .protocol import BASELINE, Protocol, RowSpec, call, no_images, plan_rows, row_manifest, row_store
-from .report import html_report
-from .schema import SCHEMA_VERSION, Results, Row, load_results, save_results
-from .statistics import is_statistics
-from .store import SampleStore, generate_batches, in_batches, write_atomically
-from .text import load_clip, text_match, warn_of_cut_prompts
+from flowaccel.evaluation.baselines.baselines import NATIVE, calibrated, calibrated_to, check_native, native
+from flowaccel.evaluation.baselines.subprocess_worker import REMARK, OwnProcess, carried_over, loaded_from
+from flowaccel.evaluation.features.extractors import (
+    FeatureNetwork,
+    check_reference,
+    fingerprint,
+    load_features,
+    load_reference,
+)
+from flowaccel.evaluation.features.statistics import is_statistics
+from flowaccel.evaluation.metrics.attributes import attribute_match, load_attributes
+from flowaccel.evaluation.metrics.clip_score import load_clip, text_match, warn_of_cut_prompts
+from flowaccel.evaluation.metrics.table import METRICS, OF_PROMPTS, RowSamples, find_metric, measure
+from flowaccel.evaluation.protocol import (
+    BASELINE,
+    Protocol,
+    RowSpec,
+    call,
+    no_images,
+    plan_rows,
+    row_manifest,
+    row_store,
+)
+from flowaccel.evaluation.reporting.plots import PARETO_METRICS, pareto, pareto_png, sample_grid
+from flowaccel.evaluation.reporting.report import html_report
+from flowaccel.evaluation.results import SCHEMA_VERSION, Results, Row, load_results, save_results
+from flowaccel.evaluation.samples.call_arguments import check_arguments, parameters
+from flowaccel.evaluation.samples.processes import World, claimed, processes
+from flowaccel.evaluation.samples.prompt_lengths import check_prompt_lengths
+from flowaccel.evaluation.samples.prompts import Conditions
+from flowaccel.evaluation.samples.store import SampleStore, generate_batches, in_batches, write_atomically
+from flowaccel.evaluation.timing.attention import chosen_attention
+from flowaccel.evaluation.timing.cost import Cost, measure_cost
+from flowaccel.evaluation.timing.environment import environment
+from flowaccel.evaluation.timing.latency import Timing, measure_latency
 
 CALIBRATION = "calibration.json"
 _GRID_SAMPLES = 10

@@ -11,7 +11,7 @@ import torch
 from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
 
 import flowaccel
-from flowaccel.video import save_video, video_suffix
+from flowaccel.cli.video import save_video, video_suffix
 
 TEXT_WIDTH = 16
 

@@ -13,10 +13,10 @@ import torch
 
 from flowaccel import LearnedPolicy, Recipe, accelerate, report, zoo
 from flowaccel.evaluation import Classes, sample_generator
+from flowaccel.methods.policy.train.loop import PolicyObjective, PolicySettings, Task, new_policy, references, set_costs
+from flowaccel.methods.policy.train.rewards import load_reward
 from flowaccel.pipelines import load_pipeline
 from flowaccel.training.loop import LoopConfig, train
-from flowaccel.training.policy import PolicyObjective, PolicySettings, Task, new_policy, references, set_costs
-from flowaccel.training.policy_rewards import load_reward
 
 
 def main() -> None:

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+# A model_index.json that names ["flowaccel", CLASS] makes diffusers look for these base classes in flowaccel.
+from diffusers import DiffusionPipeline as DiffusionPipeline
+from diffusers import ModelMixin as ModelMixin
+from diffusers import SchedulerMixin as SchedulerMixin
 from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
 from diffusers.pipelines import pipeline_loading_utils
 
@@ -11,12 +15,12 @@ AROUND_FORWARD = ("forward", "_hf_hook", "_old_forward", "_diffusers_hook")
 """What accelerate, diffusers and others put on a module around its forward; it leads back to that module."""
 
 
-def register_components(library: str) -> None:
+def register_components(library: str = "flowaccel") -> None:
     """Let `model_index.json` name components as `["flowaccel", "ClassName"]`, as diffusers does for its own.
 
     diffusers keeps the loadable base classes of every library in a module-level dictionary. Without an entry a
     component of another library is recorded by its full module path, which a fresh process can only load after
-    importing exactly that module.
+    importing exactly that module. Every module that defines components calls this.
     """
     pipeline_loading_utils.LOADABLE_CLASSES.setdefault(
         library,

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 
 class FlowaccelError(Exception):
     """Base class of the errors that flowaccel raises on purpose."""
@@ -43,3 +46,17 @@ class MissingExtraError(FlowaccelError, ImportError):
 
 class WeightsNotFoundError(FlowaccelError, FileNotFoundError):
     """Weights are neither on disk nor in the cache, and cannot be downloaded."""
+
+
+def did_you_mean(name: str, known: Iterable[str], *, most: int = 1, cutoff: float = 0.6, prefix: str = "") -> str:
+    """Return `"did you mean 'x'? "` with the nearest of the `known` names for a message, or nothing where none is near.
+
+    Args:
+        name: what was given.
+        known: what is allowed.
+        most: how many to name, at most.
+        cutoff: how near they must be, from 0 to 1 (the same).
+        prefix: put before the names that are found.
+    """
+    near = difflib.get_close_matches(name, list(known), n=most, cutoff=cutoff)
+    return f"did you mean {' or '.join(repr(prefix + found) for found in near)}? " if near else ""

@@ -12,10 +12,11 @@ import diffusers
 import torch
 from diffusers import DiffusionPipeline
 
+from flowaccel import zoo
 from flowaccel.errors import CheckpointError, UnsupportedModelError, WeightsNotFoundError
+from flowaccel.models.weights import check_folder
 from flowaccel.pipelines.sit import SiTPipeline
 from flowaccel.pipelines.sit_image import SiTImg2ImgPipeline, SiTInpaintPipeline
-from flowaccel.weights import check_folder
 
 _OWN = {kind.__name__: kind for kind in (SiTPipeline, SiTImg2ImgPipeline, SiTInpaintPipeline)}
 # Each would read pickled weights or run code that came with the weights.
@@ -35,7 +36,7 @@ def load_pipeline(
     """The pipeline in a folder or on the Hub, as an instance of the class that its `model_index.json` names.
 
     Args:
-        path: a folder with `model_index.json`, or a Hub id.
+        path: a folder with `model_index.json`, zoo:NAME, or a Hub id.
         torch_dtype: dtype of the weights; None means float32.
         dtype: another name for `torch_dtype`, as in diffusers.
         device: where to put it; None leaves it on the CPU.
@@ -50,6 +51,8 @@ def load_pipeline(
     """
     if None not in (dtype, torch_dtype) and dtype != torch_dtype:
         raise ValueError(f"dtype is {dtype} and torch_dtype is {torch_dtype}; give one of them")
+    if str(path).startswith(zoo.PREFIX):
+        path = zoo.folder(str(path))
     folder = Path(path)
     if folder.exists() and not (folder / "model_index.json").is_file():
         raise WeightsNotFoundError(f"{path} is not a pipeline: it has no model_index.json")

@@ -16,6 +16,7 @@ from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from flowaccel.compat import register_components
 from flowaccel.errors import RecipeConflictError
 from flowaccel.models import SiTTransformer2DModel, convention_of
 from flowaccel.pipelines.sit_blocks import Channels, CompiledBlocks, GuidedField, bare_field, step_times
@@ -23,6 +24,8 @@ from flowaccel.pipelines.sit_blocks import guide as guide
 from flowaccel.recipe import recipe_of
 from flowaccel.samplers import FlowSampler
 from flowaccel.samplers.base import Project
+
+register_components()
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 DEFAULT_STEPS = 50

@@ -14,7 +14,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from flowaccel.models import FlowConvention, convention_of, refined
+from flowaccel.methods.flowturbo.refinement import refined
+from flowaccel.models import FlowConvention, convention_of
 from flowaccel.samplers import FusedStep
 from flowaccel.samplers.formulas import corrected, predicted
 

@@ -23,7 +23,10 @@ from diffusers.configuration_utils import ConfigMixin
 from diffusers.schedulers.scheduling_utils import SchedulerMixin, SchedulerOutput
 from torch import Tensor
 
+from flowaccel.compat import register_components
 from flowaccel.samplers.formulas import noised
+
+register_components()
 
 TimeShift = Literal["exponential", "linear"]
 Project = Callable[[Tensor, float], Tensor]

@@ -15,10 +15,10 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from flowaccel.accelerators import CACHE_PRESETS, FeatureCache
-from flowaccel.accelerators.cache_presets import CachePreset
-from flowaccel.gates import ModulatedInput
-from flowaccel.gates.teacache_fits import PUBLISHED, UNUSABLE
+from flowaccel.caching.feature_cache import FeatureCache
+from flowaccel.caching.gates import ModulatedInput
+from flowaccel.caching.gates.teacache_fits import PUBLISHED, UNUSABLE
+from flowaccel.caching.presets import CACHE_PRESETS, CachePreset
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = ROOT / "docs" / "caches"
@@ -119,9 +119,9 @@ def arguments(kind: type) -> dict[str, str]:
 
 def differences(preset: CachePreset) -> str:
     """What parity changes, in words."""
-    changes = [] if preset.parity.decide == preset.cache.decide else [f"decide={preset.parity.decide!r}"]
+    changes = [] if preset.as_published.decide == preset.cache.decide else [f"decide={preset.as_published.decide!r}"]
     for part in PARTS:
-        before, after = getattr(preset.cache, part), getattr(preset.parity, part)
+        before, after = getattr(preset.cache, part), getattr(preset.as_published, part)
         if before != after:
             usual = before if type(before) is type(after) else type(after)()
             options = [

@@ -10,8 +10,9 @@ from diffusers import DiTTransformer2DModel, LatteTransformer3DModel
 from torch import Tensor, nn
 
 import tiny
-from flowaccel.models.dynamic import DynamicSettings, make_dynamic
-from flowaccel.modules.td_lora import timed_layers
+from flowaccel.methods.dynamic_width.networks import make_dynamic
+from flowaccel.methods.dynamic_width.settings import DynamicSettings
+from flowaccel.methods.dynamic_width.td_lora import timed_layers
 
 SIZES = {"num_attention_heads": 4, "attention_head_dim": 4, "num_layers": 2}
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from flowaccel.models.moe import moe_class
-from flowaccel.modules.moe import moe_layers
+from flowaccel.methods.moe.control import moe_layers
+from flowaccel.methods.moe.networks import moe_class
 from tiny import random_weights
 
 SMALL: dict[str, Any] = {"num_experts": 4, "layers": "all"}

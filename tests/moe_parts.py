@@ -7,7 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flowaccel.modules.moe import ROUTING, ExpertPlan, ExpertShape, MoEFeedForward, MoESettings
+from flowaccel.methods.moe.experts import ExpertShape
+from flowaccel.methods.moe.feed_forward import MoEFeedForward
+from flowaccel.methods.moe.plans import ExpertPlan
+from flowaccel.methods.moe.routing import ROUTING
+from flowaccel.methods.moe.settings import MoESettings
 
 ROUTERS = tuple(ROUTING)
 DIM, INNER, EXPERTS = 16, 24, 4

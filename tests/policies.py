@@ -13,12 +13,12 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
 from families import CASES, Case
-from flowaccel import Recipe, SparseAttention, accelerated
-from flowaccel.accelerators.learned_policy import attach_policy
-from flowaccel.accelerators.policy import HeadSource
-from flowaccel.hooks import denoiser
-from flowaccel.models import AccelerationPolicy
-from flowaccel.models.policy import CACHE, SPARSE, STEP
+from flowaccel import Recipe, Report, SparseAttention, accelerated
+from flowaccel.hooks import CallRecord, denoiser
+from flowaccel.methods.policy.accelerator import attach_policy
+from flowaccel.methods.policy.network import CACHE, SPARSE, STEP, AccelerationPolicy
+from flowaccel.methods.policy.policy_decisions import HeadSource
+from flowaccel.methods.policy.stats import ImagePath, paths_of
 
 FAMILIES = [CASES[name] for name in ("sit", "sd3", "flux")]
 SMALL_BLOCKS = functools.partial(SparseAttention, query_block=4, key_block=4)
@@ -93,3 +93,14 @@ def driven(pipe: Any, case: Case, source: Any, policy: AccelerationPolicy, **opt
     """One call in which `source` decides."""
     with decided_by(pipe, source, policy):
         return case(pipe, **options)
+
+
+def image_paths(found: Report) -> tuple[ImagePath, ...]:
+    """Where the policy led every image of a run."""
+    return paths_of(found.stats("learned_policy"))
+
+
+def sparsity(call: CallRecord) -> tuple[tuple[str, ...], int, int]:
+    """Layers whose attention was sparse in a call, the pairs that they computed, and all that they have."""
+    stats = call.stats.get("sparse_attention")
+    return ((), 0, 0) if stats is None else (stats.layers, stats.pairs, stats.all_pairs)

@@ -25,10 +25,11 @@ from flowaccel import (
     SparseAttention,
     accelerate,
 )
-from flowaccel.accelerators import LEVELS
-from flowaccel.accelerators.policy import runtime
+from flowaccel.caching.level_cache import LEVELS
 from flowaccel.hooks import ATTENTION, networks
-from flowaccel.models import MediatorSiTTransformer2DModel, make_dynamic
+from flowaccel.methods.dynamic_width.networks import make_dynamic
+from flowaccel.methods.mediators.networks import MediatorSiTTransformer2DModel
+from flowaccel.methods.policy import runtime
 from flowaccel.recipe import resolve
 from moe_networks import fitted
 from policies import SMALL_BLOCKS, lively

@@ -28,11 +28,11 @@ from commands import fails, run
 from flowaccel import CheckpointError, Recipe, UnsupportedModelError, accelerate
 from flowaccel.errors import FlowaccelError, UnnamedCodeError
 from flowaccel.evaluation import compare_rows, load_features
-from flowaccel.evaluation.baselines import calibrated_to
-from flowaccel.evaluation.features import runs_code
-from flowaccel.evaluation.own_process import OwnProcess
-from flowaccel.evaluation.schema import SCHEMA_VERSION
-from flowaccel.evaluation.statistics import load_statistics
+from flowaccel.evaluation.baselines.baselines import calibrated_to
+from flowaccel.evaluation.baselines.subprocess_worker import OwnProcess
+from flowaccel.evaluation.features.extractors import runs_code
+from flowaccel.evaluation.features.statistics import load_statistics
+from flowaccel.evaluation.results import SCHEMA_VERSION
 from flowaccel.pipelines import load_pipeline
 from flowaccel.training.loop import resume_state
 
@@ -186,7 +186,8 @@ def test_python_m_leaves_the_working_directory_off_the_path(
     monkeypatch.setattr(sys, "path", [str(tmp_path), "others"])
     monkeypatch.setattr(sys, "argv", ["-m", "recipes"])
     monkeypatch.setattr(sys, "flags", types.SimpleNamespace(safe_path=safe))
-    exec(Path(flowaccel.__file__).read_text(), {"__name__": "flowaccel"})  # run_path would put its own argv in place
+    names = {"__name__": "flowaccel", "__file__": flowaccel.__file__}
+    exec(Path(flowaccel.__file__).read_text(), names)  # run_path would put its own argv in place
     assert sys.path == ([str(tmp_path), "others"] if safe else ["others"])
 
 

@@ -1,15 +1,14 @@
 """Who may import whom, read from the sources with `ast`.
 
 Every import counts: inside functions, under `TYPE_CHECKING`, relative ones, `import_module("...")` with a literal name,
-and `flowaccel.x` reached through `import flowaccel`. A layer is the first name below `flowaccel`; "flowaccel" itself
-stands for its `__init__`.
+and `flowaccel.x` reached through `import flowaccel`. A unit is a folder below `flowaccel`, every method
+one of its own; "flowaccel" itself stands for its `__init__`.
 """
 
 from __future__ import annotations
 
 import ast
 import graphlib
-import sys
 import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,51 +19,63 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE_DIR = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]["package-dir"]
 
-EVERYONE_MAY = frozenset({"errors", "extras", "weights"})
-LIBRARY = frozenset(
-    {"compat", "gates", "predictors", "modules", "models", "hooks", "samplers", "accelerators", "recipe"}
-) | {"pipelines", "data", "zoo", "calibration"}
-
-# Layer -> the layers that it may import, beside itself and EVERYONE_MAY. A layer that is not here may not exist.
-MAY_IMPORT: dict[str, frozenset[str]] = {
-    "errors": frozenset(),
-    "extras": frozenset(),
-    "weights": frozenset(),
-    "video": frozenset(),
-    "gates": frozenset(),
-    "predictors": frozenset(),
-    "compat": frozenset(),
-    "modules": frozenset(),
-    "models": frozenset({"modules", "compat"}),
-    "hooks": frozenset({"compat"}),
-    "samplers": frozenset({"compat"}),
-    "accelerators": frozenset({"hooks", "gates", "predictors", "modules", "models", "samplers", "compat"}),
-    "recipe": frozenset({"accelerators", "samplers", "hooks"}),
-    "pipelines": frozenset({"recipe", "samplers", "models", "compat"}),
-    "data": frozenset({"models"}),
-    "zoo": frozenset({"models"}),
-    # Not calibration: it imports evaluation, which imports the names that flowaccel exports.
-    "flowaccel": LIBRARY - {"calibration"},
-    "evaluation": frozenset({"flowaccel", "pipelines", "samplers", "data", "zoo"}),
-    "calibration": frozenset({"recipe", "pipelines", "evaluation", "accelerators", "gates", "predictors", "hooks"})
-    | {"samplers"},
-    "training": LIBRARY | {"flowaccel", "evaluation"},
-    "cli": LIBRARY | {"flowaccel", "evaluation", "training", "video"},
-    "__main__": frozenset({"cli"}),
+LEVELS = {
+    "errors": 1,
+    "extras": 2,
+    "compat": 2,
+    "hooks": 3,
+    "samplers": 3,
+    "data": 3,
+    "models": 4,
+    "zoo": 5,
+    "recipe": 6,
+    "caching": 7,
+    "methods": 8,
+    "pipelines": 9,
+    "flowaccel": 10,  # its __init__
+    "evaluation": 11,
+    "training": 12,
+    "fit": 13,  # every `train` and `fit` of caching and methods
+    "zoo_build": 14,
+    "cli": 15,
+    "commands": 16,  # every module of a method that is a command
+    "__main__": 17,
 }
+"""A module imports from its own unit and from those of lower levels; what lies above is reached by the registry's
+strings. Every method is a unit of its own."""
 
-# `errors`, `extras` and `weights` lie at the bottom: of these, only the last two may use another (the errors).
-MAY_USE_COMMON = {"errors": frozenset(), "extras": frozenset({"errors"}), "weights": frozenset({"errors"})}
-
-PURE = {"gates": frozenset({"torch"}), "predictors": frozenset({"torch"})}  # beside the standard library
+BESIDES = {"methods.policy": {"methods.sparse_attention"}}
+"""The one pair of methods of which one is made of the other: RAPID3's sparse head."""
 
 MAY_USE_PRIVATE_DIFFUSERS = frozenset({"hooks", "compat"})
 PRIVATE_DIFFUSERS = ("diffusers.hooks", "diffusers.pipelines.pipeline_loading_utils")
 
 
-def allowed(layer: str) -> frozenset[str]:
-    """Return all layers that `layer` may import."""
-    return MAY_IMPORT[layer] | MAY_USE_COMMON.get(layer, EVERYONE_MAY) | {layer}
+def unit_of(module: str) -> str:
+    """Return the unit that a module of flowaccel belongs to: a key of `LEVELS`, or one of these with a method."""
+    parts = module.split(".")[1:]
+    if not parts:
+        return "flowaccel"
+    if parts[0] == "methods" and len(parts) > 1:
+        if len(parts) > 2 and parts[2] in ("train", "fit"):
+            return f"fit.{parts[1]}"
+        if len(parts) > 2 and parts[2].endswith("_command"):
+            return f"commands.{parts[1]}"
+        return f"methods.{parts[1]}"
+    return "fit.caching" if parts[:2] == ["caching", "fit"] else parts[0]
+
+
+def level_of(unit: str) -> int | None:
+    """Return the level of a unit, None for one that has none."""
+    return LEVELS.get(unit.split(".")[0])
+
+
+def may_import(importer: str, imported: str) -> bool:
+    """Whether one unit may import another."""
+    if imported == importer or imported in BESIDES.get(importer, ()):
+        return True
+    above, below = level_of(importer), level_of(imported)
+    return above is not None and below is not None and below < above
 
 
 @dataclass(frozen=True)
@@ -75,22 +86,23 @@ class Import:
     target: str
     parent: str | None = None
 
-    def layer(self) -> str | None:
-        """Return the layer of flowaccel that is imported, None for other packages."""
+    def unit(self) -> str | None:
+        """Return the unit of flowaccel that is imported, None for other packages."""
         parts = self.target.split(".")
         if parts[0] != "flowaccel":
             return None
-        if len(parts) == 1 or parts[1] == "*":
-            return "flowaccel"
-        if self.parent == "flowaccel" and parts[1] not in MAY_IMPORT and not is_module(parts[1]):
-            return "flowaccel"  # `from flowaccel import X` with a name that __init__ exports
-        return parts[1]
+        while len(parts) > 1 and not is_module(".".join(parts)):
+            parts.pop()  # a name in a module
+        return unit_of(".".join(parts))
 
 
 def is_module(name: str) -> bool:
-    """Whether `flowaccel.<name>` is a module on disk."""
-    core = ROOT / PACKAGE_DIR["flowaccel"]
-    return f"flowaccel.{name}" in PACKAGE_DIR or (core / name).is_dir() or (core / f"{name}.py").is_file()
+    """Whether a dotted name below flowaccel is a module on disk."""
+    for package in sorted(PACKAGE_DIR, key=len, reverse=True):
+        if name == package or name.startswith(f"{package}."):
+            path = ROOT.joinpath(PACKAGE_DIR[package], *name[len(package) :].split(".")[1:])
+            return path.is_dir() or path.with_name(f"{path.name}.py").is_file()
+    return False
 
 
 def imports(tree: ast.Module, module: str, is_package: bool) -> Iterator[Import]:
@@ -141,27 +153,24 @@ def is_private_diffusers(target: str) -> bool:
 
 def violations(source: str, module: str, is_package: bool = False) -> list[str]:
     """Return what a module imports and should not, one line each."""
-    layer = module.split(".")[1] if "." in module else "flowaccel"
-    if layer not in MAY_IMPORT:
-        return [f"{module}: the layer {layer!r} has no row in MAY_IMPORT of tests/test_imports.py"]
+    unit = unit_of(module)
+    if level_of(unit) is None:
+        return [f"{module}: {unit!r} has no level in LEVELS of tests/test_imports.py"]
     found = []
     for item in imports(ast.parse(source), module, is_package):
         place = f"{module}:{item.line}"
-        imported = item.layer()
-        if imported is not None and imported not in allowed(layer):
-            found.append(f"{place}: {layer} may not import {imported} ({item.target})")
-        if layer not in MAY_USE_PRIVATE_DIFFUSERS and is_private_diffusers(item.target):
+        imported = item.unit()
+        if imported is not None and not may_import(unit, imported):
+            found.append(f"{place}: {unit} may not import {imported} ({item.target})")
+        if unit not in MAY_USE_PRIVATE_DIFFUSERS and is_private_diffusers(item.target):
             found.append(f"{place}: only hooks and compat may import what diffusers keeps private ({item.target})")
-        top = item.target.split(".")[0]
-        if layer in PURE and top != "flowaccel" and top not in PURE[layer] | sys.stdlib_module_names:
-            found.append(f"{place}: {layer} may use {', '.join(PURE[layer])} only ({item.target})")
     return list(dict.fromkeys(found))
 
 
 def sources(root: Path) -> Iterator[tuple[Path, str, bool]]:
     """Yield path, module name and whether it is a package, for every source file. Missing folders are skipped."""
     for package, folder in PACKAGE_DIR.items():
-        for path in sorted((root / folder).rglob("*.py")):
+        for path in sorted([*(root / folder).rglob("*.py"), *(root / folder).rglob("*.pyi")]):
             parts = [package, *path.relative_to(root / folder).with_suffix("").parts]
             is_package = parts[-1] == "__init__"
             yield path, ".".join(parts[:-1] if is_package else parts), is_package
@@ -180,42 +189,60 @@ def test_imports_follow_the_table() -> None:
     assert violations_below(ROOT) == []
 
 
-def test_layers_have_no_cycle() -> None:
-    """The sources stay within the table, so it is enough that the table has none."""
-    graph = {layer: allowed(layer) - {layer} for layer in MAY_IMPORT}
-    assert set().union(*graph.values()) <= set(MAY_IMPORT)
+def test_modules_have_no_cycle() -> None:
+    """Of the imports that run when a module is imported."""
+    graph: dict[str, set[str]] = {}
+    for path, module, is_package in sources(ROOT):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        if path.suffix == ".pyi":  # names that are imported when they are used
+            continue
+        tree.body = [node for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))]
+        found = graph.setdefault(module, set())
+        for item in imports(tree, module, is_package):
+            parts = item.target.split(".")
+            while len(parts) > 1 and not is_module(".".join(parts)):
+                parts.pop()
+            if parts[0] == "flowaccel" and len(parts) > 1 and ".".join(parts) != module:
+                found.add(".".join(parts))
     graphlib.TopologicalSorter(graph).prepare()
 
 
 def test_nothing_imports_the_command_line() -> None:
-    assert {layer for layer in MAY_IMPORT if "cli" in allowed(layer)} == {"cli", "__main__"}
+    assert {unit for unit in LEVELS if may_import(unit, "cli")} == {"cli", "commands", "__main__"}
 
 
 PLANTED = [
-    ("flowaccel.gates.interval", "import flowaccel.hooks", "gates may not import hooks"),
-    ("flowaccel.gates.interval", "import numpy as np", "gates may use torch only"),
-    ("flowaccel.predictors.newton", "from flowaccel.gates import Gate", "predictors may not import gates"),
-    ("flowaccel.models.sit", "from flowaccel.samplers.paths import LINEAR", "models may not import samplers"),
+    (
+        "flowaccel.models.sit",
+        "from flowaccel.samplers.paths import LINEAR\nimport flowaccel.zoo",
+        "models may not import zoo",
+    ),
     ("flowaccel.models.sit", "def f():\n    from flowaccel.recipe import Recipe", "models may not import recipe"),
     ("flowaccel.models.sit", "if TYPE_CHECKING:\n    from flowaccel import zoo", "models may not import zoo"),
     ("flowaccel.models.sit", "from flowaccel import Recipe", "models may not import flowaccel"),
-    ("flowaccel.models.sit", "from ..data import digits", "models may not import data"),
-    ("flowaccel.models.sit", "from .. import data", "models may not import data"),
-    ("flowaccel.models.sit", "from ..data.digits import digits", "models may not import data"),
-    ("flowaccel.samplers.ode", "from ..evaluation import moments", "samplers may not import evaluation"),
+    ("flowaccel.samplers.ode", "from ..data import digits", "samplers may not import data"),
+    ("flowaccel.samplers.ode", "from .. import data", "samplers may not import data"),
+    ("flowaccel.samplers.ode", "from ..data.digits import digits", "samplers may not import data"),
+    ("flowaccel.samplers.ode", "from ..evaluation import metrics", "samplers may not import evaluation"),
+    ("flowaccel.recipe.report", "from flowaccel.caching.gates import Easy", "recipe may not import caching"),
+    ("flowaccel.caching.runtime", "from flowaccel.methods.moe import networks", "caching may not import methods.moe"),
+    ("flowaccel.caching.runtime", "import flowaccel.caching.fit.search", "caching may not import fit.caching"),
+    ("flowaccel.methods.moe.networks", "from flowaccel.methods.policy import heads", "may not import methods.policy"),
+    ("flowaccel.methods.moe.networks", "from flowaccel.methods.moe import train", "may not import fit.moe"),
+    ("flowaccel.methods.moe.train", "from flowaccel.methods.moe import train_command", "may not import commands.moe"),
+    ("flowaccel.methods.sparse_attention.x", "import flowaccel.methods.policy", "may not import methods.policy"),
+    ("flowaccel.training.loop", "from flowaccel.methods.moe import train", "training may not import fit.moe"),
     ("flowaccel.evaluation.run", "import flowaccel\nflowaccel.training.flow.f()", "evaluation may not import training"),
     ("flowaccel.evaluation.run", "import flowaccel as fa\nfa.training.flow.f()", "evaluation may not import training"),
     ("flowaccel.samplers.ode", "import_module('flowaccel.zoo')", "samplers may not import zoo"),
     ("flowaccel.samplers.ode", "importlib.import_module('flowaccel.zoo')", "samplers may not import zoo"),
-    ("flowaccel.evaluation.runner", "from flowaccel.models import SiT", "evaluation may not import models"),
-    ("flowaccel.evaluation.runner", "from flowaccel.accelerators import X", "evaluation may not import accelerators"),
     ("flowaccel.evaluation.runner", "from flowaccel import cli", "evaluation may not import cli"),
     ("flowaccel.training.flow", "from flowaccel.cli import main", "training may not import cli"),
     ("flowaccel.errors", "from flowaccel.extras import require", "errors may not import extras"),
     ("flowaccel", "from flowaccel.evaluation import evaluate", "flowaccel may not import evaluation"),
     ("flowaccel", "from .training import train", "flowaccel may not import training"),
     ("flowaccel", "import flowaccel.cli", "flowaccel may not import cli"),
-    ("flowaccel.novelty", "", "has no row in MAY_IMPORT"),
+    ("flowaccel.novelty", "", "has no level in LEVELS"),
     ("flowaccel.models.sit", "from diffusers.hooks import ModelHook", "only hooks and compat"),
     ("flowaccel.models.sit", "from diffusers.hooks.hooks import ModelHook", "only hooks and compat"),
     ("flowaccel.models.sit", "from diffusers import hooks", "only hooks and compat"),
@@ -238,10 +265,13 @@ def test_planted_violation_is_found(module: str, source: str, message: str) -> N
 
 
 PERMITTED = [
-    ("flowaccel.gates.interval", "import math\nfrom torch import Tensor\nfrom flowaccel.gates.base import Gate"),
+    (
+        "flowaccel.caching.gates.easy",
+        "import math\nfrom torch import Tensor\nfrom flowaccel.caching.gates.base import Gate",
+    ),
     (
         "flowaccel.models.sit",
-        "from . import official\nfrom .convention import SIT\nfrom ..errors import CheckpointError",
+        "from . import official\nfrom .time import SIT\nfrom ..errors import CheckpointError",
     ),
     (
         "flowaccel.models.sit",
@@ -251,6 +281,12 @@ PERMITTED = [
     ("flowaccel.compat", "from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES"),
     ("flowaccel.evaluation.runner", "import flowaccel\nfrom flowaccel import Recipe, pipelines\nflowaccel.accelerate"),
     ("flowaccel.extras", "from flowaccel.errors import MissingExtraError"),
+    ("flowaccel.methods.policy.runtime", "from flowaccel.methods.sparse_attention.accelerator import SparseAttention"),
+    ("flowaccel.methods.moe.train", "from flowaccel.training import flow\nfrom flowaccel.methods.moe import networks"),
+    (
+        "flowaccel.methods.moe.train_command",
+        "from flowaccel.methods.moe import train\nfrom flowaccel.cli import common",
+    ),
     ("flowaccel.training.flow", "from flowaccel.evaluation import fid\nfrom flowaccel.models import SiT"),
     ("flowaccel.cli", "from flowaccel.training import flow\nfrom flowaccel.cli.demo import demo"),
     ("flowaccel.__main__", "from flowaccel.cli import main"),

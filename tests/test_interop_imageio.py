@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from flowaccel.video import save_video, video_suffix
+from flowaccel.cli.video import save_video, video_suffix
 
 pytest.importorskip("imageio", reason="needs the extra video")
 pytest.importorskip("imageio_ffmpeg", reason="needs the extra video")

@@ -39,12 +39,12 @@ from transformers import (
 )
 
 from flowaccel import Recipe, Sampler, SiTPipeline, SiTTransformer2DModel, VelocityRefiner
-from flowaccel.accelerators.velocity_refiner import new_refiner
 from flowaccel.data.shapes import ATTRIBUTES
+from flowaccel.methods.flowturbo.accelerator import new_refiner
 from flowaccel.models import ShapesClassifier
 from flowaccel.samplers import FlowRungeKuttaScheduler
-from flowaccel.training import zoo_shapes
 from flowaccel.training.text_to_image import TextToImage
+from flowaccel.zoo_build import shapes as zoo_shapes
 
 CONTEXT, POOLED, TOKENS = 16, 12, 5
 """Width of the text embeddings, of the pooled ones, and length of the text, of the text-to-image pipelines."""

@@ -10,31 +10,34 @@ from typing import Annotated, Any
 
 import typer
 
-from flowaccel.accelerators import Calibration, FeatureCache, GridCalibration, Sampler
-from flowaccel.calibration import GRID_METHODS, METHODS, METRICS, Sampling, calibrate_grid, find_method
-from flowaccel.calibration import calibrate as run_calibration
+from flowaccel.caching.feature_cache import FeatureCache
+from flowaccel.caching.fit.calibrate import calibrate as run_calibration
+from flowaccel.caching.fit.calibrate import find_method
+from flowaccel.caching.predictors import PREDICTORS
 from flowaccel.cli.common import (
     ArgumentOption,
     DeviceOption,
     DtypeOption,
     JsonOption,
     PipeArgument,
-    PromptsOption,
     SeedOption,
     emit,
     friendly_errors,
-    open_pipeline,
-    open_recipe,
     output_folder,
     progress,
-    resolve_device,
     say,
 )
 from flowaccel.cli.generate import call_arguments, parse_conditions
-from flowaccel.predictors import PREDICTORS
-from flowaccel.recipe import Recipe
+from flowaccel.cli.loading import PromptsOption, open_pipeline, open_recipe, resolve_device
+from flowaccel.methods.grids.fit import calibrate_grid
+from flowaccel.methods.grids.search import GRID_METHODS, METRICS
+from flowaccel.recipe import Recipe, registry
+from flowaccel.recipe.calibration import Calibration, GridCalibration
+from flowaccel.recipe.sampler import Sampler
+from flowaccel.training.sampling import Sampling
 
 FINE_STEPS = 60
+CACHE_METHODS = [name for name in registry.entries("fit") if name not in GRID_METHODS]
 _CACHES_ALONE = ("target_speedup", "predictor", "warmup", "last", "max_run")
 _GRIDS_ALONE = ("fine_steps", "held_out", "metric")
 
@@ -43,7 +46,7 @@ def calibrate(
     pipe: PipeArgument,
     method: Annotated[
         str,
-        typer.Option(help=f"Of a cache: {', '.join(METHODS)}; of a step grid: {', '.join(GRID_METHODS)}."),
+        typer.Option(help=f"Of a cache: {', '.join(CACHE_METHODS)}; of a step grid: {', '.join(GRID_METHODS)}."),
     ],
     target_speedup: Annotated[
         float | None,

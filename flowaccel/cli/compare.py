@@ -9,7 +9,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from flowaccel.cli.common import JsonOption, ask_again, emit, friendly_errors, own_modules
+from flowaccel.cli.common import JsonOption, ask_again, emit, friendly_errors
+from flowaccel.cli.loading import own_modules
 from flowaccel.errors import UnnamedCodeError
 from flowaccel.evaluation import compare_rows
 

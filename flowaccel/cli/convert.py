@@ -10,11 +10,13 @@ from typing import Annotated
 import typer
 from safetensors.torch import save_file
 
-from flowaccel.accelerators.loading import load_network
 from flowaccel.cli.common import friendly_errors, say
 from flowaccel.errors import UnsupportedModelError
-from flowaccel.models import DynamicSiTTransformer2DModel, MoESiTTransformer2DModel, SiTTransformer2DModel
+from flowaccel.methods.dynamic_width.networks import DynamicSiTTransformer2DModel
+from flowaccel.methods.moe.networks import MoESiTTransformer2DModel
+from flowaccel.models import SiTTransformer2DModel
 from flowaccel.models.official import dit_transformer_from_official
+from flowaccel.recipe.loading import load_network
 
 
 class Target(StrEnum):

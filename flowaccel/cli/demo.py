@@ -15,13 +15,12 @@ from flowaccel.cli.common import (
     SeedOption,
     emit,
     friendly_errors,
-    open_pipeline,
-    open_recipe,
     output_folder,
     progress,
     say,
 )
 from flowaccel.cli.evaluate import default_protocol, show
+from flowaccel.cli.loading import open_pipeline, open_recipe
 from flowaccel.evaluation import evaluate as run_evaluation
 
 

@@ -17,26 +17,28 @@ from flowaccel.cli.common import (
     ExpectWorldOption,
     JsonOption,
     PipeArgument,
-    PromptsOption,
     SeedOption,
     ask_again,
     emit,
     friendly_errors,
+    output_folder,
+    progress,
+    say,
+)
+from flowaccel.cli.generate import free_arguments, parse_conditions
+from flowaccel.cli.loading import (
+    PromptsOption,
     launched,
     open_pipeline,
     open_recipe,
-    output_folder,
     own_modules,
-    progress,
     saved_with,
-    say,
     zoo_entry,
 )
-from flowaccel.cli.generate import free_arguments, parse_conditions
 from flowaccel.errors import UnnamedCodeError
 from flowaccel.evaluation import DEFAULT_METRICS, Protocol, Results, console_table, set_attention
 from flowaccel.evaluation import evaluate as run_evaluation
-from flowaccel.evaluation.features import runs_code
+from flowaccel.evaluation.features.extractors import runs_code
 
 
 def evaluate(

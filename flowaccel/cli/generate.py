@@ -20,28 +20,23 @@ from flowaccel.cli.common import (
     ExpectWorldOption,
     JsonOption,
     PipeArgument,
-    PromptsOption,
     SeedOption,
     emit,
     friendly_errors,
-    launched,
-    open_pipeline,
-    open_recipe,
     output_folder,
     progress,
-    saved_with,
     say,
-    zoo_entry,
 )
+from flowaccel.cli.loading import PromptsOption, launched, open_pipeline, open_recipe, saved_with, zoo_entry
+from flowaccel.cli.video import save_video, video_suffix
 from flowaccel.data import PROMPT_SETS
 from flowaccel.evaluation import Classes, Conditions, Prompts, sample_generator, set_attention
-from flowaccel.evaluation.call_arguments import check_arguments, parameters, unknown_argument
-from flowaccel.evaluation.finite import check_samples
-from flowaccel.evaluation.processes import processes
-from flowaccel.evaluation.prompt_lengths import too_long
+from flowaccel.evaluation.samples.call_arguments import check_arguments, parameters, unknown_argument
+from flowaccel.evaluation.samples.finite import check_samples
+from flowaccel.evaluation.samples.processes import processes
+from flowaccel.evaluation.samples.prompt_lengths import too_long
 from flowaccel.recipe import Recipe, accelerate
 from flowaccel.recipe import report as last_report
-from flowaccel.video import save_video, video_suffix
 
 FPS = 16  # for videos of pipelines that do not say how fast theirs are
 

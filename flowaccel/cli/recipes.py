@@ -9,9 +9,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from flowaccel.accelerators.rules import RULES
-from flowaccel.cli.common import JsonOption, emit, friendly_errors, open_recipe
+from flowaccel.cli.common import JsonOption, emit, friendly_errors
 from flowaccel.recipe import PRESETS
+from flowaccel.recipe.compatibility import RULES
 
 
 def recipes(
@@ -29,6 +29,8 @@ def recipes(
         if rules and name is not None:
             raise ValueError(f"give a recipe or --rules, not both; got {name!r}")
         if name is not None:
+            from flowaccel.cli.loading import open_recipe  # the lists need no torch
+
             found = open_recipe(name).to_dict()
             emit(found, as_json, lambda: Console().print_json(data=found))
         elif rules:

@@ -7,9 +7,10 @@ from typing import Annotated
 
 import typer
 
-from flowaccel.cli.common import DeviceOption, friendly_errors, own_modules, resolve_device, say
+from flowaccel.cli.common import DeviceOption, friendly_errors, say
+from flowaccel.cli.loading import own_modules, resolve_device
 from flowaccel.evaluation import export_npz, load_features, load_reference, save_statistics
-from flowaccel.evaluation.statistics import is_statistics
+from flowaccel.evaluation.features.statistics import is_statistics
 
 
 def stats(

@@ -11,12 +11,8 @@ from rich.table import Table
 
 from flowaccel import zoo
 from flowaccel.cli.common import JsonOption, emit, friendly_errors, progress, say
-from flowaccel.training.zoo import BUILDERS
-
-app = typer.Typer(help="The reference checkpoints that this repository trained.", no_args_is_help=True)
 
 
-@app.command("list")
 def list_entries(as_json: JsonOption = False) -> None:
     """List what there is.
 
@@ -46,7 +42,6 @@ def list_entries(as_json: JsonOption = False) -> None:
     emit(found, as_json, show)
 
 
-@app.command("show")
 def show_entry(name: Annotated[str, typer.Argument(help="An entry, with or without zoo:.")]) -> None:
     """Print an entry's model card.
 
@@ -56,7 +51,6 @@ def show_entry(name: Annotated[str, typer.Argument(help="An entry, with or witho
         Console().print((zoo.folder(name) / "README.md").read_text(), markup=False)
 
 
-@app.command("build")
 def build(
     name: Annotated[str, typer.Argument(help="An entry, with or without zoo:.")],
     out: Annotated[Path, typer.Option(help="Where to write it; a started training is resumed.")],
@@ -66,6 +60,8 @@ def build(
     Example: flowaccel zoo build digits-features --out build/digits-features
     """
     with friendly_errors(" The last checkpoint is kept; the same command goes on from there."):
+        from flowaccel.zoo_build.builders import BUILDERS  # the lists need no torch
+
         builder = BUILDERS[zoo.entry(name).name]
         with progress() as notify:
             for stage, state, total in builder(out):

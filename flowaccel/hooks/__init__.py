@@ -14,11 +14,9 @@ from flowaccel.hooks.calls import REUSED as REUSED
 from flowaccel.hooks.calls import UNCOND as UNCOND
 from flowaccel.hooks.calls import Call as Call
 from flowaccel.hooks.calls import CallRecord as CallRecord
-from flowaccel.hooks.calls import Routed as Routed
+from flowaccel.hooks.calls import CallStats as CallStats
 from flowaccel.hooks.calls import Run as Run
 from flowaccel.hooks.calls import in_rows as in_rows
-from flowaccel.hooks.calls import mean_capacity as mean_capacity
-from flowaccel.hooks.exchange import exchange as exchange
 from flowaccel.hooks.families import FAMILIES as FAMILIES
 from flowaccel.hooks.families import BlockList as BlockList
 from flowaccel.hooks.families import Family as Family
@@ -40,6 +38,7 @@ from flowaccel.hooks.session import close_session as close_session
 from flowaccel.hooks.session import open_session as open_session
 from flowaccel.hooks.session import require_idle as require_idle
 from flowaccel.hooks.session import session_of as session_of
+from flowaccel.hooks.swap import exchange as exchange
 from flowaccel.hooks.wrap import Wrapped as Wrapped
 from flowaccel.hooks.wrap import exchanged as exchanged
 from flowaccel.hooks.wrap import lend as lend
@@ -59,9 +58,9 @@ __all__ = [
     "Call",
     "CallAround",
     "CallRecord",
+    "CallStats",
     "Family",
     "Identity",
-    "Routed",
     "Run",
     "Session",
     "TimeSignal",
@@ -77,7 +76,6 @@ __all__ = [
     "is_present",
     "lend",
     "macs_by_module",
-    "mean_capacity",
     "networks",
     "open_session",
     "packer",

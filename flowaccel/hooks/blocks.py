@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from flowaccel.errors import FlowaccelError, RecipeConflictError, UnsupportedModelError
 from flowaccel.hooks.calls import Call, in_rows, take_rows
+from flowaccel.hooks.derived_rows import Walk
 from flowaccel.hooks.families import FAMILIES, BlockList, Family, TimeSignal, unsupported, unwrapped
-from flowaccel.hooks.walk import Walk
 from flowaccel.hooks.wrap import Wrapped, entry_point, wrap
 
 BlockAround = Callable[[Callable[..., Any], Call, "Block"], Any]

@@ -7,7 +7,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -20,24 +20,33 @@ COMPUTED, REUSED = "computed", "reused"
 """What most calls did, see `CallRecord.what`."""
 
 
-@dataclass(frozen=True)
-class Routed:
-    """What experts were given in a network call. Places that a budget keeps for them and that hold no token count as
-    given: they are computed."""
+class CallStats:
+    """Base class of what a method says that it did in a network call: a dataclass of its own, which it enters in
+    `CallRecord.stats` under its name. Its text goes to the line of the call in a report; `summary` and `notes` to the
+    lines below.
+    """
 
-    rows: int
-    """Rows of the call that came by."""
-    tokens: int
-    """Tokens of these."""
-    pairs: int
-    """Pairs of a token and an expert."""
-    macs: int
-    """Multiply-adds of the experts."""
+    compared: ClassVar[str] = ""
+    """What a report adds where it compares multiply-adds with a run of computed calls."""
 
-    def __add__(self, other: Routed) -> Routed:
-        return Routed(
-            self.rows + other.rows, self.tokens + other.tokens, self.pairs + other.pairs, self.macs + other.macs
-        )
+    def __str__(self) -> str:
+        return ""
+
+    @classmethod
+    def summary(cls, stats: Sequence[Self], calls: int, macs: str) -> str | None:
+        """Return a line that says what the method saved within calls, or None.
+
+        Args:
+            stats: of all calls that have them.
+            calls: number of all calls.
+            macs: what the run saved of the multiply-adds, in words; empty where that is not known.
+        """
+        return None
+
+    @classmethod
+    def notes(cls, stats: Sequence[Self]) -> list[str]:
+        """Return further lines for the end of a report."""
+        return []
 
 
 @dataclass
@@ -67,45 +76,16 @@ class CallRecord:
     """Computed values that accelerators held after the call."""
     gate_bytes: int = 0
     """What they held besides to decide by."""
-    width: float | None = None
-    """Share of the network's switchable heads and channels that was computed, where these depend on the timestep."""
-    slice_bytes: int = 0
-    """Weights of parts of layers that were held beside the whole layers."""
-    slices_cut: int = 0
-    """Parts that were cut for this call and not held."""
-    routed: dict[str, Routed] = field(default_factory=dict)
-    """Of modules that do as much as routers give them, by name in the network; those that did not run are not there."""
-    overflow: int | None = None
-    """Pairs of a token and an expert that were chosen and left out for a budget, counted when the run has ended; None
-    without a budget."""
-
+    done: dict[str, tuple[int, int]] = field(default_factory=dict)
+    """Of modules that do as much as their input asks for, by name in the network: rows of the call that came by, and
+    multiply-adds that they did; those that did not run are not there."""
+    stats: dict[str, Any] = field(default_factory=dict)
+    """What methods did besides, by their names, see `CallStats`."""
     times: tuple[float | None, ...] = ()
     """Per image, its timestep where images have times of their own; None where it is done and idle."""
-    sparsity: tuple[int, ...] = ()
-    """Per image, the level of sparse attention, 0 for dense; empty where nobody sets it by image."""
-    mediators: tuple[float, ...] = ()
-    """Per image of the call, how many mediators attention goes through, where it does and any of it ran; the mean over
-    the network's layers where each has a number of its own."""
-    agents: tuple[str, ...] = ()
-    """Names in the network of the attention layers that ran with agents in the place of full attention."""
-    sparse_layers: tuple[str, ...] = ()
-    """Names in the network of the attention layers that left out query-key pairs."""
-    pairs: tuple[int, int] = (0, 0)
-    """Pairs of a query and a key that these computed, and that full attention would have."""
     spared: int = 0
     """Multiply-adds that modules which ran did less than they are counted with, where an accelerator sets by row how
     much they do; negative where they did more."""
-
-    @property
-    def capacity(self) -> float | None:
-        """How many experts a token was given on average, where there are experts and they ran."""
-        return mean_capacity([self])
-
-
-def mean_capacity(records: Sequence[CallRecord]) -> float | None:
-    """How many experts a token was given on average in these calls, see `Routed`; None where none ran."""
-    given = [routed for record in records for routed in record.routed.values()]
-    return sum(routed.pairs for routed in given) / sum(routed.tokens for routed in given) if given else None
 
 
 @dataclass

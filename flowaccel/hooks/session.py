@@ -29,8 +29,8 @@ from flowaccel.hooks.blocks import BlockAround, BlockHooks, ModuleAround, during
 from flowaccel.hooks.callers import Caller, caller_of, is_called
 from flowaccel.hooks.calls import COMPUTED, COND, EXTRA, REUSED, UNCOND, Call, CallRecord, Run
 from flowaccel.hooks.families import family_of, networks, unwrapped
+from flowaccel.hooks.guidance_order import first_is_conditional
 from flowaccel.hooks.macs import shapes_of
-from flowaccel.hooks.order import first_is_conditional
 from flowaccel.hooks.outputs import tensors_of
 from flowaccel.hooks.schedule import by_token, levels, span
 from flowaccel.hooks.wrap import Wrapped, entry_point, lend, wrap

@@ -11,6 +11,10 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
+from flowaccel.compat import register_components
+
+register_components()
+
 
 class FeatureClassifier(ModelMixin, ConfigMixin):
     """Abstract base: a convolutional trunk on uint8 images, whose output are features, and heads on these.

@@ -19,9 +19,11 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
-from flowaccel.compat import register_block
+from flowaccel.compat import register_block, register_components
 from flowaccel.models import official
-from flowaccel.models.convention import SIT, FlowConvention
+from flowaccel.models.time import SIT, FlowConvention
+
+register_components()
 
 NORM_EPS = 1e-6
 TIME_FREQUENCIES = 256

@@ -9,7 +9,7 @@ import torch
 from diffusers.configuration_utils import FrozenDict
 from torch import Tensor, nn
 
-from flowaccel.models.twins import twin
+from flowaccel.models.clone import twin
 
 
 class VariantMixin:

@@ -10,11 +10,11 @@ from typing import Any, Self
 
 from torch import nn
 
-from flowaccel.accelerators import ACCELERATORS, Accelerator, rules, serial
-from flowaccel.accelerators.serial import Part
 from flowaccel.errors import RecipeConflictError, UnsupportedModelError
 from flowaccel.hooks import Identity, denoiser
-from flowaccel.recipe import storage
+from flowaccel.recipe import compatibility, registry, serialization, storage
+from flowaccel.recipe.accelerator import Accelerator
+from flowaccel.recipe.serialization import Part
 
 SCHEMA = 1
 MOST_STEPS = 10_000
@@ -69,7 +69,7 @@ class Recipe:
         steps = self.num_inference_steps
         if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 1):
             raise ValueError(f"num_inference_steps must be a whole number of at least 1, or None, got {steps!r}")
-        rules.check(self.accelerators, self.name)
+        compatibility.check(self.accelerators, self.name)
         agreed = self._agreed_steps()
         if agreed is not None and agreed > MOST_STEPS:
             raise ValueError(f"recipe {self.name!r} asks for {agreed} steps; at most {MOST_STEPS} are run")
@@ -125,7 +125,7 @@ class Recipe:
             "num_inference_steps": self.num_inference_steps,
             **base,
             "accelerators": [
-                serial.encode_component(accelerator, parts, f"accelerators[{index}]")
+                serialization.encode_component(accelerator, parts, f"accelerators[{index}]")
                 for index, accelerator in enumerate(self.accelerators)
             ],
         }
@@ -222,18 +222,26 @@ class Recipe:
             raise type(error)(f"{file}: {error}") from error
 
     @classmethod
-    def _decoded(cls, data: dict[str, Any], default_name: str, source: serial.Source) -> Recipe:
+    def _decoded(cls, data: dict[str, Any], default_name: str, source: serialization.Source) -> Recipe:
         _check_schema(data)
-        serial.check_keys(data, _KEYS)
+        serialization.check_keys(data, _KEYS)
         entries = data.get("accelerators")
         if not isinstance(entries, list):
             raise ValueError(f"accelerators: must be a list, got {entries!r}")
         return cls(
-            [serial.decode(ACCELERATORS, entry, f"accelerators[{i}]", source) for i, entry in enumerate(entries)],
+            [_decoded_accelerator(entry, f"accelerators[{i}]", source) for i, entry in enumerate(entries)],
             data.get("name", default_name),
             data.get("num_inference_steps"),
             _base(data.get("base")),
         )
+
+
+def _decoded_accelerator(entry: Any, path: str, source: serialization.Source) -> Accelerator:
+    former = registry.entries("former")
+    if isinstance(entry, dict) and isinstance(entry.get("name"), str) and entry["name"] in former:
+        entry = registry.load(former[entry["name"]])(entry)
+    accelerator: Accelerator = serialization.decode(registry.ACCELERATORS, entry, path, source)
+    return accelerator
 
 
 def _check_schema(data: dict[str, Any]) -> None:
@@ -252,7 +260,7 @@ def _base(data: Any) -> Base | None:
         return None
     if not isinstance(data, dict) or not all(isinstance(value, str) for value in data.values()):
         raise ValueError(f'base: must look like {{"class": ..., "config": ...}}, got {data!r}')
-    serial.check_keys(data, ["class", "config"], "base")
+    serialization.check_keys(data, ["class", "config"], "base")
     if len(data) < 2:
         raise ValueError(f'base: must hold "class" and "config", got {data!r}')
     return Base(data["class"], data["config"])

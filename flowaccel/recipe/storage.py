@@ -15,8 +15,8 @@ from typing import Any
 
 import huggingface_hub
 
-from flowaccel.accelerators.serial import Part, Source
 from flowaccel.errors import WeightsNotFoundError
+from flowaccel.recipe.serialization import Part, Source
 
 FILE_NAME = "flowaccel.json"
 HUB_OPTIONS = ("revision", "cache_dir", "local_files_only", "token")

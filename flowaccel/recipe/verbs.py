@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 from flowaccel.errors import RecipeConflictError
 from flowaccel.hooks import close_session, exchanged, lend, open_session, require_idle, session_of, wrap
-from flowaccel.recipe.presets import RecipeLike, resolve
 from flowaccel.recipe.recipe import Recipe
+from flowaccel.recipe.resolution import RecipeLike, resolve
 
 _ATTACHED = "_flowaccel_attached"
 _TURNS = threading.RLock()  # of those who accelerate and restore, pipelines that share networks included
@@ -33,7 +33,8 @@ def accelerate(pipe: Any, recipe: RecipeLike) -> Any:
 
     Args:
         pipe: a diffusers pipeline.
-        recipe: a `Recipe`, an accelerator, a list of them, a preset name, the path of a saved recipe, or a Hub id.
+        recipe: a `Recipe`, an accelerator, a preset name, the path of a saved recipe, zoo:NAME, a Hub id, or a list of
+            these; see `flowaccel.recipe.resolve`.
 
     Returns:
         `pipe`.

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from flowaccel.errors import CheckpointError
-from flowaccel.modules.moe import set_aux_loss_scale
+from flowaccel.methods.moe.control import set_aux_loss_scale
 from flowaccel.training.labelled import LabelledObjective
 
 logger = logging.getLogger(__name__)

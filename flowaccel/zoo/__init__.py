@@ -5,19 +5,15 @@ A zoo name is written `zoo:NAME` wherever a path or a Hub id is accepted.
 
 from __future__ import annotations
 
-import difflib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from flowaccel.errors import CheckpointError, WeightsNotFoundError
-from flowaccel.models import DigitsClassifier, FeatureClassifier, ShapesClassifier
+from flowaccel.errors import WeightsNotFoundError, did_you_mean
 
 PREFIX = "zoo:"
 _ROOT = Path(__file__).parent
-_CLASSIFIERS = {network.__name__: network for network in (DigitsClassifier, ShapesClassifier)}
 
 Found = TypeVar("Found")
 
@@ -137,9 +133,8 @@ def find(table: Mapping[str, Found], name: str, what: str) -> Found:
     """
     stem = name.removeprefix(PREFIX)
     if stem not in table:
-        near = difflib.get_close_matches(stem, table, n=1)
-        hint = f"did you mean {PREFIX}{near[0]}? " if near else ""
-        raise ValueError(f"unknown {what} {name!r}: {hint}there are {', '.join(PREFIX + known for known in table)}")
+        hint, known = did_you_mean(stem, table, prefix=PREFIX), ", ".join(PREFIX + found for found in table)
+        raise ValueError(f"unknown {what} {name!r}: {hint}there are {known}")
     return table[stem]
 
 
@@ -174,28 +169,13 @@ def recipe_folder(name: str) -> Path:
         ValueError: no such entry, or one of another kind.
         WeightsNotFoundError: the weights are not installed.
     """
-    return _of_kind(name, "recipe")
+    return folder_of_kind(name, "recipe")
 
 
-def _of_kind(name: str, kind: str) -> Path:
+def folder_of_kind(name: str, kind: str) -> Path:
+    """Return the folder of an entry that must be of a kind; raises as `recipe_folder`."""
     if entry(name).kind != kind:
         known = ", ".join(PREFIX + found.name for found in ENTRIES.values() if found.kind == kind)
         wanted = "feature network" if kind == "features" else kind
         raise ValueError(f"{name} is a {entry(name).kind}, not a {wanted}; there are {known}")
     return folder(name)
-
-
-def load_classifier(name: str) -> FeatureClassifier:
-    """A feature network of the zoo in float32, ready for evaluation, of the class that its configuration names.
-
-    Raises:
-        ValueError: no such entry, or one of another kind.
-        WeightsNotFoundError: the weights are not installed.
-        CheckpointError: the folder holds a network of another class.
-    """
-    found = _of_kind(name, "features")
-    config = found / "config.json"
-    kind = json.loads(config.read_text(encoding="utf-8"))["_class_name"]
-    if kind not in _CLASSIFIERS:
-        raise CheckpointError(f"{config} names a {kind}; allowed are {', '.join(_CLASSIFIERS)}")
-    return _CLASSIFIERS[kind].from_pretrained(found, use_safetensors=True).float().eval()

@@ -16,7 +16,7 @@ import fake_xformers
 import tiny
 from flowaccel import Mediators, Recipe
 from flowaccel.cli import app
-from flowaccel.models import MediatorSiTTransformer2DModel
+from flowaccel.methods.mediators.networks import MediatorSiTTransformer2DModel
 
 COUNT = 4
 

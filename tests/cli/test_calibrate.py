@@ -58,7 +58,7 @@ def test_json(plain: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("--method teacash --target-speedup 2", "method must be one of teacache"),
+        ("--method teacash --target-speedup 2", "method must be one of ab_cache"),
         ("--method teacache --target-speedup 1", "must be a number above 1, got 1"),
         ("--method teacache --target-speedup 7", "allows 4.00 at most"),
         ("--method teacache --target-speedup 2 --steps 2", "steps must be at least 3, got 2"),
@@ -129,7 +129,7 @@ def test_a_grid_as_json(plain: str, tmp_path: Path) -> None:
     ],
 )
 def test_the_verdict(interval: Any, verdict: str, plain: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("flowaccel.calibration.steps._interval", lambda differences: interval)
+    monkeypatch.setattr("flowaccel.methods.grids.fit._interval", lambda differences: interval)
     options = ["--recipe", "euler", "--steps", "2", "--fine-steps", "3", "--num-samples", "1"]
     assert verdict in run(plain, "--method", "boss", *options, "--out", str(tmp_path)).stderr
 
@@ -137,7 +137,7 @@ def test_the_verdict(interval: Any, verdict: str, plain: str, tmp_path: Path, mo
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("--method bos --steps 3", "method must be one of teacache"),
+        ("--method bos --steps 3", "method must be one of ab_cache"),
         ("--method boss --recipe euler", "--method boss makes a step grid and needs --steps"),
         ("--method teacache --steps 4", "--method teacache makes a cache and needs --target-speedup"),
         ("--method boss --steps 3 --target-speedup 2", "--target-speedup is not for --method boss"),

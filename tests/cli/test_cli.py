@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import typer
 import yaml
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -18,11 +19,11 @@ import tiny
 from commands import fails, run
 from flowaccel import SiTTransformer2DModel, VelocityRefiner, accelerated, zoo
 from flowaccel.cli import app, demo
-from flowaccel.cli import train as train_command
 from flowaccel.cli.evaluate import fewer_steps
 from flowaccel.data import digits
 from flowaccel.evaluation import load_features, load_results, runner
-from flowaccel.evaluation.schema import check_results
+from flowaccel.evaluation.results import check_results
+from flowaccel.methods.flowturbo import train_command
 from flowaccel.pipelines import load_pipeline
 from flowaccel.recipe import PRESETS
 from tiers import Process
@@ -85,9 +86,9 @@ def test_help_shows_an_example(command: str) -> None:
 
 
 def test_every_command_is_listed_and_tested() -> None:
-    names = {command.name for command in app.registered_commands}
-    for group in app.registered_groups:
-        names |= {f"{group.name} {command.name}" for command in group.typer_instance.registered_commands}
+    names: set[str] = set()
+    for name, command in typer.main.get_command(app).commands.items():
+        names |= {f"{name} {sub}" for sub in command.commands} if hasattr(command, "commands") else {name}
     assert names == set(COMMANDS)
     text = run("--help").stdout
     assert all(command.split()[0] in text for command in COMMANDS)
@@ -235,7 +236,7 @@ def test_wrong_use_of_generate(arguments: list[str], message: str, saved: str) -
 
 def test_pipelines_that_are_not_there(elsewhere: Path) -> None:
     assert "cannot load nowhere: it is no folder here, and the Hub did not give it" in fails("generate", "nowhere")
-    assert "unknown zoo entry 'zoo:sit-digit': did you mean zoo:sit-digits?" in fails("generate", "zoo:sit-digit")
+    assert "unknown zoo entry 'zoo:sit-digit': did you mean 'zoo:sit-digits'?" in fails("generate", "zoo:sit-digit")
     assert "is not a pipeline: it has no model_index.json" in fails("generate", "zoo:digits-features")
     (elsewhere / "empty").mkdir()
     assert "empty is not a pipeline: it has no model_index.json" in fails("generate", "empty")
@@ -429,7 +430,10 @@ def test_no_file_and_not_text(saved: str) -> None:
         (["--metrics", "fidd"], "unknown metric 'fidd'; did you mean 'fid'?"),
         (["--features", "inceptoin"], "zoo:NAME or MODULE:ATTRIBUTE, got 'inceptoin'"),
         (["--features", "zoo:sit-digits"], "zoo:sit-digits is a pipeline, not a feature network"),
-        (["--reference", "zoo:faces"], "unknown reference 'zoo:faces': there are zoo:digits, "),
+        (
+            ["--reference", "zoo:faces"],
+            "unknown reference 'zoo:faces': there are zoo:digits, ",
+        ),
         (["--reference", "nowhere"], "reference must be zoo:SET, a folder with images, or a"),
         (["--rounds", "1"], "Invalid value for '--rounds'"),
         (["--attention", "sage"], "attention must be one of"),
@@ -591,11 +595,11 @@ def test_zoo_show_prints_the_card() -> None:
 
 def test_wrong_use_of_the_zoo() -> None:
     for command in (["show", "sit-digit"], ["build", "sit-digit", "--out", "x"]):
-        assert "unknown zoo entry 'sit-digit': did you mean zoo:sit-digits?" in fails("zoo", *command)
+        assert "unknown zoo entry 'sit-digit': did you mean 'zoo:sit-digits'?" in fails("zoo", *command)
 
 
 def test_zoo_build_resumes(monkeypatch: pytest.MonkeyPatch) -> None:
-    from flowaccel.training import zoo as builders
+    from flowaccel.zoo_build import builders as builders
 
     monkeypatch.setattr(builders, "FEATURES_LOOP", replace(builders.FEATURES_LOOP, steps=3))
     assert "wrote built" in run("zoo", "build", "zoo:digits-features", "--out", "built").stderr

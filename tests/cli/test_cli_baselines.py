@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 import tiny
 from flowaccel.cli import app
-from flowaccel.evaluation import baselines
+from flowaccel.evaluation.baselines import baselines
 
 FBC, TAYLOR = "native:fbc:threshold=1e9", "native:taylorseer:cache_interval=2,max_order=0"
 

@@ -72,7 +72,7 @@ def test_wrong_prompts_are_refused_before_anything_is_made(command: str) -> None
         "empty.txt": "empty.txt holds no prompt",
         "latin.txt": "latin.txt is not UTF-8 text (",
         "nowhere.txt": "there is no file of prompts nowhere.txt",
-        "zoo:shape": "unknown set of prompts 'zoo:shape': did you mean zoo:shapes? there are zoo:shapes, ",
+        "zoo:shape": "unknown set of prompts 'zoo:shape': did you mean 'zoo:shapes'? there are zoo:shapes, ",
     }.items():
         assert message in fails(command, "--prompts", given)
 
@@ -262,7 +262,7 @@ def test_weights_that_are_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_every_entry_has_a_builder() -> None:
-    from flowaccel.training.zoo import BUILDERS
+    from flowaccel.zoo_build.builders import BUILDERS
 
     assert set(BUILDERS) == set(zoo.ENTRIES)
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from typer.testing import CliRunner
 
 from flowaccel import Recipe, Sampler, VelocityRefiner
-from flowaccel.accelerators.rules import RULES
 from flowaccel.cli.app import app
+from flowaccel.recipe.compatibility import RULES
 
 
 def run(*arguments: str, code: int = 0) -> str:

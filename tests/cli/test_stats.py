@@ -14,8 +14,8 @@ import torch
 import tiny
 from commands import fails, run
 from flowaccel.evaluation import Moments, frechet_distance, load_features, load_reference
-from flowaccel.evaluation.store import SampleStore
-from flowaccel.evaluation.text import text_match
+from flowaccel.evaluation.metrics.clip_score import text_match
+from flowaccel.evaluation.samples.store import SampleStore
 
 PROMPTS = ("a cat", "a dog", "bird")
 ROWS = ("baseline", "baseline@1", "euler@2")

@@ -27,18 +27,9 @@ from torch import Tensor, nn
 import families
 import tiny
 from families import BATCHED, CASES, EVALUATIONS, Case, assert_close, made, split_guidance
-from flowaccel import (
-    FeatureCache,
-    RecipeConflictError,
-    UnsupportedModelError,
-    accelerate,
-    accelerated,
-    report,
-    restore,
-)
-from flowaccel.accelerators import CACHE_PRESETS, cache_preset
-from flowaccel.accelerators.caching import Guard, Module, Output, Range, Scope, Stack
-from flowaccel.gates import (
+from flowaccel import FeatureCache, RecipeConflictError, UnsupportedModelError, accelerate, accelerated, report, restore
+from flowaccel.caching.feature_cache import cache_preset
+from flowaccel.caching.gates import (
     Codebook,
     Easy,
     FirstBlock,
@@ -49,8 +40,11 @@ from flowaccel.gates import (
     ModulatedInput,
     ThirdDifference,
 )
+from flowaccel.caching.guard import Guard
+from flowaccel.caching.predictors import Hold, Newton
+from flowaccel.caching.presets import CACHE_PRESETS
+from flowaccel.caching.scopes import Module, Output, Range, Scope, Stack
 from flowaccel.hooks import ATTENTION, FAMILIES, FEED_FORWARD, Block, Call, networks, session_of
-from flowaccel.predictors import Hold, Newton
 from neighbours import NEIGHBOURS, load_lora, unload_lora
 from tiers import Process
 

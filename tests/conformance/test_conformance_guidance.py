@@ -15,10 +15,10 @@ from torch import Tensor
 import tiny
 from families import BATCHED, CASES, EVALUATIONS, Case, assert_close, made, split_guidance
 from flowaccel import GuidanceSkip, Recipe, Sampler, VelocityRefiner, accelerate, accelerated, cache_preset, report
-from flowaccel.accelerators import Accelerator
 from flowaccel.evaluation import count_macs
-from flowaccel.evaluation.cost import CallCounter
+from flowaccel.evaluation.timing.cost import CallCounter
 from flowaccel.hooks import Call, networks, session_of
+from flowaccel.recipe.accelerator import Accelerator
 
 ALL = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 APART = pytest.mark.parametrize(

@@ -23,11 +23,13 @@ from torch import Tensor
 import tiny
 from families import CASES, made
 from flowaccel import FeatureCache, UnsupportedModelError, accelerate, accelerated, report
-from flowaccel.accelerators import CACHE_PRESETS, cache_preset
-from flowaccel.accelerators.caching import Guard, Output, Stack
-from flowaccel.gates import Easy, Interval
-from flowaccel.gates.teacache_fits import PUBLISHED
-from flowaccel.predictors import Newton
+from flowaccel.caching.feature_cache import cache_preset
+from flowaccel.caching.gates import Easy, Interval
+from flowaccel.caching.gates.teacache_fits import PUBLISHED
+from flowaccel.caching.guard import Guard
+from flowaccel.caching.predictors import Newton
+from flowaccel.caching.presets import CACHE_PRESETS
+from flowaccel.caching.scopes import Output, Stack
 
 RATIOS = tuple(FLUX_MAG_RATIOS.tolist())
 MODULES = [r".*transformer_blocks\.\d+\.(attn|ff|ff_context|proj_mlp)", r"blocks\.\d+\.(attn\d|ffn)"]
@@ -109,7 +111,7 @@ def test_magcache_is_that_of_diffusers(name: str, steps: int) -> None:
 @pytest.mark.parametrize("name", CACHE_PRESETS)
 def test_parity_forecasts_over_the_numbers_of_the_steps(name: str) -> None:
     """Every published rule counts steps; what is held needs no axis."""
-    predictor = CACHE_PRESETS[name].parity.predictor
+    predictor = CACHE_PRESETS[name].as_published.predictor
     assert predictor.axis == "step" or predictor.anchors == 1
     assert CACHE_PRESETS[name].cache.predictor.axis == "time"
 

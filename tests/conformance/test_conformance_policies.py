@@ -32,14 +32,15 @@ from flowaccel import (
     report,
     restore,
 )
-from flowaccel.accelerators.policy import ScriptSource, runtime
-from flowaccel.accelerators.sparse_attention import attentions
-from flowaccel.evaluation.cost import CallCounter
-from flowaccel.hooks import Call, networks, session_of
-from flowaccel.models import MediatorSiTTransformer2DModel
-from flowaccel.models.policy import CACHE, STEP
+from flowaccel.evaluation.timing.cost import CallCounter
+from flowaccel.hooks import Call, CallRecord, networks, session_of
+from flowaccel.methods.mediators.networks import MediatorSiTTransformer2DModel
+from flowaccel.methods.policy import runtime
+from flowaccel.methods.policy.network import CACHE, STEP
+from flowaccel.methods.policy.policy_decisions import ScriptSource
+from flowaccel.methods.sparse_attention.accelerator import attentions
 from neighbours import NEIGHBOURS, load_lora, unload_lora
-from policies import FAMILIES, SMALL_BLOCKS, decided_by, lively, pipeline, policy_for
+from policies import FAMILIES, SMALL_BLOCKS, decided_by, image_paths, lively, pipeline, policy_for, sparsity
 from tiers import Process
 
 STEPS, BATCH = 12, 3
@@ -78,8 +79,13 @@ def called(case: Case, pipe: Any, callback: Any = None, **options: Any) -> Tenso
 
 def decisions(pipe: Any) -> tuple[Any, Any]:
     """Of the last run: where every image went, and how sparse attention was at every call."""
-    calls = report(pipe).calls
-    return report(pipe).paths, [(call.sparsity, call.sparse_layers, call.pairs) for call in calls]
+    found = report(pipe)
+    return image_paths(found), [(levels(call), *sparsity(call)) for call in found.calls]
+
+
+def levels(call: CallRecord) -> tuple[int, ...]:
+    stats = call.stats.get("learned_policy")
+    return () if stats is None else stats.sparsity
 
 
 @functools.cache
@@ -113,7 +119,7 @@ def test_what_this_file_switches_on_does_something(case: Case) -> None:
     assert {ran for path in paths for _, ran, _ in path} == {True, False}
     assert {level for sparsity, _, _ in calls for level in sparsity} == {0, 1, 2}
     assert any(done < full for _, _, (done, full) in calls)
-    assert all(ran or not level for run in runs for ran, level in zip(run.computed, run.sparsity, strict=True))
+    assert all(ran or not level for run in runs for ran, level in zip(run.computed, levels(run), strict=True))
     assert not torch.allclose(made, untouched(case.name), atol=1e-4)
     made, (_, calls) = fresh(case.name, "sparse")
     assert all(done < full for _, _, (done, full) in calls)
@@ -297,7 +303,7 @@ import json, sys
 from pathlib import Path
 sys.path[:0] = [{tests!r}, {here!r}]
 from safetensors.torch import save_file
-from flowaccel.accelerators.policy import runtime
+from flowaccel.methods.policy import runtime
 from flowaccel.pipelines import AcceleratedPipeline
 from policies import FAMILIES, SMALL_BLOCKS, pipeline
 from test_conformance_policies import KINDS, decisions, images
@@ -365,7 +371,7 @@ def test_an_image_is_what_it_is_alone(case: Case, kind: str, guided: bool) -> No
     together, (paths, _) = images(case, pipe, guided=guided), decisions(pipe)
     for image in range(BATCH):
         assert_close(images(case, pipe, batch=1, seed=3 + image, guided=guided), together[image : image + 1])
-        assert report(pipe).paths == paths[image : image + 1]
+        assert image_paths(report(pipe)) == paths[image : image + 1]
 
 
 GUIDANCE = {"interval": {"stop": 0.25}, "adaptive": {"threshold": 0.97}}
@@ -380,19 +386,19 @@ def test_guidance_ends_after_a_policy(case: Case, when: str) -> None:
     skip = GuidanceSkip(when, mode="hold", **GUIDANCE[when])
     with CallCounter(networks(pipe)) as all_rows, accelerated(pipe, policy):
         images(case, pipe)
-        whole, steps = report(pipe).macs, sum(map(len, report(pipe).paths))
+        whole, steps = report(pipe).macs, sum(map(len, image_paths(report(pipe))))
     with CallCounter(networks(pipe)) as counter:
         accelerate(pipe, [policy, skip])
         together, found = images(case, pipe), report(pipe)
     guided = [step.guided for step in found.steps]
     assert 0 < sum(map(sum, guided)) < sum(map(len, guided))
     assert sum(counter.rows.values()) < sum(all_rows.rows.values())
-    assert found.macs / sum(map(len, found.paths)) < whole / steps
+    assert found.macs / sum(map(len, image_paths(found))) < whole / steps
     for image in range(BATCH):
         assert_close(images(case, pipe, batch=1, seed=3 + image), together[image : image + 1])
         alone = report(pipe)
-        assert alone.paths == found.paths[image : image + 1]
-        steps = len(alone.paths[0])
+        assert image_paths(alone) == image_paths(found)[image : image + 1]
+        steps = len(image_paths(alone)[0])
         assert [step.guided[0] for step in alone.steps][:steps] == [flags[image] for flags in guided][:steps]
 
 
@@ -446,7 +452,7 @@ def test_where_nothing_can_be_interrupted_finished_images_idle(case: Case, attri
     with deaf(pipe, attribute), accelerated(pipe, policy):
         assert torch.equal(images(case, pipe, steps=steps), expected)
         found = report(pipe)
-    assert found.paths == taken.paths
+    assert image_paths(found) == image_paths(taken)
     assert len(found.steps) == steps and not found.failed
     idle = [call for call in found.calls if call.step >= len(taken.steps)]
     assert {call.what for call in idle} == {"reused"}
@@ -524,7 +530,7 @@ def test_sparse_attention_with_a_cache(case: Case, scope: str) -> None:
     with accelerated(pipe, parts):
         together = images(case, pipe)
         calls = report(pipe).calls
-        assert {(call.what, bool(call.sparse_layers)) for call in calls} == {("computed", True), ("reused", False)}
+        assert {(call.what, bool(sparsity(call)[0])) for call in calls} == {("computed", True), ("reused", False)}
         for image in range(BATCH):
             assert_close(images(case, pipe, batch=1, seed=3 + image), together[image : image + 1])
     with accelerated(pipe, parts[::-1]):
@@ -546,10 +552,10 @@ def test_sparse_attention_with_a_policy(case: Case) -> None:
     without = LearnedPolicy(policy, levels=(STEP, CACHE))
     with accelerated(pipe, [without, sparse]):
         together, taken = images(case, pipe), report(pipe)
-        assert any(call.sparse_layers for call in taken.calls)
+        assert any(sparsity(call)[0] for call in taken.calls)
         for image in range(BATCH):
             assert_close(images(case, pipe, batch=1, seed=3 + image), together[image : image + 1])
-            assert report(pipe).paths == taken.paths[image : image + 1]
+            assert image_paths(report(pipe)) == image_paths(taken)[image : image + 1]
     with accelerated(pipe, without):
         assert not torch.allclose(images(case, pipe), together, atol=1e-4)
     assert torch.equal(images(case, pipe), untouched(case.name))
@@ -576,11 +582,11 @@ def test_steps_of_second_order_depend_on_their_image_alone(case: Case) -> None:
     pipe = pipeline(case)
     policy = lively(case, solver_order=2)
     accelerate(pipe, LearnedPolicy(policy))
-    together, taken = images(case, pipe), report(pipe).paths
+    together, taken = images(case, pipe), image_paths(report(pipe))
     assert len(set(map(len, taken))) > 1
     for image in range(BATCH):
         assert_close(images(case, pipe, batch=1, seed=3 + image), together[image : image + 1])
-        assert report(pipe).paths == taken[image : image + 1]
+        assert image_paths(report(pipe)) == taken[image : image + 1]
     assert not torch.allclose(together, fresh(case.name, "policy")[0], atol=1e-4)
 
 
@@ -634,7 +640,7 @@ def test_heads_stay_in_float32_beside_a_network_in_half_precision(case: Case) ->
         assert {parameter.dtype for parameter in pipe.transformer.parameters()} == {torch.bfloat16}
         assert torch.equal(in_half(case, pipe), found) and decisions(pipe) == (paths, calls)
     assert found.isfinite().all() and not torch.equal(found, before)
-    assert len(paths) == BATCH and any(max(sparsity) for sparsity, _, _ in calls if sparsity)
+    assert len(paths) == BATCH and any(max(level) for level, *_ in calls if level)
     assert torch.equal(in_half(case, pipe), before)
 
 

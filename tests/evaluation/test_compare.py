@@ -15,7 +15,7 @@ import torch
 import tiny
 from flowaccel.evaluation import Classes, Protocol, Results, evaluate, runner
 from flowaccel.evaluation import compare_rows as compare
-from flowaccel.evaluation.schema import row
+from flowaccel.evaluation.results import row
 from flowaccel.recipe import preset
 
 FLOWTURBO = "flowturbo-H1P2R2"

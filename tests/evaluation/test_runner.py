@@ -17,8 +17,8 @@ from PIL import Image
 import tiny
 from flowaccel import Recipe, accelerate, is_accelerated
 from flowaccel.evaluation import Classes, Prompts, Protocol, Results, evaluate, load_features, runner
+from flowaccel.evaluation.results import check_results, load_results, row
 from flowaccel.evaluation.runner import call, plan_rows
-from flowaccel.evaluation.schema import check_results, load_results, row
 from flowaccel.recipe import preset
 
 CLASSES = Classes(tuple(range(10)))
@@ -441,12 +441,12 @@ def test_wrong_protocol(change: dict[str, Any], message: str) -> None:
     [
         (
             {"features": "zoo:digit-features"},
-            "unknown zoo entry 'zoo:digit-features': did you mean zoo:digits-features",
+            "unknown zoo entry 'zoo:digit-features': did you mean 'zoo:digits-features'",
         ),
         ({"features": "inceptoin"}, "features must be .*zoo:NAME or MODULE:ATTRIBUTE"),
         (
             {"reference": "zoo:digitz"},
-            "unknown reference 'zoo:digitz': did you mean zoo:digits.*there are ",
+            "unknown reference 'zoo:digitz': did you mean 'zoo:digits'.*there are ",
         ),
         ({"reference": "/nowhere"}, "a folder with images.*'/nowhere' has no images"),
         (

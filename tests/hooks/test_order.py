@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from flowaccel import accelerated, report
 from flowaccel.hooks import session_of
-from flowaccel.hooks.order import first_is_conditional
+from flowaccel.hooks.guidance_order import first_is_conditional
 
 SCALE = 3.0
 

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 import dynamic_networks
 import moe_networks
-from flowaccel.models import AccelerationPolicy, MediatorSiTTransformer2DModel
-from flowaccel.models.dynamic.network import Dynamics
-from flowaccel.modules.moe import MoEFeedForward
-from flowaccel.modules.policy_heads import DecisionHead
+from flowaccel.methods.dynamic_width.network import Dynamics
+from flowaccel.methods.mediators.networks import MediatorSiTTransformer2DModel
+from flowaccel.methods.moe.feed_forward import MoEFeedForward
+from flowaccel.methods.policy.heads import DecisionHead
+from flowaccel.methods.policy.network import AccelerationPolicy
 from policies import policy_for
 
 TIMES = torch.tensor([0.3, 0.7])

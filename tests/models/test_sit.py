@@ -12,7 +12,7 @@ from peft import LoraConfig
 from torch import Tensor
 
 from flowaccel import SiTTransformer2DModel
-from flowaccel.accelerators.velocity_refiner import new_refiner
+from flowaccel.methods.flowturbo.accelerator import new_refiner
 from helpers import GOLDEN, assert_close, tiny_sit
 
 COUNTS = json.loads((GOLDEN / "param_counts.json").read_text())

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from flowaccel.pipelines.sit import guide
+from flowaccel.pipelines.sit_blocks import guide
 from helpers import Golden, assert_close, golden, tiny_sit, with_recorded_times
 
 FILES = ("sit_tiny", "sit_tiny_nosigma", "sit_tiny_p4")

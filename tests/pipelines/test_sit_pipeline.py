@@ -16,7 +16,7 @@ from torch import Tensor
 
 import flowaccel
 from flowaccel import FlowRungeKuttaScheduler, FlowTurboScheduler, SiTPipeline
-from flowaccel.pipelines.sit import guide
+from flowaccel.pipelines.sit_blocks import guide
 from helpers import ALL_SAMPLERS, assert_close, counted, generators, tiny_sit_pipeline, tiny_vae
 from tiers import Process
 

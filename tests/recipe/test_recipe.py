@@ -17,6 +17,8 @@ import families
 import tiny
 from flowaccel import (
     Accelerator,
+    FeatureCache,
+    GuidanceSkip,
     Recipe,
     RecipeConflictError,
     Sampler,
@@ -28,7 +30,10 @@ from flowaccel import (
     is_accelerated,
     restore,
 )
-from flowaccel.models import AccelerationPolicy, MediatorSiTTransformer2DModel, make_dynamic, upcycle_to_moe
+from flowaccel.methods.dynamic_width.networks import make_dynamic
+from flowaccel.methods.mediators.networks import MediatorSiTTransformer2DModel
+from flowaccel.methods.moe.networks import upcycle_to_moe
+from flowaccel.methods.policy.network import AccelerationPolicy
 from flowaccel.recipe import FILE_NAME, PRESETS, SCHEMA, Base, preset, resolve
 from flowaccel.samplers import FlowAdamsBashforthScheduler, FlowRungeKuttaScheduler, FlowTurboScheduler
 from tiers import Process
@@ -86,8 +91,7 @@ def test_refiner_mode_of_a_preset() -> None:
         ("flowturbo-H2P4R2-consistant", "unknown recipe"),
         (
             "xyzzy",
-            "unknown recipe 'xyzzy': presets are none, euler, heun, midpoint, rk4, ab2, sde, flowturbo-BLOCKS, "
-            "fbcache,",
+            "unknown recipe 'xyzzy': presets are none, ab_cache, adacache, adaptive_diffusion, dbcache,",
         ),
         ("@4", "unknown recipe '@4'"),
         ("heun@", "must be a number of steps, at least 1, got 'heun@'"),
@@ -117,7 +121,7 @@ def test_every_preset_in_the_table_works(tmp_path: Path) -> None:
     AccelerationPolicy(channels, width, width=8).save_pretrained(tmp_path / "policy")
     pipe.register_to_config(_name_or_path=str(tmp_path))  # variants look for their networks beside the components
     untouched = image(pipe)
-    elsewhere = {"agent_attention"}  # not for this network: tests/accelerators/test_agent_attention.py
+    elsewhere = {"agent_attention"}  # not for this network: tests/methods/mediators/test_agent_attention.py
     for name in PRESETS.keys() - elsewhere:
         with accelerated(pipe, name.replace("BLOCKS", "H2P3")):
             assert torch.isfinite(image(pipe)).all()
@@ -148,9 +152,13 @@ def test_resolve_takes_whatever_names_a_recipe(tmp_path: Path) -> None:
     for path in (tmp_path, str(tmp_path), tmp_path / FILE_NAME, str(tmp_path / FILE_NAME)):
         assert resolve(path) == recipe
     assert resolve("heun@4").num_inference_steps == 4
+    several = resolve(["heun@4", sampler_free := FeatureCache("interval"), "guidance_skip"])
+    assert several.accelerators == (Sampler("heun"), sampler_free, GuidanceSkip())
+    assert (several.name, several.num_inference_steps) == ("heun@4+feature_cache+guidance_skip", 4)
+    assert resolve("heun@4 + guidance_skip").accelerators == resolve(["heun@4", "guidance_skip"]).accelerators
 
 
-@pytest.mark.parametrize("wrong", [None, 3, ["heun"], [Sampler("heun"), None], Sampler, {"sampler": "heun"}])
+@pytest.mark.parametrize("wrong", [None, 3, [Sampler("heun"), None], Sampler, {"sampler": "heun"}])
 def test_resolve_refuses_the_rest(wrong: Any) -> None:
     with pytest.raises(
         TypeError, match="recipe must be a Recipe, an accelerator, a list of them, a preset name, a path"

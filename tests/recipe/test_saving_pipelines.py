@@ -12,8 +12,7 @@ from diffusers import DiffusionPipeline, FlowMatchHeunDiscreteScheduler
 
 import tiny
 from flowaccel import Accelerator, Recipe, Sampler, accelerate, accelerated, is_accelerated, restore
-from flowaccel.accelerators import ACCELERATORS
-from flowaccel.recipe import FILE_NAME
+from flowaccel.recipe import FILE_NAME, Method, registry
 from flowaccel.samplers import FlowTurboScheduler
 
 
@@ -57,8 +56,8 @@ class Wide(Accelerator):
         return detach
 
 
-def test_variants_are_saved_as_the_original(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(ACCELERATORS, "wide", Wide)
+def test_variants_are_saved_as_the_original(tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    request.addfinalizer(registry.register(Method(accelerators={"wide": Wide})))
     pipe = tiny.sit_pipeline()
     original = pipe.transformer
     with accelerated(pipe, Recipe([Wide(), Sampler("euler")])):

@@ -267,7 +267,7 @@ def test_hub_errors_list_what_was_tried(hub: FakeHub) -> None:
     with pytest.raises(
         WeightsNotFoundError,
         match=r"cannot get recipe 'me/none': there is no file or folder of that name here, "
-        r"no preset \(none, euler, .*\), "
+        r"no preset \(none, ab_cache, .*\), "
         r"and on the Hub: the Hub did not give flowaccel.json of me/none \(RepositoryNotFoundError: 404 Client Error",
     ):
         resolve("me/none")

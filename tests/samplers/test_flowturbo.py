@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from flowaccel import FlowRungeKuttaScheduler, FlowTurboScheduler, VelocityRefiner, accelerate, restore
-from flowaccel.accelerators.velocity_refiner import new_refiner
+from flowaccel.methods.flowturbo.accelerator import new_refiner
 from flowaccel.samplers import Blocks
 from helpers import assert_close, counted, tiny_sit_pipeline, walk
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from flowaccel import FlowTurboScheduler, SiTPipeline, SiTTransformer2DModel, VelocityRefiner, accelerate, restore
-from flowaccel.pipelines.sit import guide
+from flowaccel.pipelines.sit_blocks import guide
 from helpers import assert_close, counted, golden
 
 FILE = golden("flowturbo_hpr")

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from flowaccel import SiTPipeline
-from flowaccel.pipelines.sit import guide
+from flowaccel.pipelines.sit_blocks import guide
 from flowaccel.samplers import FlowRungeKuttaScheduler, FlowSDEScheduler
 from helpers import Velocity, assert_close, golden, walk
 

@@ -9,10 +9,12 @@ import torch
 
 from dynamic_networks import sit
 from flowaccel.data import digits
-from flowaccel.models.dynamic import DynamicSettings, add_timed_lora, make_dynamic
-from flowaccel.modules.td_lora import timed_layers
+from flowaccel.methods.dynamic_width.adapter import add_timed_lora
+from flowaccel.methods.dynamic_width.networks import make_dynamic
+from flowaccel.methods.dynamic_width.settings import DynamicSettings
+from flowaccel.methods.dynamic_width.td_lora import timed_layers
+from flowaccel.methods.dynamic_width.train import MacsCosts, WidthObjective, freeze_backbone
 from flowaccel.training.loop import LoopConfig, train
-from flowaccel.training.width import MacsCosts, WidthObjective, freeze_backbone
 
 
 @pytest.mark.parametrize("timed", [False, True], ids=["routers", "routers and TD-LoRA"])

@@ -12,9 +12,9 @@ from torch import Tensor
 
 import tiny
 from flowaccel.data import ImageSet
+from flowaccel.methods.moe.train import prepare_training
 from flowaccel.training.ddpm import DIT, DDPMObjective, Diffusion
 from flowaccel.training.flow import FlowObjective, shift_augment
-from flowaccel.training.moe import prepare_training
 
 NULL = 10
 DATA = ImageSet(

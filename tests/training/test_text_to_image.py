@@ -13,11 +13,10 @@ from torch import Tensor, nn
 
 import flowaccel
 from flowaccel import Recipe, Sampler, VelocityRefiner
-from flowaccel.accelerators.velocity_refiner import new_refiner
 from flowaccel.data import shapes
 from flowaccel.data.shapes import SPLITS, shape_captions
-from flowaccel.training import zoo_shapes
-from flowaccel.training.refiner import RefinerObjective
+from flowaccel.methods.flowturbo.accelerator import new_refiner
+from flowaccel.methods.flowturbo.train import RefinerObjective
 from flowaccel.training.text_to_image import (
     AutoencoderObjective,
     TextFlowObjective,
@@ -28,6 +27,7 @@ from flowaccel.training.text_to_image import (
     token_ids,
     word_tokenizer,
 )
+from flowaccel.zoo_build import shapes as zoo_shapes
 
 CAPTIONS = ["a small red circle", "a large blue circle", ""]
 

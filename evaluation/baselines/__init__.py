@@ -1,0 +1,1 @@
+"""Caches of other libraries, measured beside ours."""

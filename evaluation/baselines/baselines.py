@@ -1,0 +1,402 @@
+"""Accelerators of other libraries as rows of an evaluation: how they are named, and diffusers' own caches.
+
+`native:fbc`, `native:taylorseer` and `native:mag` are diffusers' `enable_cache`, and `cache-dit` is the package of that
+name, which runs in a process of its own (`own_process`). They are measured as they are, with their defects.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import io
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from torch import nn
+
+from flowaccel.errors import MissingExtraError, UnsupportedModelError
+from flowaccel.evaluation.timing.cost import replaced_method
+
+NATIVE, CACHE_DIT = "native", "cache-dit"
+TRIAL_STEPS = 4
+"""Steps of the call that shows, before any sample is made, whether a baseline works with a network."""
+TRIAL_ERRORS = (TypeError, ValueError, AttributeError, LookupError, ArithmeticError, AssertionError, RuntimeError)
+"""What other libraries raise on networks that they do not know."""
+_CALIBRATION_IMAGES = 8
+
+Options = Mapping[str, Any]
+
+
+def _number(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError
+    return value
+
+
+def _switch(text: str) -> bool:
+    return {"true": True, "false": False}[text.lower()]
+
+
+def _dtype(text: str) -> torch.dtype:
+    return {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}[text]
+
+
+def _several(one: Callable[[str], Any]) -> Callable[[str], list[Any]]:
+    return lambda text: [one(part) for part in text.split("/")]
+
+
+_KINDS: dict[str, tuple[Callable[[str], Any], str]] = {
+    "integer": (int, "an integer"),
+    "number": (_number, "a finite number"),
+    "switch": (_switch, "true or false"),
+    "text": (str, "text"),
+    "dtype": (_dtype, "float32, float16 or bfloat16"),
+    "integers": (_several(int), "integers separated by /"),
+    "numbers": (_several(_number), "finite numbers separated by /"),
+    "texts": (_several(str), "texts separated by /"),
+}
+
+# The fields of the libraries' own configurations, but for those that follow from the run: MagCache's number of steps
+# and calibration mode.
+OPTIONS: dict[str, dict[str, str]] = {
+    "native:fbc": {"threshold": "number"},
+    "native:taylorseer": {
+        "cache_interval": "integer",
+        "disable_cache_before_step": "integer",
+        "disable_cache_after_step": "integer",
+        "max_order": "integer",
+        "taylor_factors_dtype": "dtype",
+        "skip_predict_identifiers": "texts",
+        "cache_identifiers": "texts",
+        "use_lite_mode": "switch",
+    },
+    "native:mag": {
+        "threshold": "number",
+        "max_skip_steps": "integer",
+        "retention_ratio": "number",
+        "mag_ratios": "numbers",
+    },
+    CACHE_DIT: {
+        "Fn_compute_blocks": "integer",
+        "Bn_compute_blocks": "integer",
+        "residual_diff_threshold": "number",
+        "max_accumulated_residual_diff_threshold": "number",
+        "max_warmup_steps": "integer",
+        "warmup_interval": "integer",
+        "max_cached_steps": "integer",
+        "max_continuous_cached_steps": "integer",
+        "enable_separate_cfg": "switch",
+        "cfg_compute_first": "switch",
+        "cfg_diff_compute_separate": "switch",
+        "num_inference_steps": "integer",
+        "steps_computation_mask": "integers",
+        "steps_computation_policy": "text",
+        "force_refresh_step_hint": "integer",
+        "force_refresh_step_policy": "text",
+        "taylorseer_order": "integer",
+    },
+}
+"""Baseline -> option -> kind of value."""
+
+_CONFIGS = {
+    "native:fbc": diffusers.FirstBlockCacheConfig,
+    "native:taylorseer": diffusers.TaylorSeerCacheConfig,
+    "native:mag": diffusers.MagCacheConfig,
+}
+
+# Under these settings a cache reuses something within the few steps of a trial.
+_TRIAL: dict[str, dict[str, Any]] = {
+    "native:fbc": {"threshold": math.inf},
+    "native:taylorseer": {"disable_cache_before_step": 1, "disable_cache_after_step": None},
+    "native:mag": {"threshold": math.inf, "retention_ratio": 0.0, "mag_ratios": [1.0]},
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Baseline:
+    """One accelerator of another library with its options; made by `parse_baseline`."""
+
+    name: str
+    """As given, and the name of its row."""
+    method: str
+    """Key of `OPTIONS`."""
+    given: dict[str, str]
+    """The options as they were typed."""
+
+    @property
+    def family(self) -> str:
+        """`native` or `cache-dit`."""
+        return self.method.partition(":")[0]
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options as the library takes them."""
+        return {key: _KINDS[OPTIONS[self.method][key]][0](text) for key, text in self.given.items()}
+
+    @property
+    def package(self) -> str:
+        """The library and its installed version, `"diffusers 0.42.1"`.
+
+        Raises:
+            MissingExtraError: it is not installed.
+        """
+        library = "diffusers" if self.family == NATIVE else CACHE_DIT
+        try:
+            return f"{library} {version(library)}"
+        except PackageNotFoundError as error:
+            raise MissingExtraError(
+                f"baseline {self.name} needs {library}, which is not installed; it comes with: "
+                f"pip install 'flowaccel[{library}]'"
+            ) from error
+
+    @property
+    def by_batch(self) -> bool:
+        """Whether it decides for the whole batch by what it sees in it, so that images depend on their batch."""
+        return self.method in ("native:fbc", CACHE_DIT)
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether it must be calibrated before it is used."""
+        return self.method == "native:mag"
+
+    def describe(self) -> dict[str, Any]:
+        """What its samples depend on, JSON-serialisable."""
+        return {"name": self.method, "options": dict(self.given), "package": self.package}
+
+
+def parse_baseline(text: str) -> Baseline:
+    """A baseline from its text form: a name of `OPTIONS`, and then, after a colon, its options: `KEY=VALUE,KEY=VALUE`.
+
+    `native:fbc:threshold=0.1`, `cache-dit:Fn_compute_blocks=1,taylorseer_order=1`. Lists are separated by `/`.
+
+    Raises:
+        ValueError: an unknown name or option, or a value of another kind; the message says what is allowed.
+    """
+    method = next((name for name in OPTIONS if text == name or text.startswith(f"{name}:")), None)
+    if method is None:
+        known = ", ".join(OPTIONS)
+        close = difflib.get_close_matches(":".join(text.split(":")[:2]), OPTIONS, n=1)
+        hint = f" Did you mean {close[0]}?" if close else ""
+        raise ValueError(
+            f"unknown baseline {text!r}.{hint} There are {known}, with options as in native:fbc:threshold=0.1"
+        )
+    rest = text[len(method) + 1 :]
+    given: dict[str, str] = {}
+    for part in rest.split(",") if rest else []:
+        key, equals, value = (piece.strip() for piece in part.partition("="))
+        allowed = f"options of {method} are {', '.join(OPTIONS[method])}"
+        if not equals or not value:
+            raise ValueError(f"baseline {text!r}: expected KEY=VALUE, got {part!r}; {allowed}")
+        if key not in OPTIONS[method]:
+            raise ValueError(f"baseline {text!r}: unknown option {key!r}; {allowed}")
+        if key in given:
+            raise ValueError(f"baseline {text!r}: option {key!r} is given twice")
+        convert, kind = _KINDS[OPTIONS[method][key]]
+        try:
+            convert(value)
+        except (ValueError, KeyError) as error:
+            raise ValueError(f"baseline {text!r}: {key} must be {kind}, got {value!r}") from error
+        given[key] = value
+    return Baseline(name=text, method=method, given=given)
+
+
+# -- diffusers' own caches
+
+
+@contextlib.contextmanager
+def native(pipe: Any, baseline: Baseline, **settings: Any) -> Iterator[None]:
+    """diffusers' cache is on inside the block, with fresh state; afterwards every module has the attributes it had.
+
+    Args:
+        pipe: the pipeline.
+        baseline: one of the `native` ones.
+        settings: fields of the configuration beside the baseline's options, which they override.
+
+    Raises:
+        UnsupportedModelError: the network has no caches, or nothing in it can be cached.
+    """
+    networks = _networks(pipe)
+    for network in networks:
+        _check_cacheable(network, baseline)
+    before = {module: frozenset(vars(module)) for network in networks for module in network.modules()}
+    with ExitStack() as stack:
+        stack.callback(_tidy, before)
+        for network in networks:
+            stack.callback(_disable, network)
+            network.enable_cache(_CONFIGS[baseline.method](**{**baseline.options, **settings}))
+        if not any("forward" in vars(module) and "forward" not in known for module, known in before.items()):
+            raise unsupported(pipe, baseline, f"{baseline.package} found nothing in it to cache")
+        stack.enter_context(_cache_contexts(pipe, networks))
+        yield
+
+
+def calibrated(pipe: Any, baseline: Baseline, make: Callable[[list[int]], object]) -> dict[str, Any]:
+    """What MagCache must be told about the run: the number of network calls per branch and, unless the baseline has
+    them, the magnitude ratios, from diffusers' calibration mode and one call for sample ids 0 to 7.
+
+    With split guidance diffusers prints ratios for each branch; the first ones, those of the conditional branch, are
+    taken for both, as its configuration has room for one list only.
+
+    Args:
+        pipe: the pipeline.
+        baseline: `native:mag`.
+        make: samples ids at the row's number of steps.
+    """
+    ids = list(range(_CALIBRATION_IMAGES))
+    steps = _steps_of(pipe, lambda: make(ids[:1]))
+    if "mag_ratios" in baseline.given:
+        return {"num_inference_steps": steps}
+    printed = io.StringIO()
+    # What that mode prints is its only output.
+    with contextlib.redirect_stdout(printed), native(pipe, baseline, calibrate=True, num_inference_steps=steps):
+        make(ids)
+    lists = [line for line in printed.getvalue().splitlines() if line.startswith("[") and line.endswith("]")]
+    if not lists:
+        raise unsupported(pipe, baseline, f"the calibration of {baseline.package} gave no ratios in {steps} steps")
+    return {"num_inference_steps": steps, "mag_ratios": json.loads(lists[0])}
+
+
+def calibrated_to(path: Path) -> dict[str, Any]:
+    """What `calibrated` returned in an earlier call, from the file that it was kept in.
+
+    Raises:
+        ValueError: the file holds something else; its numbers alone reach the other library.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        steps, ratios = found["num_inference_steps"], found.get("mag_ratios", [])
+        numbers = [value for value in (steps, *ratios) if isinstance(value, (int, float)) and math.isfinite(value)]
+        if set(found) - {"num_inference_steps", "mag_ratios"} or len(numbers) != 1 + len(ratios):
+            raise ValueError(f"it holds {str(found)[:80]}")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{path} is no calibration of native:mag ({error}); delete it and run again") from error
+    return found
+
+
+def check_native(pipe: Any, baseline: Baseline, make: Callable[[int], object], steps: int) -> None:
+    """Try the baseline on one short call, in which it must reuse something.
+
+    Args:
+        pipe: the pipeline.
+        baseline: a native one.
+        make: samples something at so many steps; it must work without the baseline.
+        steps: of the row.
+
+    Raises:
+        UnsupportedModelError: it does not work; the message has diffusers' reason.
+    """
+    for network in _networks(pipe):
+        _check_cacheable(network, baseline)
+    few = min(steps, TRIAL_STEPS)
+    calls = _steps_of(pipe, lambda: make(few))
+    settings = dict(_TRIAL[baseline.method])
+    if baseline.method == "native:mag":
+        settings["num_inference_steps"] = calls
+    try:
+        with native(pipe, baseline, **settings):
+            make(few)
+    except UnsupportedModelError:
+        raise
+    except TRIAL_ERRORS as error:
+        reason = f"{baseline.package} fails in a trial of {few} steps with {type(error).__name__}: {error}"
+        raise unsupported(pipe, baseline, reason) from error
+
+
+def unsupported(pipe: Any, baseline: Baseline, reason: str) -> UnsupportedModelError:
+    """The error for a network that the baseline does not work with."""
+    network = type(_networks(pipe)[0]).__name__
+    return UnsupportedModelError(f"baseline {baseline.name} does not work with {network}: {reason}; leave it out")
+
+
+def _networks(pipe: Any) -> list[Any]:
+    names = ("transformer", "transformer_2") if getattr(pipe, "transformer", None) is not None else ("unet",)
+    return [part for name in names if isinstance(part := getattr(pipe, name, None), nn.Module)]
+
+
+def _check_cacheable(network: Any, baseline: Baseline) -> None:
+    kind = type(network).__name__
+    if not hasattr(network, "enable_cache"):
+        raise UnsupportedModelError(
+            f"baseline {baseline.name} does not work with {kind}: {baseline.package} has no caches for it (it has no "
+            "enable_cache); leave it out"
+        )
+    if network.is_cache_enabled:
+        raise ValueError(f"the {kind} has a cache of diffusers switched on already; call disable_cache() on it first")
+
+
+def _disable(network: Any) -> None:
+    if network.is_cache_enabled:
+        network.disable_cache()
+
+
+def _tidy(before: Mapping[nn.Module, frozenset[str]]) -> None:
+    """Take off what `disable_cache` leaves: empty registries, and `forward` as an attribute of the instance."""
+    for module, known in before.items():
+        for name in vars(module).keys() - known:
+            delattr(module, name)
+
+
+@contextlib.contextmanager
+def _cache_contexts(pipe: Any, networks: list[Any]) -> Iterator[None]:
+    """Open a cache context around every network call whose pipeline opens none, one for each branch.
+
+    The branch is the number of the call since the scheduler's last step: 0 for batched guidance, 0 and 1 for split.
+    """
+    calls, depth = 0, 0
+
+    @contextlib.contextmanager
+    def opened(cache_context: Callable[..., Any], *args: Any, **kwargs: Any) -> Iterator[None]:
+        nonlocal depth
+        depth += 1
+        try:
+            with cache_context(*args, **kwargs):
+                yield
+        finally:
+            depth -= 1
+
+    def stepped(step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls = 0
+        return step(*args, **kwargs)
+
+    def called(network: Any) -> Callable[..., Any]:
+        def forward(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            nonlocal calls
+            context: AbstractContextManager[Any] = contextlib.nullcontext()
+            if not depth:
+                context = network.cache_context(f"call {calls}")
+            calls += 1
+            with context:
+                return original(*args, **kwargs)
+
+        return forward
+
+    with ExitStack() as stack:
+        stack.enter_context(replaced_method(pipe.scheduler, "step", stepped))
+        for network in networks:
+            stack.enter_context(replaced_method(network, "cache_context", opened))
+            stack.enter_context(replaced_method(network, "forward", called(network)))
+        yield
+
+
+def _steps_of(pipe: Any, run: Callable[[], object]) -> int:
+    """How often `run` calls the scheduler's `step`: network calls per branch."""
+    steps = 0
+
+    def counted(step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        nonlocal steps
+        steps += 1
+        return step(*args, **kwargs)
+
+    with replaced_method(pipe.scheduler, "step", counted):
+        run()
+    return steps

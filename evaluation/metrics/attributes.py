@@ -1,0 +1,66 @@
+"""Whether images show what their prompts state."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from flowaccel import zoo
+from flowaccel.data import ATTRIBUTE_SETS, AttributeSet
+from flowaccel.evaluation.features.extractors import FeatureNetwork
+from flowaccel.evaluation.metrics.table import AttributeMatch
+
+
+def load_attributes(name: str | None, network: FeatureNetwork) -> AttributeSet:
+    """The set of attributes called `name`, which `network` must see.
+
+    Raises:
+        ValueError: no name, an unknown set, or a network that sees no attributes or another number of them.
+    """
+    known = ", ".join(zoo.PREFIX + key for key in ATTRIBUTE_SETS)
+    if name is None:
+        raise ValueError(
+            "attribute_accuracy needs a set of attributes that reads what the prompts state; name it with --attributes "
+            f"(attributes=): {known}; or leave attribute_accuracy out"
+        )
+    found = zoo.find(ATTRIBUTE_SETS, name, "set of attributes")
+    if network.attributes is None:
+        raise ValueError(
+            f"attribute_accuracy needs a feature network with a method `attributes(features)`, and {network.name} has "
+            "none; choose another with --features (features=), or leave attribute_accuracy out"
+        )
+    width = getattr(network.module, "num_features", None)
+    if not isinstance(width, int):
+        raise ValueError(f"a feature network with attributes must say its width as num_features, got {width!r}")
+    seen = network.attributes(torch.zeros(1, width)).shape[1]
+    if seen != len(found.names):
+        raise ValueError(
+            f"the set of attributes {name} has {len(found.names)} ({', '.join(found.names)}), {network.name} sees "
+            f"{seen}; they must be made for each other"
+        )
+    return found
+
+
+def attribute_match(
+    attributes: AttributeSet, network: FeatureNetwork, features: Tensor, prompts: Sequence[str]
+) -> AttributeMatch:
+    """What N prompts state and what the network sees.
+
+    Args:
+        attributes: how prompts are read, as `load_attributes` gives it.
+        network: what looks.
+        features: (N, d), of the images.
+        prompts: N texts.
+
+    Raises:
+        ValueError: a prompt cannot be read.
+    """
+    assert network.attributes is not None  # load_attributes sees to it
+    return AttributeMatch(
+        names=attributes.names,
+        prompts=tuple(prompts),
+        stated=attributes.read(prompts),
+        seen=network.attributes(features),
+    )

@@ -1,0 +1,62 @@
+"""How well images show their prompts."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from flowaccel.evaluation.features.extractors import FeatureNetwork, load_features
+from flowaccel.evaluation.metrics.table import TextMatch
+from flowaccel.evaluation.samples.prompt_lengths import token_counts
+
+_BATCH = 100
+
+
+def load_clip(name: str | None, network: FeatureNetwork) -> FeatureNetwork:
+    """The network of `clip_score`: the one called `name`, by default the feature network.
+
+    Raises:
+        ValueError: it has no text half.
+        WeightsNotFoundError, CheckpointError: as `load_features`.
+    """
+    clip = network if name in (None, network.name) else load_features(name, network.device)
+    if clip.encode_text is None:
+        raise ValueError(
+            f"clip_score needs a CLIP network with its text half and tokenizer, and {clip.name} has none; name one "
+            "with --clip (clip=), such as clip or clip:PATH, or leave clip_score out"
+        )
+    return clip
+
+
+def warn_of_cut_prompts(clip: FeatureNetwork, prompts: Sequence[str]) -> None:
+    """`UserWarning` where prompts are longer than the network reads."""
+    assert clip.encode_text is not None  # load_clip sees to it
+    distinct = list(dict.fromkeys(prompts))
+    count = sum(tokens > clip.encode_text.longest for tokens in token_counts(clip.encode_text.tokenizer, distinct))
+    if count:
+        warnings.warn(
+            f"{count} of {len(distinct)} prompts are longer than the {clip.encode_text.longest} tokens that "
+            f"{clip.name} reads: clip_score judges their beginning only",
+            UserWarning,
+            stacklevel=2,
+        )
+
+
+def text_match(clip: FeatureNetwork, image_features: Tensor, prompts: Sequence[str]) -> TextMatch:
+    """Cosine of each image with its prompt.
+
+    Args:
+        clip: the network, as `load_clip` gives it.
+        image_features: (N, d), what `clip` sees in the images.
+        prompts: N texts; what exceeds the length of the network is cut off.
+    """
+    assert clip.encode_text is not None  # load_clip sees to it
+    distinct = list(dict.fromkeys(prompts))
+    encoded = torch.cat([clip.encode_text(distinct[i : i + _BATCH]) for i in range(0, len(distinct), _BATCH)])
+    row = {prompt: i for i, prompt in enumerate(distinct)}
+    of_each = encoded[torch.tensor([row[prompt] for prompt in prompts])]
+    cosine = torch.nn.functional.cosine_similarity(image_features.double(), of_each.double(), dim=1)
+    return TextMatch(network=clip.name, prompts=tuple(prompts), cosine=cosine)

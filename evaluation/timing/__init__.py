@@ -1,0 +1,1 @@
+"""Seconds, multiply-adds and memory of pipeline calls, and where they were measured."""

@@ -1,0 +1,13 @@
+"""What to return instead of a value that is not computed: pure functions of where the values lie."""
+
+from flowaccel.caching.predictors.adams_bashforth import AdamsBashforth as AdamsBashforth
+from flowaccel.caching.predictors.base import Predictor as Predictor
+from flowaccel.caching.predictors.hold import Hold as Hold
+from flowaccel.caching.predictors.newton import Newton as Newton
+from flowaccel.caching.predictors.taylor import Hermite as Hermite
+from flowaccel.caching.predictors.taylor import Taylor as Taylor
+
+PREDICTORS: dict[str, type[Predictor]] = {kind.name: kind for kind in (Hold, Newton, Taylor, Hermite, AdamsBashforth)}
+"""By the names that recipes use."""
+
+__all__ = ["PREDICTORS", "AdamsBashforth", "Hermite", "Hold", "Newton", "Predictor", "Taylor"]

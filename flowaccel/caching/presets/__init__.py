@@ -1,0 +1,65 @@
+"""The published training-free caches as points of gate x scope x predictor x guard, one file each."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from flowaccel.caching.feature_cache import FeatureCache
+
+
+@dataclass(frozen=True, kw_only=True)
+class CachePreset:
+    """A published method, as plain data: its parts look as they do in a recipe's JSON.
+
+    Args:
+        name: the one that `accelerate` and recipes take.
+        summary: its rule in a sentence.
+        source: where it was published.
+        avoid: when not to use it.
+        gate, scope, predictor, guard: the published rule and its default numbers, deciding per image.
+        parity: what differs in the cache as published: decisions for the whole batch where the published code takes
+            them so (`decide`, "batch" unless given), forecasts over the numbers of the steps, and nothing that ours
+            corrects.
+        fitted_options: `"module:name"` of a function of the options that returns further ones, such as the threshold
+            that belongs to a published polynomial.
+        fit: `"module:name"` of the `Calibrator` that fits it to a model.
+    """
+
+    name: str
+    summary: str
+    source: str
+    avoid: str
+    gate: Mapping[str, Any]
+    scope: Mapping[str, Any]
+    predictor: Mapping[str, Any]
+    guard: Mapping[str, Any]
+    parity: Mapping[str, Any] = field(default_factory=dict)
+    fitted_options: str | None = None
+    fit: str | None = None
+
+    @property
+    def cache(self) -> FeatureCache:
+        """The rule with its default numbers, deciding per image."""
+        return self._made({})
+
+    @property
+    def as_published(self) -> FeatureCache:
+        """The rule as published, see `parity`."""
+        return self._made({"decide": "batch", **self.parity})
+
+    def _made(self, changes: Mapping[str, Any]) -> FeatureCache:
+        from flowaccel.caching.feature_cache import cache_from_data  # torch is not needed to list presets
+
+        parts = {part: getattr(self, part) for part in ("gate", "scope", "predictor", "guard")}
+        return cache_from_data({**parts, **changes}, self.name)
+
+
+CACHE_PRESETS: dict[str, CachePreset] = {
+    found.name: importlib.import_module(f"{__name__}.{found.name}").PRESET for found in pkgutil.iter_modules(__path__)
+}
+"""By name."""

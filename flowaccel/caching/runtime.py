@@ -1,0 +1,271 @@
+"""What every cache does at a network call, whatever its scope: decide, account, remember."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flowaccel.caching.decisions import Decider, Decision, Unit, all_compute
+from flowaccel.caching.gates import Gate, Step
+from flowaccel.caching.guard import Guard
+from flowaccel.caching.history import History, PartialHistory
+from flowaccel.caching.predictors import Predictor
+from flowaccel.errors import UnsupportedModelError
+from flowaccel.hooks import COMPUTED, COND, EXTRA, REUSED, Call, CallRecord, Session, tensors_of
+
+Proceed = Callable[..., Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rules:
+    """The parts of a cache that decide and predict."""
+
+    gate: Gate
+    predictor: Predictor
+    guard: Guard
+    unit: Unit
+
+
+@dataclass(kw_only=True)
+class Memory:
+    """Everything one cache remembers of one run; dies with the run."""
+
+    deciders: dict[Any, Decider] = field(default_factory=dict)
+    decisions: dict[Any, tuple[int, Decision]] = field(default_factory=dict)
+    """(step, decision) taken last."""
+    histories: dict[Any, History] = field(default_factory=dict)
+    warned: bool = False
+
+    @property
+    def bytes(self) -> int:
+        """Held by cached values."""
+        return sum(history.bytes for history in self.histories.values())
+
+    @property
+    def gate_bytes(self) -> int:
+        """Held by the gates, with what the tensors that they look at keep alive."""
+        states = [tensor for decider in self.deciders.values() for tensor in decider.state.values()]
+        kept = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in states}
+        return sum(kept.values())
+
+
+class Cache(ABC):
+    """A cache on a session; a subclass per scope says what is stood in for."""
+
+    def __init__(self, rules: Rules) -> None:
+        self.rules = rules
+        self.active: Callable[[Call], bool] | None = None
+        """Asked at every call whether to take part; None always does."""
+
+    def attach(self, session: Session) -> Callable[[], None]:
+        """Surround what the scope needs; returns what undoes it."""
+        return session.on_call(self._around_call)
+
+    def _around_call(self, proceed: Proceed, call: Call) -> Any:
+        if call.branches[0] == EXTRA or not (self.active is None or self.active(call)):
+            return proceed()
+        require_tensor(call, "a cache")
+        moment = Moment(self.rules, call.run.state.setdefault(self, Memory()), call)
+        if moment.decision is None and self.rules.gate.signal in ("none", "input"):
+            moment.decide(None if self.rules.gate.signal == "none" else moment.of_units(call.sample))
+        output = self.run(proceed, moment)
+        moment.finish(tensors_of(output))
+        return output
+
+    @abstractmethod
+    def run(self, proceed: Proceed, moment: Moment) -> Any:
+        """Make the call's output, by calling the network or not."""
+
+
+class Moment:
+    """One network call, as one cache sees it: who computes, and what is put away."""
+
+    def __init__(self, rules: Rules, memory: Memory, call: Call) -> None:
+        self.rules, self.memory, self.call = rules, memory, call
+        self.step = Step(index=call.step, count=call.run.num_steps, time=call.timestep)
+        self.decision: Decision | None = None
+        """None until it is taken."""
+        self._lacking: frozenset[int] = frozenset()
+        """Rows that are not decided to compute, and do, because there is nothing to predict them from."""
+        self._signal: Tensor | None = None
+        self._feedback: Tensor | None = None
+        if not self.decides:
+            self.decision = self._followed()
+
+    @property
+    def place(self) -> float:
+        """Where the call lies on the predictor's axis."""
+        return self.rules.predictor.place(self.call.step, self.call.timestep)
+
+    @property
+    def decides(self) -> bool:
+        """Whether a decision is taken in this call, rather than in the conditional call of the step."""
+        return self.rules.unit != "image" or COND in self.call.branches
+
+    def _followed(self) -> Decision:
+        step, decision = self.memory.decisions.get(self.call.network, (-1, None))
+        # No conditional call came before: nobody said that this one may be left out.
+        return decision if decision is not None and step == self.call.step else all_compute(self.call.images)
+
+    @property
+    def _key(self) -> Any:
+        return self.call.network if self.rules.unit == "image" else (self.call.network, self.call.branches)
+
+    @property
+    def _units(self) -> int:
+        return {"image": self.call.images, "row": self.call.rows, "batch": 1}[self.rules.unit]
+
+    def of_units(self, tensor: Tensor) -> Tensor:
+        """(rows, ...) -> (units, ...): the rows that an image is judged by, every row, or all in one."""
+        if self.rules.unit == "image":
+            return tensor[self.call.rows_of(COND)]
+        return tensor.flatten(0, 1)[None] if self.rules.unit == "batch" else tensor
+
+    # -- deciding
+
+    def decide(self, signal: Tensor | None) -> Decision:
+        """Take the decision; `signal` (units, ...) is what the gate reads, see `of_units`."""
+        self._signal = signal
+        decider = self._decider
+        decision = decider.decide(self._units, self._signal, self.step)
+        if decision.not_finite:
+            self._forget(decision.not_finite)
+        self.decision = decision
+        self.memory.decisions[self.call.network] = (self.call.step, decision)
+        return decision
+
+    def _forget(self, units: tuple[int, ...]) -> None:
+        """Predict nothing from what those units computed so far."""
+        if not self.memory.warned:
+            self.memory.warned = True
+            _warn_not_finite()
+        for (network, branches, _), history in self.memory.histories.items():
+            if self.rules.unit == "batch":
+                rows = list(range(self.call.images * len(branches)))
+            elif self.rules.unit == "row":
+                rows = list(units)
+            else:
+                rows = [unit + branch * self.call.images for branch in range(len(branches)) for unit in units]
+            if network == self.call.network and (self.rules.unit == "image" or branches == self.call.branches):
+                history.forget(torch.tensor(rows))
+
+    @property
+    def _decider(self) -> Decider:
+        made = self.memory.deciders.get(self._key)
+        if made is None:
+            made = self.memory.deciders[self._key] = Decider(gate=self.rules.gate, guard=self.rules.guard)
+        return made
+
+    def give_back(self, feedback: Tensor) -> None:
+        """Let the gate see (rows, ...) of a step that was computed for some."""
+        if self.decides:
+            self._feedback = self.of_units(feedback)
+
+    def finish(self, outputs: tuple[Tensor, ...]) -> None:
+        """Close the call: the gate learns what was done, the report too. Gates see the first output."""
+        assert self.decision is not None
+        decider, decision = self._decider, self.decision
+        if len(self.computing):
+            for output in outputs:
+                if len(output) == self.call.rows:
+                    self._note_finite(decider, torch.isfinite(output.flatten(1).sum(dim=1, dtype=torch.float32)))
+            if self.rules.gate.feedback == "output":
+                self.give_back(outputs[0])
+        if self.decides:
+            feedback = self._feedback if any(decision.compute) else None
+            decider.update(self._signal, feedback, decision, self.step)
+        _account(self.call.record, self.call, decision, self.decided, self.decides)
+        self.call.record.cache_bytes += self.memory.bytes
+        self.call.record.gate_bytes += self.memory.gate_bytes
+
+    def _note_finite(self, decider: Decider, finite: Tensor) -> None:
+        """Per unit, whether all that was computed for it in this step is a number."""
+        call = self.call
+        if self.rules.unit == "batch":
+            finite = finite.all()[None]
+        elif self.rules.unit == "image":
+            if call.kept is not None:  # of rows that nobody asks for nothing is known to be wrong
+                kept = torch.tensor(call.kept, device=finite.device)
+                finite = finite.new_ones(call.images * len(call.branches)).index_copy(0, kept, finite)
+            finite = finite.view(len(call.branches), call.images).all(dim=0)
+        decider.finite = finite if decider.finite is None else decider.finite & finite
+
+    # -- rows
+
+    @property
+    def decided(self) -> tuple[bool, ...]:
+        """Per row, whether it is decided that it computes."""
+        assert self.decision is not None
+        compute = self.decision.compute
+        if len(compute) == 1:
+            return compute * self.call.rows
+        return compute if self.rules.unit == "row" else tuple(compute[image] for image in self.call.row_images)
+
+    @functools.cached_property
+    def computing(self) -> Tensor:
+        """(n,) indices of the rows that are computed, on the CPU; asked for once the decision stands, after
+        `require`.
+        """
+        computed = [row for row, decided in enumerate(self.decided) if decided or row in self._lacking]
+        return torch.tensor(computed, dtype=torch.long)
+
+    # -- values
+
+    def history(self, what: str = "") -> History | PartialHistory:
+        """The computed values of the rows of this call; `what` tells several apart."""
+        key = (self.call.network, self.call.branches, what)
+        made = self.memory.histories.get(key)
+        if made is None:
+            made = self.memory.histories[key] = History(self.rules.predictor)
+        if self.call.kept is None:
+            return made
+        return PartialHistory(made, self.call.kept, self.call.images * len(self.call.branches))
+
+    def require(self, history: History | PartialHistory) -> None:
+        """Compute what there is nothing yet to predict from: everything, or rows that no call before this one held."""
+        assert self.decision is not None
+        if all(self.decision.compute):
+            return
+        if history.empty:
+            self.decision = Decision(compute=(True,) * len(self.decision.compute))
+        reused = (row for row, decided in enumerate(self.decided) if not decided)
+        self._lacking = frozenset(row for row in reused if not history.covers(row))
+
+
+def _account(record: CallRecord, call: Call, decision: Decision, rows: tuple[bool, ...], decides: bool) -> None:
+    computed = {image for image, row in zip(call.row_images, rows, strict=True) if row}
+    present = set(call.row_images)
+    record.computed = tuple(image in computed for image in range(call.images))
+    record.what = COMPUTED if computed == present else "mixed" if computed else REUSED
+    if decides:
+        record.near_ties += decision.near_ties
+        record.host_reads += decision.host_reads
+
+
+def require_tensor(call: Call, what: str) -> None:
+    """Raise an UnsupportedModelError where the network takes a list of images; `what` is what to leave off."""
+    if not isinstance(call.sample, Tensor):
+        raise UnsupportedModelError(
+            f"{type(call.module).__name__} takes a list of images, and {what} needs them as one tensor; leave it off"
+        )
+
+
+def not_run(record: CallRecord, path: str, rows: int) -> None:
+    """Note that the module `path` was not run for `rows` rows."""
+    if rows:
+        record.not_run[path] = record.not_run.get(path, 0) + rows
+
+
+def _warn_not_finite() -> None:
+    warnings.warn(
+        "a network output that was not finite (NaN or infinite) cannot be reused, so those images are computed in full",
+        RuntimeWarning,
+        stacklevel=2,
+    )

@@ -1,0 +1,72 @@
+"""The scope `output`: the network is not called at all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flowaccel.caching.history import Value
+from flowaccel.caching.runtime import Cache, Moment, Proceed, Rules, not_run
+from flowaccel.caching.scopes.base import Output
+from flowaccel.hooks import Call, packer, require_rows, tensors_of
+
+WHAT = "a cache of outputs"
+
+
+class OutputCache(Cache):
+    """Forecasts of the network's output."""
+
+    def __init__(self, rules: Rules, scope: Output) -> None:
+        super().__init__(rules)
+        self._residual = scope.residual
+        self._packed: Callable[[tuple[Tensor, ...]], Any] = tuple
+
+    def run(self, proceed: Proceed, moment: Moment) -> Any:
+        """Call the network for the rows that are computed."""
+        history, call = moment.history(), moment.call
+        moment.require(history)
+        rows = moment.computing
+        not_run(call.record, "", call.rows - len(rows))
+        if len(rows) == call.rows:
+            output = proceed()
+            found = require_rows(call, output, WHAT)
+            self._packed = packer(output)
+            self._store(moment, found, None)
+            return output
+        forecast = self._shifted(moment, _all(history.predict(moment.place)), 1)
+        if len(rows):
+            found = self._computed(proceed, call, rows)
+            self._store(moment, found, rows)
+            forecast = tuple(
+                expected.index_copy(0, rows.to(new.device), new) for expected, new in zip(forecast, found, strict=True)
+            )
+        return self._packed(forecast)
+
+    def _computed(self, proceed: Proceed, call: Call, rows: Tensor) -> tuple[Tensor, ...]:
+        if not call.gathers:
+            return tuple(found[rows.to(found.device)] for found in require_rows(call, proceed(), WHAT))
+        with call.only(rows):
+            return tensors_of(proceed(call.take(rows)))
+
+    def _store(self, moment: Moment, outputs: tuple[Tensor, ...], rows: Tensor | None) -> None:
+        moment.history().store(self._shifted(moment, outputs, -1, rows), moment.place, rows)
+        if moment.rules.gate.feedback == "feature":
+            moment.give_back(_all(moment.history().newest)[0])
+
+    def _shifted(
+        self, moment: Moment, outputs: tuple[Tensor, ...], sign: int, rows: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
+        """The outputs with the input added or taken away from the first, where residuals are cached."""
+        sample, output = moment.call.sample, outputs[0]
+        if not self._residual or not isinstance(sample, Tensor) or sample.shape[1:] != output.shape[1:]:
+            return outputs
+        sample = sample if rows is None else sample[rows.to(sample.device)]
+        return (torch.add(output, sample, alpha=sign), *outputs[1:])
+
+
+def _all(value: Value) -> tuple[Tensor, ...]:
+    """Every output; none is ever missing here."""
+    return tuple(tensor for tensor in value if tensor is not None)

@@ -1,0 +1,243 @@
+"""The scopes `stack` and `range`: blocks one after the other are left out, and what they would add is forecast."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+from weakref import WeakSet
+
+import torch
+from torch import Tensor, nn
+
+from flowaccel.caching.gates.base import TIME_SIGNALS
+from flowaccel.caching.runtime import Cache, Moment, Proceed, Rules, not_run
+from flowaccel.caching.scopes.base import Range, Stack, middle
+from flowaccel.errors import UnsupportedModelError
+from flowaccel.hooks import (
+    Block,
+    BlockList,
+    Call,
+    Session,
+    attention_input,
+    family_of,
+    networks,
+    tensors_of,
+    time_signal,
+    time_source,
+)
+
+Tokens = tuple[Tensor, Tensor | None]
+"""(rows, tokens, width) of the image, and of the text where the blocks carry it."""
+
+
+class StackCache(Cache):
+    """Forecasts of what the blocks between two ends add to the tokens."""
+
+    def __init__(self, rules: Rules, scope: Stack | Range) -> None:
+        super().__init__(rules)
+        self._scope = scope
+        self._pass: _Pass | None = None
+        self._proved: WeakSet[nn.Module] = WeakSet()  # networks that make the same of tokens that are handed on
+
+    def attach(self, session: Session) -> Callable[[], None]:
+        """Surround network calls and blocks.
+
+        Raises:
+            UnsupportedModelError: the gate reads what is not known of a network.
+        """
+        if self.rules.gate.signal in TIME_SIGNALS:
+            for network in networks(session.pipe).values():
+                time_source(network, family_of(network), self.rules.gate.signal)
+        removers = [session.on_block(self._around_block), super().attach(session)]
+        return lambda: [remove() for remove in removers].clear()
+
+    def run(self, proceed: Proceed, moment: Moment) -> Any:
+        """Call the network; `_around_block` does the rest."""
+        proved = not moment.call.family.derived or moment.call.module in self._proved
+        outer, self._pass = self._pass, _Pass(moment, self._scope)
+        signal = self.rules.gate.signal
+        try:
+            if signal not in TIME_SIGNALS or moment.decision is not None:
+                output = proceed()
+            else:
+                with time_signal(moment.call, signal) as self._pass.time_signal:
+                    output = proceed()
+            if not proved and self._pass.left is not None:
+                self._prove(proceed, self._pass, tensors_of(output))
+        finally:
+            self._pass = outer
+        return output
+
+    def _prove(self, proceed: Proceed, passed: _Pass, expected: tuple[Tensor, ...]) -> None:
+        """Call a network whose row was derived once more, leaving the blocks out: what they made in this very call is
+        handed on in their place, and so the output must be the same.
+        """
+        call = passed.moment.call
+        passed.replays = True
+        found = tensors_of(proceed())
+        if not all(_alike(ours, theirs) for ours, theirs in zip(found, expected, strict=True)):
+            raise UnsupportedModelError(
+                f"scope {self._scope.name!r} cannot be used with this {type(call.module).__name__}: with what the "
+                "blocks made handed on in their place it makes something else, so it takes more from within the blocks "
+                "than their last tokens, as skip connections do. Leave out other blocks (scope 'stack', or 'range' "
+                "with a smaller back), or use scope 'output'"
+            )
+        self._proved.add(call.module)
+
+    def _around_block(self, proceed: Proceed, call: Call, block: Block) -> Any:
+        return proceed() if self._pass is None else self._pass.block(proceed, block)
+
+
+class _Pass:
+    """One network call on its way through the blocks."""
+
+    def __init__(self, moment: Moment, scope: Stack | Range) -> None:
+        self.moment, self._scope = moment, scope
+        self.left: Tokens | None = None  # tokens after the last block that can be left out, where all rows computed
+        self.replays = False  # whether `left` is handed on in the place of the blocks
+        self._ends = (0, 0)  # first block and end of what is reused
+        self._text = 0  # tokens of the text, which joined blocks hold first
+        self._entry: Tensor | None = None  # image tokens before the first block
+        self._before: Tokens | None = None  # tokens where the reuse begins
+        self._standing: dict[BlockList, Any] = {}  # what is handed on in the place of a list's blocks
+        self._rows: Tensor | None = None  # those that are computed, on the network's device
+        self._gathered = False  # whether the blocks run for these alone
+        self.time_signal: Callable[[Block], Tensor] | None = None
+
+    def block(self, proceed: Proceed, block: Block) -> Any:
+        """Run, leave out or stand in for one block."""
+        if self.replays:
+            assert self.left is not None
+            return self._packed(block, self.left) if self._ends[0] <= block.index < self._ends[1] else proceed()
+        if block.index == 0:
+            self._ends = self._middle(block)
+            self._enter(proceed, block)
+        first, end = self._ends
+        if block.index == first:
+            self._arrive(block)
+        if not first <= block.index < end:
+            output = proceed()
+            self._show_middle(block, output, None)
+            return output
+        assert self._rows is not None
+        call = self.moment.call
+        if not len(self._rows) or self._gathered:
+            not_run(call.record, block.path, call.rows - len(self._rows))
+        if not len(self._rows):
+            if block.blocks not in self._standing:
+                self._standing[block.blocks] = self._packed(block, self._forecast())
+            return self._standing[block.blocks]  # at every block: a ControlNet may have added to it in between
+        output = self._compute(proceed, block)
+        self._show_middle(block, output, self._rows if self._gathered else None)
+        return self._leave(block, output) if block.index == end - 1 else output
+
+    def _compute(self, proceed: Proceed, block: Block) -> Any:
+        if not self._gathered:
+            return proceed()
+        assert self._rows is not None
+        with self.moment.call.only(self.moment.computing):
+            return proceed(block.take(self._rows, self.moment.call.rows))
+
+    def _middle(self, block: Block) -> tuple[int, int]:
+        probe = self.moment.rules.gate.probe
+        if block.count <= 1 and probe:
+            raise UnsupportedModelError(
+                "the network has a single block, so nothing is left to reuse after those that the gate "
+                f"{self.moment.rules.gate.name!r} runs; use one that reads no block, such as 'easy'"
+            )
+        return middle(self._scope, probe, block.count)
+
+    def _enter(self, proceed: Proceed, block: Block) -> None:
+        gate, moment = self.moment.rules.gate, self.moment
+        if block.encoder is not None and not block.blocks.joined:
+            self._text = block.encoder.shape[1]
+        if gate.signal == "first_block" and moment.decides:
+            self._entry = moment.of_units(self._tokens(block, block.hidden, block.encoder)[0])
+        if gate.signal == "condition" and moment.decision is None:
+            moment.decide(moment.of_units(block.condition))
+        if self.time_signal is not None:
+            moment.decide(moment.of_units(self.time_signal(block)))
+        if gate.signal == "modulated_input" and moment.decision is None:
+            moment.decide(moment.of_units(attention_input(proceed, block)))
+
+    def _arrive(self, block: Block) -> None:
+        moment = self.moment
+        self._before = self._tokens(block, block.hidden, block.encoder)
+        if moment.decision is None:
+            assert self._entry is not None
+            moment.decide(moment.of_units(self._before[0]) - self._entry)
+        self._entry = None
+        moment.require(moment.history())
+        self._rows = moment.computing.to(block.hidden.device)
+        self._gathered = 0 < len(self._rows) < moment.call.rows and moment.call.gathers
+
+    def _forecast(self) -> Tokens:
+        assert self._before is not None
+        image, text = self._before
+        added_image, added_text = self.moment.history().predict(self.moment.place)
+        assert added_image is not None
+        return image + added_image, text if text is None or added_text is None else text + added_text
+
+    def _leave(self, block: Block, output: Any) -> Any:
+        """Put away what the blocks added, and give the rows that were not computed their forecast."""
+        assert self._before is not None and self._rows is not None
+        moment, rows = self.moment, self._rows
+        found = self._tokens(block, *block.unpack(output))
+        if len(rows) == moment.call.rows:
+            moment.history().store(_difference(found, self._before), moment.place)
+            self._show_feature()
+            self.left = found
+            return output
+        if not self._gathered:
+            found = _chosen(found, rows)
+        forecast = self._forecast()
+        moment.history().store(_difference(found, _chosen(self._before, rows)), moment.place, moment.computing)
+        self._show_feature()
+        image = forecast[0].index_copy(0, rows, found[0])
+        text = forecast[1]
+        if text is not None and found[1] is not None:
+            text = text.index_copy(0, rows, found[1])
+        return self._packed(block, (image, text))
+
+    def _show_feature(self) -> None:
+        feature = self.moment.history().newest[0]
+        if self.moment.rules.gate.feedback == "feature" and feature is not None:
+            self.moment.give_back(feature)
+
+    def _show_middle(self, block: Block, output: Any, rows: Tensor | None) -> None:
+        """Let the gate see the residual of the middle block."""
+        if self.moment.rules.gate.feedback != "middle_block" or block.index != block.count // 2:
+            return
+        after = self._tokens(block, *block.unpack(output))[0]
+        before = self._tokens(block, block.hidden, block.encoder)[0]
+        if rows is None:
+            self.moment.give_back(after - before)
+            return
+        before = before[rows] if len(before) != len(rows) else before
+        whole = after.new_zeros(self.moment.call.rows, *after.shape[1:])
+        self.moment.give_back(whole.index_copy(0, rows, after - before))
+
+    def _tokens(self, block: Block, hidden: Tensor, encoder: Tensor | None) -> Tokens:
+        if block.blocks.joined and self._text:
+            return hidden[:, self._text :], hidden[:, : self._text]
+        return hidden, encoder
+
+    def _packed(self, block: Block, tokens: Tokens) -> Any:
+        image, text = tokens
+        if block.blocks.joined and text is not None:
+            return torch.cat([text, image], dim=1)
+        return block.pack(image, text)
+
+
+def _alike(found: Tensor, expected: Tensor) -> bool:
+    bound = 10 * torch.finfo(expected.dtype).eps * float(expected.nan_to_num().abs().max())
+    return float((found - expected).nan_to_num().abs().max()) <= bound
+
+
+def _difference(new: Tokens, old: Tokens) -> Tokens:
+    text = None if new[1] is None or old[1] is None else new[1] - old[1]
+    return new[0] - old[0], text
+
+
+def _chosen(tokens: Tokens, rows: Tensor) -> Tokens:
+    return tokens[0][rows], None if tokens[1] is None else tokens[1][rows]

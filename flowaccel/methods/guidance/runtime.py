@@ -1,0 +1,282 @@
+"""What happens to guidance at a network call: who is guided, which rows run, what stands in for the others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cosine_similarity
+
+from flowaccel.caching.decisions import NEAR
+from flowaccel.caching.history import History, PartialHistory
+from flowaccel.caching.predictors import Predictor
+from flowaccel.caching.runtime import Proceed, not_run, require_tensor
+from flowaccel.errors import UnsupportedModelError
+from flowaccel.hooks import COMPUTED, COND, EXTRA, UNCOND, Call, CallRecord, Session, packer, require_rows
+from flowaccel.methods.guidance.when import AdaptiveGuidance, When
+from flowaccel.models import convention_of
+from flowaccel.recipe.calibration import warn_once
+from flowaccel.recipe.sampler import FLOW_PREDICTION
+
+SAME = 0.02
+"""Part of the largest value by which outputs may differ for being computed in another batch, in half precision."""
+REFINED = "refined"
+UNGUIDED, PARTLY, LEFT_OUT = "unguided", "partly guided", "left out"
+"""What a report says of calls: for the conditional rows alone, for some unconditional rows, not made at all."""
+
+
+@dataclass(kw_only=True)
+class Conditional:
+    """The conditional call of a step, where guidance makes two calls."""
+
+    step: int
+    output: Any
+    record: CallRecord
+
+
+@dataclass(kw_only=True)
+class Memory:
+    """Everything that is remembered of one run; dies with the run."""
+
+    stopped: list[bool]
+    """Per image, whether its guidance ended."""
+    differences: History | None
+    """Of the conditional and the unconditional output, a row per image; None where nobody will ask."""
+    measured: Tensor | None = None
+    """(images,) cosines of the last step, on the device, until the host reads them."""
+    measured_images: list[int] = field(default_factory=list)
+    """The images for which they count."""
+    conditional: Conditional | None = None
+    saw_guidance: bool = False
+
+
+class Guiding:
+    """Guidance on a session.
+
+    Args:
+        when: who is guided.
+        predictor: forecasts the difference of the two outputs where it is not computed; None takes it for 0.
+        session: the session.
+    """
+
+    def __init__(self, when: When, predictor: Predictor | None, session: Session) -> None:
+        self._when, self._predictor, self._session = when, predictor, session
+        self._alone: dict[Any, bool] = {}  # of networks whose rows nobody wrote down: whether parts of a batch can run
+
+    def attach(self) -> Callable[[], None]:
+        """Surround the network's calls; returns what undoes it."""
+        return self._session.on_call(self._around_call)
+
+    def _around_call(self, proceed: Proceed, call: Call) -> Any:
+        if EXTRA in call.branches:
+            return proceed()
+        require_tensor(call, "guidance skip")
+        memory = call.run.state.setdefault(self, self._fresh_memory(call))
+        guided = self._guided(memory, call)
+        if UNCOND not in call.branches:
+            return self._conditional(proceed, call, memory)
+        memory.saw_guidance = True
+        output = self._guided_call(proceed, call, memory, guided)
+        if memory.differences is not None:
+            call.record.cache_bytes += memory.differences.bytes
+        return output
+
+    def _fresh_memory(self, call: Call) -> Memory:
+        differences = None if self._predictor is None else History(self._predictor)
+        return Memory(stopped=[False] * call.images, differences=differences)
+
+    # -- who is guided
+
+    def _guided(self, memory: Memory, call: Call) -> tuple[bool, ...]:
+        """Per image, whether it is guided at this step."""
+        if not isinstance(self._when, AdaptiveGuidance):
+            return (self._when.guides(call.step, call.run.num_steps),) * call.images
+        if memory.measured is not None:
+            threshold, cosines = self._when.threshold, memory.measured.tolist()
+            call.record.host_reads += 1
+            for image in memory.measured_images:
+                memory.stopped[image] = cosines[image] >= threshold
+                call.record.near_ties += abs(cosines[image] - threshold) < NEAR * (1 - threshold)
+            memory.measured = None
+        return tuple(not stopped for stopped in memory.stopped)
+
+    def _learn(self, call: Call, memory: Memory, images: list[int], cond: Tensor, uncond: Tensor) -> None:
+        """Take note of what the network computed for both branches of these images; both outputs are (images, ...)."""
+        if not images:
+            return
+        if memory.differences is not None:
+            chosen = torch.tensor(images, device=cond.device)
+            now = PartialHistory(memory.differences, images, call.images)
+            now.store(((cond - uncond)[chosen],), call.timestep)
+        if isinstance(self._when, AdaptiveGuidance) and self._when.compares(call.step, call.run.num_steps):
+            memory.measured_images = images
+            memory.measured = cosine_similarity(self._compared(call, cond), self._compared(call, uncond))
+
+    def _compared(self, call: Call, output: Tensor) -> Tensor:
+        """(images, ...) -> (images, n) float32: what the cosine is taken of."""
+        assert isinstance(self._when, AdaptiveGuidance)
+        sample = call.sample[call.rows_of(call.branches[0])]  # the same for both branches
+        if output.dim() == sample.dim() and output.shape[1] == 2 * sample.shape[1]:
+            output = output[:, : sample.shape[1]]  # without the variance, which is not guided
+        if self._when.space == "x0":
+            output = clean_sample(self._session.pipe.scheduler.config, call, sample, output)
+        return output.flatten(1).float()
+
+    # -- what runs
+
+    def _conditional(self, proceed: Proceed, call: Call, memory: Memory) -> Any:
+        """The conditional call where guidance makes two; always made."""
+        if call.step and not memory.saw_guidance:
+            warn_once(
+                self._session.pipe,
+                UNGUIDED,
+                "guidance_skip can save nothing in this run: the pipeline calls its network without classifier-free "
+                "guidance; give a guidance scale above 1 (true_cfg_scale and a negative prompt for FLUX), or leave it "
+                "off",
+            )
+        output = proceed()
+        memory.conditional = Conditional(step=call.step, output=output, record=call.record)
+        return output
+
+    def _guided_call(self, proceed: Proceed, call: Call, memory: Memory, guided: tuple[bool, ...]) -> Any:
+        """A call with unconditional rows, without those of images that are not guided."""
+        split, first = memory.conditional if COND not in call.branches else None, call.rows_of(UNCOND).start
+        if COND not in call.branches and (split is None or split.step != call.step):
+            return proceed()  # there is no conditional output to stand in
+        if not all(guided) and not self._may_leave_out(call):
+            guided = (True,) * call.images
+        call.record.guided = guided
+        unguided = [image for image, on in enumerate(guided) if not on]
+        left_out = [first + image for image in unguided]
+        output = split.output if split and len(left_out) == call.rows else self._run(proceed, call, left_out)
+        found = _only(call, output)
+        cond = _only(call, split.output) if split else found[call.rows_of(COND)]
+        records = [split.record, call.record] if split else [call.record]
+        refined = any(record.what == REFINED for record in records)
+        self._learn(call, memory, _computed(records, guided), cond, found[call.rows_of(UNCOND)])
+        if not unguided:
+            return output
+        _account(call, left_out, refined)
+        images = torch.tensor(unguided, device=found.device)
+        stand_in = self._stand_in(memory, call, cond, refined)[images]
+        return packer(output)((found.index_copy(0, first + images, stand_in),))
+
+    def _may_leave_out(self, call: Call) -> bool:
+        """Whether it is certain which rows are the unconditional ones, and that the others run without them. Where it
+        is not, guidance stays as it is.
+        """
+        if not call.ordered:
+            if call.run.ordered is not None:
+                self._warn_idle(
+                    call,
+                    "the first guided step did not show which output is the conditional one (or that it is the last)",
+                )
+            return False
+        if COND not in call.branches or call.gathers:
+            return True
+        shapes = {name: value.shape for name, value in call.arguments.items() if isinstance(value, Tensor)}
+        key = (call.network, tuple(shapes.items()))
+        if key not in self._alone:
+            self._alone[key] = _runs_alone(call, call.rows_of(COND))
+        if not self._alone[key]:
+            self._warn_idle(call, "its conditional rows alone do not give what they give in the whole batch")
+        return self._alone[key]
+
+    def _warn_idle(self, call: Call, why: str) -> None:
+        warn_once(
+            self._session.pipe,
+            LEFT_OUT,
+            f"guidance_skip changes and saves nothing with this {type(call.module).__name__}, because {why}. Register "
+            "the family (docs/hooks.md), or leave it off",
+        )
+
+    def _run(self, proceed: Proceed, call: Call, left_out: Sequence[int]) -> Any:
+        """The network's output for all rows; those that are `left_out` hold nothing of use."""
+        if not left_out:
+            return proceed()
+        kept = torch.tensor(sorted(set(range(call.rows)) - set(left_out)))
+        output = proceed(call.narrowed(kept))
+        part = _only(call.narrowed(kept), output)
+        full = part.new_zeros(call.rows, *part.shape[1:]).index_copy(0, kept.to(part.device), part)
+        return packer(output)((full,))
+
+    def _stand_in(self, memory: Memory, call: Call, cond: Tensor, refined: bool) -> Tensor:
+        """(images, ...) for the unconditional output: the conditional one, less the forecast difference.
+
+        A refiner adds offsets to velocities that are guided already, so there the difference is left out.
+        """
+        if memory.differences is None or memory.differences.empty or refined:
+            return cond
+        (difference,) = memory.differences.predict(call.timestep)
+        return cond if difference is None else cond - difference
+
+
+def _only(call: Call, output: Any) -> Tensor:
+    """The one tensor (rows, ...) that a network returned."""
+    tensors = require_rows(call, output, "guidance skip")
+    if len(tensors) > 1:
+        raise UnsupportedModelError(
+            f"{type(call.module).__name__} returns {len(tensors)} outputs, and guidance skip stands in for one alone; "
+            "leave it off for this pipeline"
+        )
+    return tensors[0]
+
+
+def _runs_alone(call: Call, chosen: slice) -> bool:
+    """Whether the network makes of some rows alone what it makes of them in the whole batch, tried here and now."""
+    rows = torch.arange(call.rows)[chosen]
+    whole = _only(call, call.forward(**call.arguments))[chosen]
+    try:
+        alone = _only(call.narrowed(rows), call.forward(**call.narrowed(rows).arguments))
+    except (RuntimeError, ValueError, IndexError):  # shapes that do not fit each other any more
+        return False
+    if alone.shape != whole.shape:
+        return False
+    close = SAME * float(whole.abs().max())
+    return float((alone - whole).abs().max()) <= close
+
+
+def _computed(records: Sequence[CallRecord], guided: Sequence[bool]) -> list[int]:
+    """The guided images whose outputs the network made, rather than a cache or a refiner."""
+    by_network = [record.computed or (record.what == COMPUTED,) * len(guided) for record in records]
+    return [image for image, flags in enumerate(zip(guided, *by_network, strict=True)) if all(flags)]
+
+
+def _account(call: Call, left_out: Sequence[int], refined: bool) -> None:
+    """Tell the report what was not run."""
+    record, all_rows = call.record, len(left_out) == call.rows
+    if not refined:  # what a refiner leaves out is not the network's
+        not_run(record, "", len(left_out))
+    if all_rows:
+        record.what = LEFT_OUT
+    elif record.what == COMPUTED:
+        record.what = PARTLY if any(record.guided) else UNGUIDED
+
+
+def clean_sample(config: Any, call: Call, sample: Tensor, output: Tensor) -> Tensor:
+    """The clean sample that the network predicts, up to a positive factor.
+
+    Args:
+        config: the scheduler's, which says what the network predicts.
+        call: the network call.
+        sample: (rows, ...) its input; for models of noise, with the signal scaled to variance at most 1 (x_t of DDPM).
+        output: (rows, ...) its output.
+
+    Raises:
+        UnsupportedModelError: input and output have different shapes, as in inpainting models.
+    """
+    if sample.shape != output.shape:
+        raise UnsupportedModelError(
+            f"space='x0' needs a network that predicts something of its input's shape, but {type(call.module).__name__}"
+            f" makes {tuple(output.shape)} of {tuple(sample.shape)}; use space='v'"
+        )
+    sample, output, sigma = sample.float(), output.float(), call.sigma
+    kind = config.get("prediction_type", FLOW_PREDICTION)
+    if kind == FLOW_PREDICTION or config.get("use_flow_sigmas"):
+        return sample - sigma * convention_of(call.module).velocity_sign * output
+    if kind == "epsilon":  # alpha = 1 / (1 + sigma^2)
+        return sample - sigma / (1 + sigma**2) ** 0.5 * output
+    return sample - sigma * output if kind == "v_prediction" else output

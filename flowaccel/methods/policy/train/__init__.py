@@ -1,0 +1,1 @@
+"""Training of learned policies by what finished images are worth."""

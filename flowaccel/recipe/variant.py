@@ -1,0 +1,117 @@
+"""What the accelerators have in common that put another form of a network in its place."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+from torch import nn
+
+from flowaccel.errors import RecipeConflictError
+from flowaccel.hooks import CallAround, denoiser, exchange, session_of
+from flowaccel.models import stock_class
+from flowaccel.models.attention import attend_like
+from flowaccel.recipe.accelerator import Accelerator, Detach
+from flowaccel.recipe.loading import beside
+from flowaccel.recipe.serialization import storage_of
+
+
+class Variant(Accelerator):
+    """Abstract: a subclass has a learned field `network`, the other form, or the folder that it lies in; None takes the
+    folder of the field's name for it beside the pipeline's components.
+    """
+
+    kind = "variant"
+    network: Any
+    what: ClassVar[str]
+    """How errors call the network."""
+    advice: ClassVar[str]
+    """What to do without one."""
+
+    @staticmethod
+    @abstractmethod
+    def is_form(network: nn.Module) -> bool:
+        """Whether a network is such a form, or makes one."""
+
+    def check_network(self) -> None:
+        """Raise a TypeError unless the network is a module of the right form, a folder or None."""
+        if not isinstance(self.network, (nn.Module, str, Path, type(None))):
+            raise TypeError(f"network must be a module, a folder or None, got {type(self.network).__name__}")
+        if isinstance(self.network, nn.Module) and not self.is_form(self.network):
+            raise TypeError(f"network must be a {self.what}, got a {type(self.network).__name__}; {self.advice}")
+
+    @property
+    def networks(self) -> dict[str, nn.Module]:
+        """None: it is the pipeline's own network while it is attached."""
+        return {}
+
+    def loaded(self, pipe: Any) -> Self:
+        """With the network as a module."""
+        changes: dict[str, Any] = {"network": self.resolve(pipe)}
+        return replace(self, **changes)
+
+    def resolve(self, pipe: Any = None) -> nn.Module:
+        """The network as a module, loaded if a folder was given.
+
+        Raises:
+            WeightsNotFoundError, CheckpointError: as `load_network`, or there is none beside the pipeline's components.
+            TypeError: there is a network of another form.
+        """
+        if isinstance(self.network, nn.Module):
+            return self.network
+        stored = storage_of(type(self), "network")
+        folder = self.network
+        if folder is None:
+            advice = f"{self.advice}, or pass {type(self).__name__}(network=FOLDER)"
+            folder = beside(pipe, stored.folder, self.what, advice)
+        return stored.load(Path(folder))
+
+    def fitted_to(self, network: Any, base: Any) -> Any:
+        """The network to put in the place of `base`, on its device and of its type, ready for use.
+
+        Raises:
+            ValueError: it is a form of another network.
+            RecipeConflictError: the weights of `base` are offloaded piece by piece.
+        """
+        stock = stock_class(network)
+        if stock is not type(base):
+            other_form = stock is stock_class(base)
+            todo = f"put the {stock.__name__} back first" if other_form else f"{self.advice} for this pipeline"
+            raise ValueError(
+                f"the {self.what} is a form of {stock.__name__}, and the pipeline has a {type(base).__name__}; {todo}"
+            )
+        own = network.own_config(network)
+        misfits = [
+            f"{name} is {own[name]}, must be {value}"
+            for name, value in base.config.items()
+            if not name.startswith("_") and name in own and own[name] != value
+        ]
+        if misfits:
+            raise ValueError(f"the {self.what} does not fit the pipeline: {'; '.join(misfits)}")
+        if base.device.type == "meta":
+            raise RecipeConflictError(
+                f"the weights of the {type(base).__name__} are offloaded piece by piece; accelerate first, then switch "
+                "offloading on"
+            )
+        return network.place(base.device, base.dtype).eval()
+
+
+def put_in_place(pipe: Any, network: nn.Module, around: CallAround) -> Detach:
+    """Put a network in the place of the pipeline's own, with the attention backend that was chosen for that, and
+    `around` about its calls; if that fails, nothing is changed. Undone by putting back the old object, and the backend
+    that the network had.
+
+    Raises:
+        ValueError: the network cannot compute attention by that backend.
+        RecipeConflictError: the network is another accelerated pipeline's.
+    """
+    session, base = session_of(pipe), denoiser(pipe)
+    with ExitStack() as undo:
+        undo.callback(attend_like(network, base))
+        undo.callback(exchange(pipe, base, network))
+        session.follow()
+        undo.callback(session.on_call(around))
+        return undo.pop_all().close
