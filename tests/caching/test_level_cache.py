@@ -99,6 +99,7 @@ def test_an_uncalibrated_run_is_generic_and_warns_once() -> None:
     assert torch.equal(image(pipe, 8), wanted)
 
 
+@pytest.mark.slow
 def test_each_run_chooses_anew() -> None:
     pipe = digits()
     untouched = image(pipe, 20)

@@ -66,6 +66,7 @@ def test_a_backend_that_cannot_take_the_biases(command: str, op: fake_xformers.O
     assert command == "evaluate" or not list(Path("out").rglob("*.png"))  # evaluate makes rows in turn
 
 
+@pytest.mark.slow
 def test_evaluate_from_a_file_records_it(op: fake_xformers.Op) -> None:
     options = {
         "attention": "xformers",

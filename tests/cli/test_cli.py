@@ -277,6 +277,7 @@ def test_evaluate_writes_everything(saved: str, elsewhere: Path) -> None:
     assert list(elsewhere.iterdir()) == [elsewhere / "run"]
 
 
+@pytest.mark.slow
 def test_evaluate_prints_a_table_and_resumes(saved: str, monkeypatch: pytest.MonkeyPatch) -> None:
     result = run(*evaluation(saved, "--recipe", "euler@2"))
     assert "baseline" in result.stdout
@@ -316,6 +317,7 @@ def stop_at(monkeypatch: pytest.MonkeyPatch, nth: int, error: BaseException) -> 
     monkeypatch.setattr(runner, "call", call)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("nth", [1, 2, 5])
 def test_interrupted_evaluation_says_how_to_go_on(nth: int, saved: str, monkeypatch: pytest.MonkeyPatch) -> None:
     command = evaluation(saved, "--recipe", "euler@2", "--batch-size", "5")
@@ -378,6 +380,7 @@ def test_the_file_and_the_command_line_make_the_same_run(saved: str) -> None:
         assert (mine["recipe"], mine["metrics"], mine["nfe"]) == (theirs["recipe"], theirs["metrics"], theirs["nfe"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -451,6 +454,7 @@ def test_pipelines_outside_the_zoo_have_no_default_networks(saved: str) -> None:
     assert "this pipeline has no default for --reference; give one" in fails("evaluate", saved, *features)
 
 
+@pytest.mark.slow
 def test_other_settings_in_a_used_folder(saved: str) -> None:
     run(*evaluation(saved))
     message = fails(*evaluation(saved, "--seed", "3"))
@@ -719,6 +723,7 @@ def test_pipelines_without_classes(monkeypatch: pytest.MonkeyPatch) -> None:
 # the reference model
 
 
+@pytest.mark.slow
 def test_the_reference_model_draws_digits_faster() -> None:
     """Smoke: the shipped pipeline and refiner load, run, and what they draw is read as what was asked for."""
     command = ["generate", "zoo:sit-digits", "--num-images", "40", "--batch-size", "40", "--device", "cpu"]

@@ -64,6 +64,7 @@ def fails(command: str, *more: str) -> str:
 # prompts
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS)
 def test_wrong_prompts_are_refused_before_anything_is_made(command: str) -> None:
     Path("empty.txt").write_text("\n  \n")
@@ -77,6 +78,7 @@ def test_wrong_prompts_are_refused_before_anything_is_made(command: str) -> None
         assert message in fails(command, "--prompts", given)
 
 
+@pytest.mark.slow
 def test_prompts_of_the_zoo() -> None:
     found = json.loads(run("generate", "--prompts", "zoo:shapes-held-out", "--num-images", "2", "--json").stdout)
     assert len(found["files"]) == 2
@@ -245,6 +247,7 @@ def pixels(path: str) -> bytes:
         return image.tobytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "form", [["clip_skip=1", "negative_prompt=a cat"], {"clip_skip": 1, "negative_prompt": "a cat"}]
 )
@@ -267,6 +270,7 @@ def test_every_entry_has_a_builder() -> None:
     assert set(BUILDERS) == set(zoo.ENTRIES)
 
 
+@pytest.mark.slow
 def test_a_refiner_is_trained_on_captions(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(SPLITS, "generator", 30)
     train = ["train", "refiner", "zoo:t2i-shapes", "--steps", "2", "--batch-size", "4", "--device", "cpu"]

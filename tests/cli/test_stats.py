@@ -67,6 +67,7 @@ def evaluation(out: str, metrics: str, *more: str, reference: str = "ref.safeten
     return ["evaluate", "PIPE", "--prompts", "prompts.txt", *small.split(), *networks, "--out", out, "--json", *more]
 
 
+@pytest.mark.slow
 def test_evaluation_with_networks_of_real_images() -> None:
     results = json.loads(Path("run/results.json").read_text())
     protocol = results["protocol"]

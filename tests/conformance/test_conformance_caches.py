@@ -129,6 +129,7 @@ def fresh(name: str, preset: str, batch: int = 2, evaluations: int = EVALUATIONS
     return made(case, pipe, batch=batch, evaluations=evaluations), decisions(pipe)
 
 
+@pytest.mark.slow
 @ALL
 @EVERY
 def test_the_caches_of_this_file_save_something_and_change_something(case: Case, name: str) -> None:
@@ -322,6 +323,7 @@ def test_an_exception_in_a_callback_leaves_nothing_behind(case: Case) -> None:
     assert decisions(pipe) == taken
 
 
+@pytest.mark.slow
 @SQUARE
 def test_another_number_of_steps_or_images_starts_afresh(case: Case, name: str) -> None:
     pipe = case.make()
@@ -376,6 +378,7 @@ def test_runs_of_two_pipelines_that_take_turns_do_not_mix() -> None:
 # -- 6: an image does not depend on what it is batched with
 
 
+@pytest.mark.slow
 @ALL
 @EVERY
 def test_a_batch_of_two_is_two_runs(case: Case, name: str) -> None:
@@ -398,6 +401,7 @@ SCOPES: dict[str, Scope] = {
 }
 
 
+@pytest.mark.slow
 @ALL
 @pytest.mark.parametrize("options", [{"guided": False}, {"decide": "row"}], ids=["unguided", "rows decide"])
 def test_a_batch_of_two_is_two_runs_without_guidance_and_where_rows_decide(case: Case, options: dict[str, Any]) -> None:
@@ -574,6 +578,7 @@ def kind_of(case: Case, kind: str) -> FeatureCache:
     return cache(case, kind)
 
 
+@pytest.mark.slow
 @FEW
 @pytest.mark.parametrize("neighbour", NEIGHBOURS.values(), ids=NEIGHBOURS)
 @pytest.mark.parametrize("order", ["cache first", "neighbour first"])
@@ -736,6 +741,7 @@ def test_compiled_blocks_keep_their_graphs(case: Case) -> None:
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chosen", ["stack, first block", "stack, modulated input", "output, easy"])
 def test_blocks_compiled_under_a_cache_have_the_same_graphs(chosen: str) -> None:
     case = CASES["sd3"]
@@ -773,6 +779,7 @@ def test_a_batch_that_is_gathered_costs_compiled_blocks_one_graph_each_at_most()
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", ["compiled first", "cache first"])
 def test_modules_of_compiled_blocks_are_refused(order: str) -> None:
     case = CASES["sd3"]
@@ -944,6 +951,7 @@ def unet_pipeline() -> Any:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["easycache", "ab_cache", "adaptive_diffusion"])
 def test_caches_of_the_output_work_on_a_unet(name: str) -> None:
     case = CASES["sd3"]  # for its thresholds

@@ -310,6 +310,7 @@ def test_with_a_refiner_images_end_by_themselves() -> None:
 # -- the report
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "cached"), [("sit", True), ("pixart", False), ("flux", False), ("wan22", True)])
 def test_multiply_adds_are_those_of_the_run(name: str, cached: bool) -> None:
     case = CASES[name]

@@ -104,6 +104,7 @@ def _is_ours(method: Any) -> bool:
     return False
 
 
+@pytest.mark.slow
 @FEW
 @pytest.mark.parametrize("order", ["LoRA first", "accelerate first"])
 def test_lora_can_come_and_go(case: Case, order: str) -> None:

@@ -142,6 +142,7 @@ def test_switching_off_restores_everything(case: Case, kind: str) -> None:
 # -- 1, 2: beside offloading and adapters
 
 
+@pytest.mark.slow
 @MOST
 @pytest.mark.parametrize("neighbour", NEIGHBOURS.values(), ids=NEIGHBOURS)
 @pytest.mark.parametrize("order", ["accelerated first", "neighbour first"])
@@ -186,6 +187,7 @@ def test_lora_can_come_and_go(case: Case, kind: str, order: str) -> None:
 # -- 3: runs that end early
 
 
+@pytest.mark.slow
 @CASE
 @KIND
 def test_a_run_after_an_aborted_one_is_as_fresh(case: Case, kind: str) -> None:
@@ -212,6 +214,7 @@ def test_a_run_after_an_aborted_one_is_as_fresh(case: Case, kind: str) -> None:
         assert not pipe._interrupt and not report(pipe).failed
 
 
+@pytest.mark.slow
 @CASE
 @KIND
 def test_a_run_after_one_that_the_user_interrupted_is_as_fresh(case: Case, kind: str) -> None:
@@ -244,6 +247,7 @@ def test_another_number_of_steps_or_images_starts_afresh(case: Case, kind: str) 
 # -- 4: several pipelines
 
 
+@pytest.mark.slow
 @CASE
 @KIND
 def test_pipelines_that_take_turns_do_not_mix(case: Case, kind: str) -> None:
@@ -267,6 +271,7 @@ def test_pipelines_that_take_turns_do_not_mix(case: Case, kind: str) -> None:
     assert_fresh(case, pipes[1], kind, 1)
 
 
+@pytest.mark.slow
 @CASE
 @KIND
 def test_a_pipeline_that_shares_the_network_of_an_accelerated_one_is_untouched(case: Case, kind: str) -> None:
@@ -440,6 +445,7 @@ def _nothing(pipe: Any) -> Any:
     raise AttributeError
 
 
+@pytest.mark.slow
 @CASE
 @pytest.mark.parametrize("attribute", [True, False], ids=["unheard", "without"])
 def test_where_nothing_can_be_interrupted_finished_images_idle(case: Case, attribute: bool) -> None:
@@ -577,6 +583,7 @@ def test_sparse_attention_with_other_attention_is_refused() -> None:
 # -- 11: steps of second order
 
 
+@pytest.mark.slow
 @CASE
 def test_steps_of_second_order_depend_on_their_image_alone(case: Case) -> None:
     pipe = pipeline(case)

@@ -114,6 +114,7 @@ def test_two_threads_that_run_freely_do_not_meet(name: str) -> None:
         assert [torch.equal(each, found.alone[which]) for each in made[which]] == [True] * 20
 
 
+@pytest.mark.slow
 @EVERY
 def test_a_pipeline_called_during_a_run_on_its_network_does_not_disturb_it(name: str) -> None:
     """Between two calls of the network, as callbacks do, and in the middle of one."""

@@ -103,6 +103,7 @@ def test_foreign_captions_are_refused(caption: str, said: str) -> None:
     assert said in str(refused.value)
 
 
+@pytest.mark.slow
 def test_held_out_combinations() -> None:
     trained = shape_captions("generator", 3000)
     assert not any(map(holds_held_out, trained))

@@ -75,6 +75,7 @@ def test_equals_what_the_result_file_says(other: str, finished: tuple[Path, Resu
     }
 
 
+@pytest.mark.slow
 def test_the_other_way_round_has_the_other_sign(finished: tuple[Path, Results]) -> None:
     there, back = (compare_rows(finished[0], *pair) for pair in ((FLOWTURBO, "baseline@2"), ("baseline@2", FLOWTURBO)))
     for name, entry in there["metrics"].items():

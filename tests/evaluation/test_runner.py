@@ -126,6 +126,7 @@ def test_result_is_valid_and_ordered(whole: tuple[Path, Results]) -> None:
     assert any(entry["pareto"] for entry in results["rows"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "nfe", "network_rows", "refiner_rows"),
     [("baseline", 8, 16, 0), ("baseline@2", 4, 8, 0), ("euler@3", 3, 6, 0), (FLOWTURBO, 4, 8, 8)],
@@ -137,6 +138,7 @@ def test_evaluations_are_counted_exactly(
     assert (entry["nfe"], entry["network_rows"], entry["refiner_rows"]) == (nfe, network_rows, refiner_rows)
 
 
+@pytest.mark.slow
 def test_without_guidance_an_evaluation_is_one_row(tmp_path: Path) -> None:
     results = run(tmp_path, replace(PROTOCOL, guidance_scale=1.0, metrics=("kid",), baseline_steps=()))
     assert [(e["nfe"], e["network_rows"], e["refiner_rows"]) for e in results["rows"]] == [
@@ -198,6 +200,7 @@ def test_metrics_and_paired_differences(whole: tuple[Path, Results]) -> None:
     assert row(results, "baseline")["metrics"]["fid"]["display"] == "Frechet distance, test_runner:Small, n=20"
 
 
+@pytest.mark.slow
 def test_pipeline_is_left_as_it_was(tmp_path: Path) -> None:
     pipe = pipeline()
     call(pipe, PROTOCOL, [0], 2)
@@ -220,6 +223,7 @@ def interrupted_call(after: int) -> Callable[..., Any]:
     return interrupted
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("after", "batch_size"), [(1, 8), (4, 3), (11, 20)])
 def test_interrupted_and_resumed_equals_uninterrupted(
     after: int, batch_size: int, tmp_path: Path, whole: tuple[Path, Results]
@@ -259,6 +263,7 @@ def test_a_finished_run_makes_no_sample_again(whole: tuple[Path, Results], monke
     assert [step for step in progress if step[0] == "samples"] == [("samples", 80, 80)]
 
 
+@pytest.mark.slow
 def test_progress(tmp_path: Path) -> None:
     seen: list[tuple[str, int, int]] = []
     run(tmp_path, replace(PROTOCOL, baseline_steps=(), metrics=("kid",)), notify=lambda *step: seen.append(step))
@@ -389,6 +394,7 @@ def test_all_metrics_together(tmp_path: Path) -> None:
     assert same["fid"]["versus"]["baseline"]["difference"] == 0.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("metrics", "axis"),
     [
@@ -408,6 +414,7 @@ def test_any_choice_of_metrics_ends_with_a_report(metrics: tuple[str, ...], axis
     assert load_results(tmp_path)["rows"][1]["recipe"] == "euler@3"
 
 
+@pytest.mark.slow
 def test_the_untouched_pipeline_alone(tmp_path: Path) -> None:
     """Errors against itself do not exist, so there is nothing to plot; the times are still worth having."""
     protocol = replace(PROTOCOL, metrics=("rel_l2",), baseline_steps=())
@@ -474,6 +481,7 @@ def test_reference_of_another_size(tmp_path: Path) -> None:
         )
 
 
+@pytest.mark.slow
 def test_features_and_reference_of_ones_own(tmp_path: Path, whole: tuple[Path, Results]) -> None:
     images = whole[0] / "rows" / "baseline" / "samples"
     protocol = replace(PROTOCOL, reference=str(images), metrics=("fid", "kid"), baseline_steps=())

@@ -279,6 +279,7 @@ def test_a_wrapper_that_a_neighbour_dropped_is_put_back(sd3: Any) -> None:
     assert len(calls) == STEPS
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compiled_first", [True, False])
 @pytest.mark.parametrize("regional", [True, False])
 def test_stays_outside_of_compiled_graphs(sd3: Any, regional: bool, compiled_first: bool) -> None:

@@ -265,6 +265,7 @@ def test_saved_pipeline_can_be_accelerated_by_its_own_folder(sit: Path) -> None:
     assert torch.equal(sit_image(accelerate(pipe, sit)), expected(sit))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [None, *(entry.name for entry in zoo.ENTRIES.values() if entry.kind == "recipe")])
 def test_recipes_of_the_zoo_in_bfloat16(name: str | None) -> None:
     recipe = None if name is None else zoo.recipe_folder(name)

@@ -68,6 +68,7 @@ def sample(pipe: Any, batch: int = 2, steps: int | None = None, **options: Any) 
 # --- graphs
 
 
+@pytest.mark.slow
 def test_one_graph_for_each_kind_of_step() -> None:
     """Neither steps, nor guidance scales, nor other counts of blocks, nor second runs add one; another batch does."""
     backend, pipe = CountingBackend(), pipeline("H2P3R2")
@@ -103,6 +104,7 @@ def test_a_graph_holds_the_whole_step() -> None:
     assert len(linear) == 2 * len(layers)
 
 
+@pytest.mark.slow
 def test_runge_kutta_needs_one_graph() -> None:
     backend, pipe = CountingBackend(), pipeline()
     pipe.compile_blocks(backend)
@@ -114,6 +116,7 @@ def test_runge_kutta_needs_one_graph() -> None:
     assert len(backend) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["consistent", "single"])
 def test_three_graphs_in_the_other_refiner_modes(mode: str) -> None:
     """Though `consistent` hands another velocity to the first R step."""
@@ -126,6 +129,7 @@ def test_three_graphs_in_the_other_refiner_modes(mode: str) -> None:
 # --- the same images
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("blocks", "mode", "scale"),
     [
@@ -158,6 +162,7 @@ def test_runge_kutta_is_bit_equal(solver: Any, options: dict[str, Any]) -> None:
     assert torch.equal(sample(pipe, steps=4, **options), expected)
 
 
+@pytest.mark.slow
 def test_refiner_steps_without_a_refiner_run_the_network() -> None:
     pipe = pipeline()
     pipe.scheduler = FlowTurboScheduler("H1P1R2")
@@ -166,6 +171,7 @@ def test_refiner_steps_without_a_refiner_run_the_network() -> None:
     assert torch.equal(sample(pipe), expected)
 
 
+@pytest.mark.slow
 def test_half_precision_network() -> None:
     pipe = pipeline("H1P1R1").to(dtype=torch.bfloat16)
     pipe.scheduler.refiner.to(torch.bfloat16)
@@ -175,6 +181,7 @@ def test_half_precision_network() -> None:
     assert images.dtype == torch.float32 and torch.equal(images, expected)
 
 
+@pytest.mark.slow
 def test_accelerate_and_restore_after_compiling() -> None:
     pipe = pipeline()
     refiner = tiny.random_refiner(pipe.transformer)
@@ -199,6 +206,7 @@ def test_a_refiner_leaves_its_scheduler_when_it_is_restored() -> None:
     assert pipe.scheduler.refiner is None and "refiner" not in vars(pipe.scheduler)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [SiTImg2ImgPipeline, SiTInpaintPipeline])
 def test_siblings_are_bit_equal(kind: Any) -> None:
     pipe = pipeline("H2P3R2", kind=kind)
@@ -231,6 +239,7 @@ def _eager(pipe: Any, **options: Any) -> Tensor:
 # --- callbacks
 
 
+@pytest.mark.slow
 def test_callbacks_count_steps() -> None:
     """Once a step, at its starting time, with the state between steps; what they return is what is run on."""
     pipe = pipeline("H1P2R1")
@@ -247,6 +256,7 @@ def test_callbacks_count_steps() -> None:
     assert not images.any()
 
 
+@pytest.mark.slow
 def test_interrupt_between_steps() -> None:
     pipe = pipeline("H1P2R1")
     pipe.compile_blocks("eager")
@@ -262,6 +272,7 @@ def test_interrupt_between_steps() -> None:
     assert torch.equal(sample(pipe), expected)
 
 
+@pytest.mark.slow
 def test_the_run_is_announced() -> None:
     """Whoever watches runs sees `set_timesteps` and a progress bar over the steps."""
     pipe = pipeline("H1P2R1")

@@ -11,6 +11,7 @@ from flowaccel.evaluation import count_macs
 ALL = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 
 
+@pytest.mark.slow
 @ALL
 @pytest.mark.parametrize(
     "recipe", ["ab_cache:warmup=1", "fbcache:threshold=0.5", "taylorseer:parity,warmup=1,interval=2"]
@@ -83,6 +84,7 @@ def test_why_nothing_was_saved() -> None:
     assert report(pipe).hit_rate == 0
 
 
+@pytest.mark.slow
 def test_what_cannot_be_counted_is_absent() -> None:
     case = CASES["sd3"]
     pipe = case.make()

@@ -69,6 +69,7 @@ def test_a_refiner_without_its_scheduler_is_named(refined: Any) -> None:
     assert report(refined).unsaved == "'sampler', 'velocity_refiner' had every call computed"
 
 
+@pytest.mark.slow
 def test_compiled_blocks_are_not_observed() -> None:
     pipe = accelerate(tiny.sit_pipeline(), [])
     pipe.compile_blocks(backend="eager")

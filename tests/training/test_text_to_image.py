@@ -152,6 +152,7 @@ def test_latent_scale(pipe: StableDiffusion3Pipeline) -> None:
     assert abs(float(latents.std()) - 1) < 1e-4
 
 
+@pytest.mark.slow
 def test_autoencoder_objective_learns(pipe: StableDiffusion3Pipeline) -> None:
     autoencoder = zoo_shapes.new_autoencoder()
     objective = AutoencoderObjective(images=shapes("generator", 50).images, batch_size=8)
@@ -210,6 +211,7 @@ def _draws(objective: RefinerObjective, generator: torch.Generator) -> tuple[Any
 # the whole
 
 
+@pytest.mark.slow
 def test_a_short_build_loads_as_a_stock_pipeline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for split in ("generator", "features", "clip"):
         monkeypatch.setitem(SPLITS, split, 40)

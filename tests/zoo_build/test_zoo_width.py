@@ -42,6 +42,7 @@ def states(network: Any) -> list[tuple[Tensor, Tensor, Tensor]]:
     return seen
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tokens", [False, True])
 def test_the_network_and_its_control_see_the_same_images(tokens: bool, base: Any, tmp_path: Path) -> None:
     before = {name: value.clone() for name, value in base.state_dict().items()}
@@ -67,6 +68,7 @@ def test_the_network_and_its_control_see_the_same_images(tokens: bool, base: Any
     assert all(torch.equal(base.state_dict()[name], value) for name, value in before.items())
 
 
+@pytest.mark.slow
 def test_routers_of_another_start_are_refused(base: Any, tmp_path: Path) -> None:
     def start(**routers: Any) -> None:
         network = dynamic_digits(base, tokens=False, **routers)

@@ -326,6 +326,7 @@ def test_rows_of_the_result(whole: tuple[Path, Results]) -> None:
     assert results["protocol"]["baselines"] == [FBC, TAYLOR, MAG]
 
 
+@pytest.mark.slow
 def test_multiply_adds_are_those_of_the_blocks_that_ran(whole: tuple[Path, Results]) -> None:
     results = whole[1]
     share = (STEPS + LAYERS - 1) / (STEPS * LAYERS)  # of the blocks
@@ -422,6 +423,7 @@ def test_times_are_carried_over_round_by_round() -> None:
     assert here.ratio_to(found).ci95 == pytest.approx(there.ratio_to(own).ci95)
 
 
+@pytest.mark.slow
 def test_manifest_names_the_package(whole: tuple[Path, Results]) -> None:
     manifests = [json.loads(path.read_text()) for path in whole[0].rglob("manifest.json")]
     named = {m["recipe"][0]["name"]: m for m in manifests if m["recipe"]}

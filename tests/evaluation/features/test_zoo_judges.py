@@ -55,6 +55,7 @@ def test_attributes_are_seen(combinations: Literal["seen", "held_out"]) -> None:
     assert others.all(dim=1).float().mean() < 0.1
 
 
+@pytest.mark.slow
 def test_frechet_distance_sees_a_missing_shape_and_blur() -> None:
     network = load_features("zoo:shapes-features")
     reference = Moments.of(network(quantise(shapes("reference"))))

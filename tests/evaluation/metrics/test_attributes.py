@@ -78,6 +78,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Results]:
 # the metric
 
 
+@pytest.mark.slow
 def test_value_is_what_the_network_sees_in_the_stored_samples(finished: tuple[Path, Results]) -> None:
     from flowaccel.evaluation.samples.store import SampleStore
 
@@ -96,6 +97,7 @@ def test_value_is_what_the_network_sees_in_the_stored_samples(finished: tuple[Pa
         assert entry["features"] == "zoo:shapes-features"
 
 
+@pytest.mark.slow
 def test_the_result_file_names_the_sets(finished: tuple[Path, Results]) -> None:
     protocol: Any = finished[1]["protocol"]
     assert (protocol["attributes"], protocol["reference"]) == ("zoo:shapes", "zoo:shapes")
@@ -114,6 +116,7 @@ def test_compare_equals_the_result_file(finished: tuple[Path, Results]) -> None:
         assert {key: found[name][key] for key in versus} == versus
 
 
+@pytest.mark.slow
 def test_prompts_that_the_clip_reads_in_part_are_counted_in_a_warning(tmp_path: Path) -> None:
     clip = f"clip:{tiny.clip_folder(tmp_path / 'clip')}"  # a token a letter
     few = replace(PROTOCOL, clip=clip, metrics=("clip_score",), num_samples=3, steps=1, baseline_steps=())

@@ -70,6 +70,7 @@ def test_no_file(tmp_path: Path) -> None:
             Prompts.from_file(path)
 
 
+@pytest.mark.slow
 def test_prompts_of_the_zoo() -> None:
     prompts = Prompts.from_zoo("zoo:shapes-held-out")
     assert prompts == Prompts.from_zoo("shapes-held-out")

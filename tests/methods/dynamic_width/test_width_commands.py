@@ -166,6 +166,7 @@ def test_styles(saved: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert settings("ours") == {**plain, "groups": 2, "normalise": True, "bias": 4.0, "token_bias": 4.0, "tau": 3.0}
 
 
+@pytest.mark.slow
 def test_a_target_that_is_not_reached_is_said(saved: str) -> None:
     """The published ramp is longer than this training."""
     said = " ".join(run(*train(saved, "short", "--steps", "10", "--ratio", "0.4")).stderr.split())
@@ -205,6 +206,7 @@ def test_training_for_a_sampler(saved: str) -> None:
     assert not Path("other").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -241,6 +243,7 @@ def test_pipelines_that_it_is_not_for(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "--data digits has no captions, and a StableDiffusion3Pipeline takes prompts" in fails(*train("sd3", "out"))
 
 
+@pytest.mark.slow
 def test_a_pipeline_with_prompts(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(zoo, "_ROOT", tiny.shapes_zoo(tmp_path_factory.mktemp("zoo")))
     options = ["--data", "shapes", "--steps", "3", "--bias", "0", "--learning-rate", "1e-2", "--ramp", "1"]
@@ -329,6 +332,7 @@ def test_the_plan_of_a_recipe_that_lies_with_the_pipeline(saved: str, narrow: st
     assert found == expected
 
 
+@pytest.mark.slow
 def test_how_tokens_are_left_out_is_part_of_the_plan(saved: str, narrow: str) -> None:
     def part(folder: str) -> DynamicWidth:
         (found,) = Recipe.from_pretrained(folder).accelerators
@@ -353,6 +357,7 @@ def test_how_tokens_are_left_out_is_part_of_the_plan(saved: str, narrow: str) ->
     assert files("a") == files("b"), "all that was counted fits"
 
 
+@pytest.mark.slow
 def test_a_frozen_backbone(saved: str) -> None:
     result = run(*train(saved, "small", "--frozen", "--steps", "3", "--ramp", "0", "--rank", "2", "--json"))
     found = json.loads(result.stdout)
@@ -363,6 +368,7 @@ def test_a_frozen_backbone(saved: str) -> None:
     run("generate", saved, "--classes", "1", "--recipe", "small", "--device", "cpu", "--out", "images")
 
 
+@pytest.mark.slow
 def test_wrong_use_of_plan(saved: str, narrow: str) -> None:
     assert "recipe 'euler' has no dynamic width; train one with `flowaccel train width`" in fails(
         *plan(saved, "euler", "--out", "out")
@@ -381,6 +387,7 @@ def test_wrong_use_of_plan(saved: str, narrow: str) -> None:
     assert "--capacities is for networks that leave out tokens" in fails(*plan(saved, "whole", "--capacities"))
 
 
+@pytest.mark.slow
 def test_recipes_of_the_zoo() -> None:
     common = ["generate", "zoo:sit-digits", "--classes", "3", "--device", "cpu"]
     said = run(*common, "--recipe", "zoo:sit-digits-width", "--steps", "2", "--report", "--out", "narrow").stderr

@@ -498,6 +498,7 @@ def test_the_ratio_becomes_what_was_asked_for(ratio: float, controller: bool, tm
     assert bool(model.dynamic.correction.detach() != 0) == controller
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("killed_after", [9, 17, 23])
 def test_killed_and_resumed_equals_uninterrupted(killed_after: int, tmp_path: Path) -> None:
     """Also the correction; killed while the target falls, while the correction moves, and while the routers rest."""

@@ -233,6 +233,7 @@ def test_wrong_options(options: dict[str, Any], message: str) -> None:
         objective(**options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"per_sample_delta": True, "guidance_scale": 1.5, "clamp": True}])
 def test_a_few_dozen_steps_make_a_better_refiner(options: dict[str, Any], tmp_path: Path) -> None:
     teacher = tiny.sit_network(num_layers=2).requires_grad_(False)

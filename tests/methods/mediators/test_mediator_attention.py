@@ -336,6 +336,7 @@ def test_multiply_adds_are_those_of_the_formula(grid: tuple[int, int], count: in
 # --- attention backends
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [MediatorAttention, SoftmaxGridAttention])
 @pytest.mark.parametrize("backend", ["native", "_native_math", "flex"])
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")

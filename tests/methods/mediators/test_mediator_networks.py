@@ -206,6 +206,7 @@ def counted_macs(config: dict[str, Any] | None) -> int:
     return counted[""]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", REPORTED)
 def test_multiply_adds_of_the_papers_table(count: int | None) -> None:
     found = counted_macs(None if count is None else {"counts": (count,)})
@@ -410,6 +411,7 @@ def test_a_lora_of_the_queries_moves_the_mediators() -> None:
     torch.testing.assert_close(call(net), before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [{}, {"counts": (16, 4, 4), "per_layer": True}], ids=["one", "per layer"])
 @torch.no_grad()
 def test_it_compiles_in_one_graph(settings: dict[str, Any]) -> None:

@@ -132,6 +132,7 @@ def test_an_image_depends_on_itself_alone(settings: dict[str, Any]) -> None:
         assert any(len(set(call)) > 1 for call in used), "images differ"
 
 
+@pytest.mark.slow
 @ALL
 def test_split_guidance_makes_what_batched_guidance_does(settings: dict[str, Any]) -> None:
     pipe, network = sit(torch.float64)
@@ -177,6 +178,7 @@ def test_waits_for_the_device() -> None:
 # -- what is counted
 
 
+@pytest.mark.slow
 @ALL
 def test_counted_multiply_adds(settings: dict[str, Any]) -> None:
     """The report's are those that a counter of the run sees, to the last one; and all of them, were it always most."""

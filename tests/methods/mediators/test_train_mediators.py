@@ -161,6 +161,7 @@ def test_a_resume_must_agree(saved: str) -> None:
         assert named in message and "use another --out" in message
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "said"),
     [
@@ -188,6 +189,7 @@ def test_other_pipelines_are_refused() -> None:
     assert "this trains parts of a SiTPipeline, got a StableDiffusion3Pipeline" in said
 
 
+@pytest.mark.slow
 def test_the_recipe_of_the_zoo() -> None:
     """4 mediators in the first half of a run, then 16."""
     command = ["generate", "zoo:sit-digits", "--classes", "3", "--device", "cpu", "--steps", "2", "--out", "digits"]

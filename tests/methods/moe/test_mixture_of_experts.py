@@ -159,6 +159,7 @@ def test_capacity() -> None:
         assert f", {capacity:.2f} experts a token" in line
 
 
+@pytest.mark.slow
 @ROUTERS
 @pytest.mark.parametrize("backend", ["loop", "bmm", "grouped_mm"])
 def test_counted_multiply_adds(router: str, backend: str) -> None:

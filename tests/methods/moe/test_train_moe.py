@@ -260,6 +260,7 @@ def test_only_what_is_new_learns_fast(saved: str) -> None:
     assert float(moved["half"]) == pytest.approx(5e-4, rel=0.01)
 
 
+@pytest.mark.slow
 def test_the_zoo(objectives: list[Any]) -> None:
     found = answer(*train("zoo:sit-digits", "out", "--steps", "2", "--layers", "1", "--objective", "flow"))
     assert list(found["layers"]) == ["transformer_blocks.1.ff"]
@@ -292,6 +293,7 @@ def test_a_pipeline_with_prompts(
     assert len(list(Path("images").glob("*.png"))) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

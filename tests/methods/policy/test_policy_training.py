@@ -168,6 +168,7 @@ def test_executed_tells_reuse_from_idleness() -> None:
     assert found.computed.tolist() == [2, 2]
 
 
+@pytest.mark.slow
 def test_reuse_is_measured_to_cost_less() -> None:
     pipe = tiny.sit_pipeline(num_layers=12, num_attention_heads=4, attention_head_dim=32)
     pipe.scheduler = FlowMatchEulerDiscreteScheduler()

@@ -16,6 +16,7 @@ TRAIN = ["train", "policy", "zoo:sit-digits", "--device", "cpu", "--reward", "ac
 FAST = ["--updates", "2", "--groups", "2", "--group-size", "2", "--pool", "10", "--steps", "4", "--head-width", "8"]
 
 
+@pytest.mark.slow
 def test_train_resume_generate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     said = json.loads(run(*TRAIN, *FAST, "--out", "mine", "--save-every", "1", "--json").stdout)
@@ -33,6 +34,7 @@ def test_train_resume_generate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert len(list(Path("digits").glob("*.png"))) == 2
 
 
+@pytest.mark.slow
 def test_one_shot(tmp_path: Path) -> None:
     out = str(tmp_path / "mine")
     one_shot = [*TRAIN, *FAST, "--out", out, "--levels", "count", "--save-every", "1"]
@@ -43,6 +45,7 @@ def test_one_shot(tmp_path: Path) -> None:
     assert "other settings" in fails(*one_shot, "--counts", "1,4")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "message"),
     [
