@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
 from pathlib import Path
 
@@ -45,3 +46,23 @@ def test_dependencies_are_pinned_within_their_range(requirement: Requirement) ->
     (pin,) = pins[name].specifier
     assert pin.operator == "=="
     assert requirement.specifier.contains(pin.version)
+
+
+def test_the_layout_in_contributing_is_the_tree() -> None:
+    """Every folder that it names is there, and every package of two levels is named."""
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    layout = text.split("## Where things are")[1].split("```")[1]
+    named = set(re.findall(r"(?<![\w/])([a-z_]+)/", layout))
+    folders = {
+        path.name
+        for pattern in ("*", "flowaccel/*", "flowaccel/methods/*", "flowaccel/caching/*", "evaluation/*")
+        for path in ROOT.glob(pattern)
+        if path.is_dir()
+    } | {"conformance"}
+    assert named - folders == set()
+    packages = {
+        init.parent.name
+        for pattern in ("flowaccel/*/", "flowaccel/methods/*/", "flowaccel/caching/*/", "evaluation/*/")
+        for init in ROOT.glob(f"{pattern}__init__.py")
+    }
+    assert packages - named == set()

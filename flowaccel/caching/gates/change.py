@@ -114,9 +114,10 @@ class ModulatedInput(Gate):
         """The polynomial of a relative change."""
         if isinstance(self.coefficients, str):
             fit = PUBLISHED[self.coefficients]
-            coefficients, fitted_range = fit.coefficients, self.fitted_range or fit.changes
+            coefficients: Sequence[float] = fit.coefficients
+            fitted_range: tuple[float, float] | None = self.fitted_range or fit.changes
         else:
-            coefficients, fitted_range = tuple(self.coefficients), self.fitted_range
+            coefficients, fitted_range = self.coefficients, self.fitted_range
         if self.bounded and fitted_range is not None:
             change = change.clamp(*fitted_range)
         value = torch.zeros_like(change)

@@ -55,7 +55,7 @@ def paths_of(stats: Sequence[PathStats]) -> tuple[ImagePath, ...]:
             else [(time, was or is_, level) for (time, was, level), (_, is_, _) in zip(before, here, strict=True)]
         )
     images = zip(*steps.values(), strict=True)
-    return tuple(tuple((time, *what) for time, *what in image if time is not None) for image in images)  # type: ignore[misc]
+    return tuple(tuple((time, *what) for time, *what in image if time is not None) for image in images)
 
 
 def _mark(ran: bool, level: int) -> str:
