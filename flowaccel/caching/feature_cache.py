@@ -18,6 +18,7 @@ from flowaccel.caching.scopes import SCOPES, Output, Scope, Stack, cache_of
 from flowaccel.hooks import session_of
 from flowaccel.recipe.accelerator import Accelerator, Detach
 from flowaccel.recipe.calibration import CALIBRATIONS, Calibration, watch
+from flowaccel.recipe.compatibility import Tag
 from flowaccel.recipe.parts import chosen_part, with_options
 from flowaccel.recipe.registry import load
 from flowaccel.recipe.serialization import Source, component, decode
@@ -104,7 +105,7 @@ class FeatureCache(Accelerator):
     @property
     def tags(self) -> frozenset[str]:
         """Those of every accelerator, that it leaves out network calls or parts of them, and whether images decide."""
-        return super().tags | ({"cache"} if self.decide == "image" else {"cache", "cache not deciding per image"})
+        return super().tags | {Tag.CACHE} | (set() if self.decide == "image" else {Tag.DECIDES_FOR_MANY})
 
     def attach(self, pipe: Any) -> Detach:
         """Surround the network's calls, and its blocks or modules where the scope needs them."""

@@ -20,6 +20,7 @@ from flowaccel.hooks import Call, Identity, Session, denoiser, session_of
 from flowaccel.recipe import serialization
 from flowaccel.recipe.accelerator import Accelerator, Detach
 from flowaccel.recipe.calibration import Calibration, calibrate_command, identities, warn_once
+from flowaccel.recipe.compatibility import Tag
 
 Level = Literal["safe", "balanced", "fast"]
 CALIBRATED = Path(__file__).with_name("calibrated.json")
@@ -66,7 +67,7 @@ class LevelCache(Accelerator):
     @property
     def tags(self) -> frozenset[str]:
         """Those of every accelerator, and that it leaves out network calls or parts of them."""
-        return super().tags | {"cache"}
+        return super().tags | {Tag.CACHE}
 
     def attach(self, pipe: Any) -> Detach:
         """Attach every cache that may be chosen; at each run one of them is active."""

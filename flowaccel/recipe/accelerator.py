@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal, Self
 from torch import nn
 
 from flowaccel.recipe import serialization
+from flowaccel.recipe.compatibility import Tag
 from flowaccel.recipe.serialization import Part
 
 Detach = Callable[[], None]
@@ -61,7 +62,7 @@ class Accelerator(ABC):
     @property
     def tags(self) -> frozenset[str]:
         """What the rules of `flowaccel.recipe.compatibility` know it by: its name and its kind."""
-        return frozenset({self.name, self.kind})
+        return frozenset({self.name, Tag(self.kind)})
 
     def loaded(self, pipe: Any) -> Self:
         """This accelerator with its learned parts in memory, so that attaching it costs nothing; without any,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import TYPE_CHECKING, Literal
 
 from flowaccel.errors import RecipeConflictError
@@ -11,12 +12,32 @@ from flowaccel.errors import RecipeConflictError
 if TYPE_CHECKING:
     from flowaccel.recipe.accelerator import Accelerator
 
-ANY = "any accelerator"
+
+class Tag(StrEnum):
+    """What the rules know accelerators by."""
+
+    ANY = "any accelerator"
+    SCHEDULER = "scheduler"
+    VARIANT = "variant"
+    HOOK = "hook"
+    SAMPLER = "sampler"
+    REFINER = "refiner"
+    GUIDANCE = "guidance"
+    CACHE = "cache"
+    DECIDES_FOR_MANY = "cache not deciding per image"
+    TIMES_PER_IMAGE = "times per image"
+    LOOP_TIME = "follows the loop's time"
+    R_STEPS = "sampler with R steps"
+    NO_R_STEPS = "sampler without R steps"
+
+
+_ROLES = (Tag.SAMPLER, Tag.REFINER, Tag.GUIDANCE)
+"""Tags that say no more than the name of the accelerator does."""
 
 
 @dataclass(frozen=True)
 class Rule:
-    """One rule about accelerators, which it knows by their tags.
+    """One rule about accelerators, which it knows by their tags: a `Tag`, or the name of one of them.
 
     Args:
         kind: `excludes`: never both. `before`: where both are, `first` comes first. `requires_before`: whoever has the
@@ -35,48 +56,48 @@ class Rule:
     def __str__(self) -> str:
         """The rule in words, without its reason."""
         if self.kind == "at_most_one":
-            return f"at most one {'of each accelerator' if self.first == ANY else self.first}"
+            return f"at most one {'of each accelerator' if self.first == Tag.ANY else self.first}"
         words = {"excludes": "excludes", "before": "comes before", "requires_before": "needs before it"}
         return f"{self.first} {words[self.kind]} {self.second}"
 
 
 RULES = (
-    Rule("at_most_one", ANY, reason="one of a kind works at a time"),
-    Rule("at_most_one", "scheduler", reason="a pipeline has one scheduler"),
-    Rule("at_most_one", "variant", reason="a pipeline has one network"),
-    Rule("before", "variant", "hook", "a variant is another network; a hook put on before it stays on the old one"),
-    Rule("before", "sampler", "velocity_refiner", "the refiner works on the R steps that the sampler makes"),
-    Rule("at_most_one", "cache", reason="two caches would forecast from each other's forecasts; choose one"),
+    Rule("at_most_one", Tag.ANY, reason="one of a kind works at a time"),
+    Rule("at_most_one", Tag.SCHEDULER, reason="a pipeline has one scheduler"),
+    Rule("at_most_one", Tag.VARIANT, reason="a pipeline has one network"),
+    Rule("before", Tag.VARIANT, Tag.HOOK, "a variant is another network; a hook put on before it stays on the old one"),
+    Rule("before", Tag.SAMPLER, Tag.REFINER, "the refiner works on the R steps that the sampler makes"),
+    Rule("at_most_one", Tag.CACHE, reason="two caches would forecast from each other's forecasts; choose one"),
     Rule(
         "excludes",
-        "cache",
-        "velocity_refiner",
+        Tag.CACHE,
+        Tag.REFINER,
         "a cache would reuse what the refiner corrects, and the refiner's steps are cheap already",
     ),
     Rule(
         "before",
-        "cache",
-        "guidance_skip",
+        Tag.CACHE,
+        Tag.GUIDANCE,
         "guidance_skip hands the cache the rows that are still needed, so it stands around it",
     ),
-    Rule("before", "velocity_refiner", "guidance_skip", "a refiner after it would go on guiding its offsets"),
+    Rule("before", Tag.REFINER, Tag.GUIDANCE, "a refiner after it would go on guiding its offsets"),
     Rule(
         "excludes",
-        "cache not deciding per image",
-        "guidance_skip",
+        Tag.DECIDES_FOR_MANY,
+        Tag.GUIDANCE,
         "guidance ends image by image, and then the rows of a batch change; let the cache decide per image",
     ),
     Rule(
         "excludes",
-        "times per image",
-        "follows the loop's time",
+        Tag.TIMES_PER_IMAGE,
+        Tag.LOOP_TIME,
         "the loop's time is not that of the images; use the policy without its step and count heads, "
         "LearnedPolicy(levels=('cache',)), or guidance_skip with mode='hold' and space='v'",
     ),
     Rule(
         "excludes",
-        "sampler without R steps",
-        "velocity_refiner",
+        Tag.NO_R_STEPS,
+        Tag.REFINER,
         "the refiner works on the R steps of FlowTurbo; put Sampler('flowturbo', {'blocks': 'H2P4R2'}) before it",
     ),
 )
@@ -118,7 +139,7 @@ def _conflict(rule: Rule, accelerators: Sequence[Accelerator]) -> str | None:
 
 
 def _who(accelerator: Accelerator, tag: str) -> str:
-    return repr(accelerator.name) + ("" if tag == accelerator.name else f" ({tag})")
+    return repr(accelerator.name) + ("" if tag in (*_ROLES, accelerator.name) else f" ({tag})")
 
 
 def _places(tag: str, accelerators: Sequence[Accelerator]) -> list[int]:
@@ -126,8 +147,8 @@ def _places(tag: str, accelerators: Sequence[Accelerator]) -> list[int]:
 
 
 def _repeated(tag: str, accelerators: Sequence[Accelerator]) -> str | None:
-    names = [accelerator.name for accelerator in accelerators if tag == ANY or tag in accelerator.tags]
-    if tag != ANY:
+    names = [accelerator.name for accelerator in accelerators if tag == Tag.ANY or tag in accelerator.tags]
+    if tag != Tag.ANY:
         return f"it holds {' and '.join(map(repr, names))}" if len(names) > 1 else None
     twice = next((name for name in names if names.count(name) > 1), None)
     return f"it holds {twice!r} twice" if twice else None

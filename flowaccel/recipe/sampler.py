@@ -10,6 +10,7 @@ from flowaccel.errors import UnsupportedModelError
 from flowaccel.hooks import denoiser, family_of, session_of
 from flowaccel.recipe.accelerator import Accelerator, Detach
 from flowaccel.recipe.calibration import GRID_CALIBRATIONS, GridCalibration, watch
+from flowaccel.recipe.compatibility import Tag
 from flowaccel.recipe.serialization import component
 from flowaccel.samplers import (
     FlowAdamsBashforthScheduler,
@@ -84,7 +85,7 @@ class Sampler(Accelerator):
         """Those of every accelerator, and whether there are R steps for a refiner."""
         blocks = getattr(self._scheduler(), "blocks", None)
         refines = blocks is not None and blocks.refine > 0
-        return super().tags | {f"sampler {'with' if refines else 'without'} R steps"}
+        return super().tags | {Tag.SAMPLER, Tag.R_STEPS if refines else Tag.NO_R_STEPS}
 
     def _scheduler(self) -> FlowSampler:
         scheduler_class, fixed = SAMPLERS[self.sampler]

@@ -16,6 +16,7 @@ from flowaccel.methods.dynamic_width.adapter import WidthAdapter
 from flowaccel.methods.dynamic_width.network import Dynamics
 from flowaccel.methods.dynamic_width.plan import WidthPlan
 from flowaccel.recipe.accelerator import Detach
+from flowaccel.recipe.compatibility import Tag
 from flowaccel.recipe.loading import load_network
 from flowaccel.recipe.serialization import component, learned
 from flowaccel.recipe.variant import Variant, put_in_place
@@ -100,7 +101,7 @@ class DynamicWidth(Variant):
     @property
     def tags(self) -> frozenset[str]:
         """Those of every accelerator, and that its widths are of the loop's times."""
-        return super().tags | {"follows the loop's time"}
+        return super().tags | {Tag.LOOP_TIME}
 
     def attach(self, pipe: Any) -> Detach:
         """Exchange the network; undone by putting the old object back."""

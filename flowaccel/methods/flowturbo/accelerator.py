@@ -14,6 +14,7 @@ from flowaccel.methods.flowturbo.refinement import refined
 from flowaccel.models import convention_of, stock_class
 from flowaccel.models.attention import attend_like
 from flowaccel.recipe.accelerator import Accelerator, Detach
+from flowaccel.recipe.compatibility import Tag
 from flowaccel.recipe.loading import beside, load_network
 from flowaccel.recipe.sampler import Sampler
 from flowaccel.recipe.serialization import learned
@@ -58,6 +59,11 @@ class VelocityRefiner(Accelerator):
     def __post_init__(self) -> None:
         if not isinstance(self.refiner, (nn.Module, str, Path, type(None))):
             raise TypeError(f"refiner must be a module, a folder or None, got {type(self.refiner).__name__}")
+
+    @property
+    def tags(self) -> frozenset[str]:
+        """Those of every accelerator, and that it works on the sampler's R steps."""
+        return super().tags | {Tag.REFINER}
 
     def attach(self, pipe: Any) -> Detach:
         """Surround the network's calls, and tell the scheduler which refiner it has."""

@@ -10,6 +10,7 @@ from flowaccel.hooks import session_of
 from flowaccel.methods.guidance.runtime import Guiding
 from flowaccel.methods.guidance.when import WHENS, AdaptiveGuidance, When
 from flowaccel.recipe.accelerator import Accelerator, Detach
+from flowaccel.recipe.compatibility import Tag
 from flowaccel.recipe.parts import chosen_part, with_options
 from flowaccel.recipe.serialization import component
 
@@ -55,7 +56,7 @@ class GuidanceSkip(Accelerator):
     def tags(self) -> frozenset[str]:
         """Those of every accelerator, and whether it reckons with the time of a call."""
         timed = self.mode == "extrapolate" or getattr(self.when, "space", None) == "x0"
-        return super().tags | ({"follows the loop's time"} if timed else set())
+        return super().tags | {Tag.GUIDANCE} | ({Tag.LOOP_TIME} if timed else set())
 
     def attach(self, pipe: Any) -> Detach:
         """Surround the network's calls."""

@@ -23,6 +23,7 @@ from flowaccel.methods.mediators.networks import (
 from flowaccel.methods.mediators.schedule import MediatorSchedule, Switching, check_count
 from flowaccel.models.rows import grouped
 from flowaccel.recipe.accelerator import Detach
+from flowaccel.recipe.compatibility import Tag
 from flowaccel.recipe.loading import load_network
 from flowaccel.recipe.serialization import component, learned
 from flowaccel.recipe.variant import Variant, put_in_place
@@ -91,7 +92,7 @@ class Mediators(Variant):
     @property
     def tags(self) -> frozenset[str]:
         """Those of every accelerator, and whether the mediators are of the loop's times."""
-        return super().tags | ({"follows the loop's time"} if self.schedule is not None else set())
+        return super().tags | ({Tag.LOOP_TIME} if self.schedule is not None else set())
 
     def attach(self, pipe: Any) -> Detach:
         """Exchange the network; undone by putting back the old object and the old numbers of mediators.

@@ -18,6 +18,7 @@ from flowaccel.methods.policy.network import TIMED, AccelerationPolicy, check_le
 from flowaccel.methods.policy.policy_decisions import HeadSource, Source
 from flowaccel.methods.policy.runtime import PolicyRuntime
 from flowaccel.recipe.accelerator import Accelerator, Detach
+from flowaccel.recipe.compatibility import Tag
 from flowaccel.recipe.loading import beside, load_network
 from flowaccel.recipe.sampler import exchanged_scheduler
 from flowaccel.recipe.serialization import learned
@@ -64,7 +65,7 @@ class LearnedPolicy(Accelerator):
         """
         known = self.policy.levels if isinstance(self.policy, AccelerationPolicy) else tuple(TIMED)
         timed = TIMED & set(self.levels or known)
-        return super().tags | {"cache", "scheduler"} | ({"times per image"} if timed else set())
+        return super().tags | {Tag.CACHE, Tag.SCHEDULER} | ({Tag.TIMES_PER_IMAGE} if timed else set())
 
     def attach(self, pipe: Any) -> Detach:
         """Surround the network's calls and exchange the scheduler, where the policy has a head that chooses times.
