@@ -7,16 +7,16 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import errno
 import os
 import platform
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch.distributed as dist
+from filelock import FileLock, Timeout
 
 LOCK = ".lock"
 _PATIENCE = datetime.timedelta(days=7)  # the first process measures alone for as long as it takes
@@ -77,60 +77,37 @@ def processes() -> Iterator[World]:
 def claimed(folder: Path, world: World) -> Iterator[None]:
     """Keep other runs out of `folder` until all processes of this one have left or ended, however they end.
 
-    The lock is the operating system's (POSIX, one byte of the file `.lock` for every process), so a killed run leaves
-    none behind. Not noticed are another run on Windows, one on a network file system without locks (a warning says so),
-    and one in the same process.
+    Every process holds a lock of the operating system on a file of its own, so a killed run leaves none behind. A file
+    system without locks is used all the same, with a warning.
 
     Raises:
         ValueError: another run is at work in the folder.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / LOCK
-    file = _lock_as_first(path) if world.first else None
-    world.wait()
-    if file is None:
-        file = path.open("r+")
-        _lock(file, world.rank, 1)
-    try:
-        yield
-    finally:
+    with contextlib.ExitStack() as held:
         if world.first:
-            path.unlink(missing_ok=True)
-        file.close()
+            for path in {folder / LOCK, *folder.glob(f"{LOCK}-*")}:
+                _hold(path, held)
+            (folder / LOCK).write_text(f"process {os.getpid()} on {platform.node()}")
+        world.wait()
+        if not world.first:
+            _hold(folder / f"{LOCK}-{world.rank}", held)
+        yield
 
 
-def _lock_as_first(path: Path) -> IO[str]:
-    """The open lock file with its first byte locked, after a look at all bytes: nobody holds any of them."""
-    while True:
-        file = path.open("a+")
-        try:
-            _lock(file, 0, 0)
-            _lock(file, 1, 0, free=True)
-        except (BlockingIOError, PermissionError) as error:
-            file.seek(0)
-            owner = file.read().strip()
-            file.close()
-            raise ValueError(
-                f"{path.parent} is in use by another run{f' ({owner})' if owner else ''}; "
-                "wait for its end or choose another --out"
-            ) from error
-        if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
-            file.truncate(0)
-            file.write(f"process {os.getpid()} on {platform.node()}")
-            file.flush()
-            return file
-        file.close()  # its holder deleted it while this process opened it
-
-
-def _lock(file: IO[str], start: int, length: int, *, free: bool = False) -> None:
-    """Lock or free `length` bytes from `start` on (0: all of them) without waiting."""
+def _hold(path: Path, held: contextlib.ExitStack) -> None:
+    """Lock a file without waiting; `held` frees and deletes it."""
+    lock = FileLock(path)
     try:
-        import fcntl
-    except ModuleNotFoundError:  # Windows
+        lock.acquire(blocking=False)
+    except Timeout as error:
+        owner = path.with_name(LOCK).read_text().strip() if path.with_name(LOCK).exists() else ""
+        raise ValueError(
+            f"{path.parent} is in use by another run{f' ({owner})' if owner else ''}; "
+            "wait for its end or choose another --out"
+        ) from error
+    except NotImplementedError:
+        warnings.warn(f"this file system has no locks; see to it that no other run uses {path.parent}", stacklevel=2)
         return
-    try:
-        fcntl.lockf(file, fcntl.LOCK_UN if free else fcntl.LOCK_EX | fcntl.LOCK_NB, length, start)
-    except OSError as error:
-        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
-            raise
-        warnings.warn(f"this file system has no locks; see to it that no other run uses {file.name}", stacklevel=2)
+    held.callback(path.unlink, missing_ok=True)
+    held.callback(lock.release)

@@ -193,32 +193,39 @@ def test_a_single_process_waits_for_nobody() -> None:
 
 # Takes the lock as another run would, and holds it until its input ends.
 HOLDER = """
-import fcntl, sys
-file = open(sys.argv[1], "a+")
-fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, int(sys.argv[2]))
-file.write("process 7 on elsewhere")
-file.flush()
+import sys, pathlib
+from filelock import FileLock
+folder, name = pathlib.Path(sys.argv[1]), sys.argv[2]
+lock = FileLock(folder / name)
+lock.acquire(blocking=False)
+(folder / ".lock").write_text("process 7 on elsewhere")
 print("held", flush=True)
 sys.stdin.read()
 """
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX locks")
-@pytest.mark.parametrize("rank", ["0", "3"])
-def test_a_second_run_in_the_folder_is_refused_while_any_process_of_the_first_lives(rank: str, tmp_path: Path) -> None:
-    command = [sys.executable, "-c", HOLDER, str(tmp_path / ".lock"), rank]
+@pytest.mark.parametrize("name", [".lock", ".lock-3"])
+def test_a_second_run_in_the_folder_is_refused_while_any_process_of_the_first_lives(name: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", HOLDER, str(tmp_path), name]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
         assert holder.stdout is not None
         assert holder.stdout.readline() == "held\n"
         refused = pytest.raises(ValueError, match=r"is in use by another run \(process 7 on elsewhere\); wait")
         with refused, claimed(tmp_path, World()):
             pytest.fail("two runs at once")
-        assert (tmp_path / ".lock").exists()
+        assert (tmp_path / name).exists()
         holder.kill()
     with claimed(tmp_path, World()):  # a killed run leaves a file, but no lock
         assert (tmp_path / ".lock").read_text().startswith("process ")
         assert "elsewhere" not in (tmp_path / ".lock").read_text()
-    assert not (tmp_path / ".lock").exists()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_second_run_in_this_process_is_refused(tmp_path: Path) -> None:
+    with claimed(tmp_path, World()):
+        with pytest.raises(ValueError, match="is in use by another run"), claimed(tmp_path, World()):
+            pytest.fail("two runs at once")
+        assert (tmp_path / ".lock").exists()
 
 
 def test_the_lock_goes_with_an_exception(tmp_path: Path) -> None:
