@@ -39,7 +39,7 @@ class AcceleratedPipeline:
         """Load a pipeline and accelerate it.
 
         Args:
-            path_or_id: a folder with `model_index.json`, or a Hub id.
+            path_or_id: a folder with `model_index.json`, zoo:NAME, or a Hub id.
             recipe: what `flowaccel.accelerate` takes; None takes the `flowaccel.json` beside `model_index.json`, which
                 `save_pretrained` of an accelerated pipeline wrote, and without one leaves the pipeline as it is.
             torch_dtype: dtype of the weights; None means float32.

@@ -13,6 +13,7 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 
+import flowaccel
 import tiny
 from flowaccel import (
     FlowTurboScheduler,
@@ -275,3 +276,18 @@ def test_recipes_of_the_zoo_in_bfloat16(name: str | None) -> None:
     generator = torch.Generator().manual_seed(1)
     latents = pipe([3], num_inference_steps=2, generator=generator, output_type="latent").images
     assert torch.isfinite(latents).all()
+
+
+def test_the_zoo_in_python() -> None:
+    """`zoo:NAME` is a pipeline or a recipe wherever one is named."""
+    pipe = AcceleratedPipeline.from_pretrained("zoo:sit-digits", recipe="ab2")
+    assert flowaccel.is_accelerated(pipe) and type(pipe).__name__ == "SiTPipeline"
+    flowaccel.restore(pipe)
+    with flowaccel.accelerated(pipe, "zoo:sit-digits-width"):
+        assert flowaccel.recipe.recipe_of(pipe).accelerators[0].name == "dynamic_width"
+    with flowaccel.accelerated(pipe, "ab2@4+zoo:sit-digits-mediators"):
+        assert flowaccel.recipe.recipe_of(pipe).name == "ab2@4+zoo:sit-digits-mediators"
+    with pytest.raises(ValueError, match="unknown zoo entry 'zoo:sit-digit': did you mean 'zoo:sit-digits'"):
+        AcceleratedPipeline.from_pretrained("zoo:sit-digit")
+    with pytest.raises(ValueError, match="zoo:sit-digits is a pipeline, not a recipe"):
+        flowaccel.accelerate(pipe, "zoo:sit-digits")
