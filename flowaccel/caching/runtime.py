@@ -89,7 +89,13 @@ class Moment:
 
     def __init__(self, rules: Rules, memory: Memory, call: Call) -> None:
         self.rules, self.memory, self.call = rules, memory, call
-        self.step = Step(index=call.step, count=call.run.num_steps, time=call.timestep)
+        self.step = Step(
+            index=call.step,
+            count=call.run.num_steps,
+            time=call.timestep,
+            sigma=call.sigma,
+            grid=call.grid if rules.gate.needs_grid else None,
+        )
         self.decision: Decision | None = None
         """None until it is taken."""
         self._lacking: frozenset[int] = frozenset()

@@ -225,6 +225,21 @@ class Call:
         """The network's first argument: what is denoised (rows, ...), in some families a list with an entry per row."""
         return next(iter(self.arguments.values()))
 
+    @property
+    def grid(self) -> tuple[int, ...] | None:
+        """Height and width of the latents, for videos with the frames before them. Of latents that are packed into
+        tokens it is read from their `img_ids`, for which the host waits; None where nothing tells.
+        """
+        if not isinstance(self.sample, Tensor):
+            return None
+        if self.sample.dim() > 3:
+            return tuple(self.sample.shape[2:])
+        places = self.arguments.get("img_ids")
+        if not isinstance(places, Tensor):
+            return None
+        height, width = (int(column.max()) + 1 for column in (places[..., 1], places[..., 2]))
+        return height, width
+
     def rows_of(self, branch: str) -> slice:
         """The rows of one branch; all of them are there but in a `narrowed` call.
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import fields
-from typing import Any
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -34,6 +34,7 @@ from flowaccel.caching.gates import (
     Magnitude,
     Mask,
     ModulatedInput,
+    Step,
     ThirdDifference,
 )
 from flowaccel.caching.guard import Guard
@@ -396,3 +397,27 @@ def test_modules_whose_rows_are_not_those_of_the_call_are_not_taken_apart() -> N
         with accelerated(pipe, fits):
             assert pipe(arguments).isfinite().all()
             assert any(record.what == "reused" for record in session_of(pipe).run.records)
+
+
+@dataclass(frozen=True)
+class Watching(Interval):
+    """Writes down where it decides."""
+
+    needs_grid: ClassVar[bool] = True
+    seen: ClassVar[list[Step]] = []
+
+    def update(self, state: Any, signal: Any, feedback: Any, computed: Any, step: Step) -> Any:
+        self.seen.append(step)
+        return super().update(state, signal, feedback, computed, step)
+
+
+@pytest.mark.parametrize(("name", "grid"), [("sit", (8, 8)), ("flux", (4, 4)), ("wan21", (2, 2, 2))])
+def test_gates_see_the_noise_level_and_the_grid_of_the_latents(name: str, grid: tuple[int, ...]) -> None:
+    pipe = CASES[name].make()
+    Watching.seen.clear()
+    accelerate(pipe, FeatureCache(Watching(interval=2)))
+    CASES[name](pipe, batch=1, steps=4)
+    steps = Watching.seen
+    assert [step.index for step in steps] == [0, 1, 2, 3]
+    assert [step.sigma for step in steps] == list(report(pipe).steps[i].sigma for i in range(4))
+    assert {step.grid for step in steps} == {grid}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -35,6 +36,10 @@ class Step:
     count: int
     time: float
     """The scheduler's timestep."""
+    sigma: float = math.nan
+    """Noise level, see `flowaccel.hooks.Run.sigmas`."""
+    grid: tuple[int, ...] | None = None
+    """Height and width of the latents, for videos with the frames before them; for gates that ask for it."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +55,8 @@ class Gate(ABC):
     """The name in recipes."""
     signal: ClassVar[Signal] = "none"
     feedback: ClassVar[Feedback] = "none"
+    needs_grid: ClassVar[bool] = False
+    """Whether it reads `Step.grid`; on some models the host waits for that."""
 
     @property
     def static(self) -> bool:

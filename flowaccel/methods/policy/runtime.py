@@ -293,11 +293,11 @@ def _grid(call: Call) -> tuple[int, int] | None:
     sample = call.sample
     if sample.dim() == 4:
         return None
-    places = call.arguments.get("img_ids")
-    if sample.dim() != 3 or places is None:
+    grid = call.grid
+    if sample.dim() != 3 or grid is None:
         raise UnsupportedModelError(
             f"a policy looks at images (rows, C, H, W), or tokens with img_ids as FLUX has them; the "
             f"{type(call.module).__name__} takes {tuple(sample.shape)}"
         )
-    height, width = (int(column.max()) + 1 for column in (places[:, 1], places[:, 2]))
+    height, width = grid
     return height, width
