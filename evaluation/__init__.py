@@ -1,4 +1,4 @@
-"""Quality against measured seconds: samples, metrics with intervals, interleaved timing, reports."""
+"""Evaluation of quality against measured seconds: samples, metrics with intervals, interleaved timing, reports."""
 
 from flowaccel.evaluation.baselines.baselines import Baseline as Baseline
 from flowaccel.evaluation.baselines.baselines import parse_baseline as parse_baseline

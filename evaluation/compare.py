@@ -23,7 +23,7 @@ _MOST_RESAMPLES = 100_000
 def compare_rows(
     run: str | Path, a: str, b: str, *, features: str | None = None, clip: str | None = None
 ) -> dict[str, Any]:
-    """The paired difference a - b of every metric of a run.
+    """Return the paired difference a - b of every metric of a run.
 
     Args:
         run: the run folder that `evaluate` wrote.
@@ -105,7 +105,7 @@ def _check_protocol(run: Path, protocol: dict[str, Any]) -> None:
 
 
 def _check_named(run: Path, stored: dict[str, str], given: dict[str, str | None]) -> None:
-    """Refuse networks whose loading runs code, unless the caller gave their names too; all before one is loaded."""
+    """Refuse networks whose loading runs code, unless the caller named them too; checked before any is loaded."""
     for option, name in given.items():
         if name is not None and name != stored.get(option):
             used = f"used {stored[option]!r}" if option in stored else "used none"

@@ -1,4 +1,4 @@
-"""What is compared with what, and how: the protocol of an evaluation, its rows, and how a row's samples are made."""
+"""Protocol of an evaluation: what is compared, the rows, and how a row's samples are made."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ DEFAULT_METRICS = ("fid", "kid", "class_accuracy", "rel_l2")
 
 @dataclass(frozen=True, kw_only=True)
 class Protocol:
-    """What is compared with what, and how."""
+    """Protocol of an evaluation: what is compared, and how."""
 
     conditions: Conditions
     """Classes or prompts to sample for."""
@@ -52,7 +52,7 @@ class Protocol:
     clip: str | None = None
     """The CLIP network of clip_score; None takes the feature network."""
     attributes: str | None = None
-    """What reads from prompts what images have to show, for attribute_accuracy: `zoo:SET`."""
+    """Attribute set of attribute_accuracy, which reads from prompts what images have to show: `zoo:SET`."""
     latency_batch: int = 25
     """Images per timed call."""
     resamples: int = 200
@@ -74,7 +74,7 @@ class Protocol:
 
 @dataclass(frozen=True, kw_only=True)
 class RowSpec:
-    """One row: a recipe, or a baseline of another library, at a number of steps."""
+    """Row of an evaluation: a recipe, or a baseline of another library, at a number of steps."""
 
     name: str
     recipe: Recipe
@@ -84,7 +84,7 @@ class RowSpec:
 
 
 def plan_rows(recipes: Sequence[Recipe], protocol: Protocol) -> list[RowSpec]:
-    """The rows of an evaluation in order: the untouched pipeline, fewer steps, the baselines, the recipes.
+    """Return the rows of an evaluation in order: the untouched pipeline, fewer steps, the baselines, the recipes.
 
     Raises:
         ValueError: two rows of one name.
@@ -123,12 +123,12 @@ def plan_rows(recipes: Sequence[Recipe], protocol: Protocol) -> list[RowSpec]:
 
 
 def row_store(out: Path, row: RowSpec) -> SampleStore:
-    """Where the samples of a row lie in a run folder."""
+    """Return the sample store of a row in a run folder."""
     return SampleStore(out / "rows" / folder_name(row.name))
 
 
 def row_manifest(pipe: Any, protocol: Protocol, row: RowSpec, weights: dict[str, str]) -> dict[str, Any]:
-    """Everything that a row's samples depend on, and nothing else."""
+    """Return everything that a row's samples depend on, and nothing else."""
     manifest = {
         "pipeline": type(pipe).__name__,
         "scheduler": _plain_config(pipe.scheduler),
@@ -156,7 +156,7 @@ def _plain_config(scheduler: Any) -> dict[str, Any]:
 
 
 def call(pipe: Any, protocol: Protocol, ids: Sequence[int], steps: int) -> Tensor:
-    """One pipeline call for sample ids: uint8 images (N, C, H, W), rounded.
+    """Call the pipeline once for sample ids, and return uint8 images (N, C, H, W), rounded.
 
     Raises:
         FloatingPointError: an image is not finite.
@@ -174,7 +174,7 @@ def call(pipe: Any, protocol: Protocol, ids: Sequence[int], steps: int) -> Tenso
 
 
 def no_images(pipe: Any) -> ValueError:
-    """The error for a pipeline that makes something else."""
+    """Return the error for a pipeline that does not make images."""
     return ValueError(
         f"evaluate needs a pipeline that makes images, and {type(pipe).__name__} does not; "
         "`flowaccel generate` writes videos, comparing them is not in this version"

@@ -1,4 +1,4 @@
-"""The result file `results.json`: its keys, and reading and writing it without losing or inventing numbers.
+"""Result file `results.json`: its keys, and reading and writing it without losing or inventing numbers.
 
 The classes below are the schema and the checker at once: `check_results` walks them. Keys of the `...Base` classes
 are required; keys that do not apply are absent, never null. Keys that are not listed are kept and not checked.
@@ -29,7 +29,7 @@ class LatencyBase(TypedDict):
 
 
 class Latency(LatencyBase, total=False):
-    """One whole pipeline call divided by its batch, in milliseconds per image, over interleaved rounds."""
+    """Latency of one whole pipeline call divided by its batch, in milliseconds per image, over interleaved rounds."""
 
     # Round i of all rows was measured together, so any two rows can be compared. For a row with `own_process` it is
     # the untouched pipeline's round i, divided by the speed-up in round i of that process.
@@ -37,7 +37,7 @@ class Latency(LatencyBase, total=False):
 
 
 class WallClock(TypedDict):
-    """A ratio of seconds and its interval."""
+    """Ratio of seconds and its interval."""
 
     value: float  # untouched seconds / seconds of this row, median of per-round ratios; above 1 is faster
     ci95: list[float]  # [low, high], bootstrap over rounds
@@ -50,13 +50,13 @@ class SpeedupBase(TypedDict):
 
 
 class Speedup(SpeedupBase, total=False):
-    """How many times as fast as the untouched pipeline."""
+    """Speed-up over the untouched pipeline."""
 
     macs: float  # untouched multiply-adds / multiply-adds of this row
 
 
 class Versus(TypedDict):
-    """The paired difference of a metric to another row."""
+    """Paired difference of a metric to another row."""
 
     difference: float  # this row minus the other row, the same sample ids on both sides
     ci95: list[float]  # [low, high], sample ids resampled jointly
@@ -74,7 +74,7 @@ class MetricBase(TypedDict):
 
 
 class Metric(MetricBase, total=False):
-    """One metric of one row."""
+    """Metric of one row."""
 
     features: str  # feature network and its fingerprint
     reference: str  # what the samples are compared with
@@ -84,7 +84,7 @@ class Metric(MetricBase, total=False):
 
 
 class OwnProcess(TypedDict):
-    """What was really timed of a row that needs a process of its own, in milliseconds per image."""
+    """Timings in the process of a row that needs its own, in milliseconds per image."""
 
     untouched_per_round: list[float]  # the untouched pipeline there
     per_round: list[float]  # the row, interleaved with it
@@ -102,7 +102,7 @@ class RowBase(TypedDict):
 
 
 class Row(RowBase, total=False):
-    """One recipe at one number of steps."""
+    """Recipe at one number of steps."""
 
     family: str  # rows of one family share a colour and a line in the plot
     network_rows: float  # rows of the base network really computed, per image: guidance counts two, cached none
@@ -128,7 +128,7 @@ class ProtocolBase(TypedDict):
 
 
 class Protocol(ProtocolBase, total=False):
-    """What was compared, and how."""
+    """Protocol of the run: what was compared, and how."""
 
     steps: int  # of the untouched pipeline
     guidance_scale: float
@@ -147,7 +147,7 @@ class Protocol(ProtocolBase, total=False):
 
 
 class Results(TypedDict):
-    """The content of `results.json`."""
+    """Content of `results.json`."""
 
     schema: int  # SCHEMA_VERSION of the writer
     protocol: Protocol
@@ -197,7 +197,7 @@ def load_results(path: str | os.PathLike[str]) -> Results:
 
 
 def check_results(results: Any, *, source: str = "results") -> None:
-    """Raise ValueError, naming the key path, unless `results` is a complete result of this schema version."""
+    """Raise a ValueError, naming the key path, unless `results` is a complete result of this schema version."""
     if not isinstance(results, dict) or "schema" not in results:
         raise ValueError(f"{source} has no key 'schema': it is not a flowaccel result")
     version = results["schema"]
@@ -216,7 +216,7 @@ def check_results(results: Any, *, source: str = "results") -> None:
 
 
 def row(results: Results, name: str) -> Row:
-    """The row called `name`; a ValueError lists the rows there are and the nearest match."""
+    """Return the row called `name`; a ValueError lists the rows there are and the nearest match."""
     rows = {entry["recipe"]: entry for entry in results["rows"]}
     if name in rows:
         return rows[name]
@@ -226,7 +226,7 @@ def row(results: Results, name: str) -> Row:
 
 
 def _shape_problems(value: Any, kind: Any, path: str) -> Iterator[str]:
-    """Where `value` does not have the shape of the annotation `kind`."""
+    """Yield the places where `value` does not have the shape of the annotation `kind`."""
     if get_origin(kind) is types.UnionType:  # only "X | None" occurs
         if value is None:
             return
@@ -267,7 +267,7 @@ def _is_scalar(value: Any, kind: type) -> bool:
 
 
 def _leaf_problems(value: Any, path: str) -> Iterator[str]:
-    """Values that JSON cannot hold, wherever they are."""
+    """Yield the values that JSON cannot hold, wherever they are."""
     if isinstance(value, dict):
         for key, item in value.items():
             yield from _leaf_problems(item, f"{path}.{key}" if path else str(key))

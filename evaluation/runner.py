@@ -1,4 +1,4 @@
-"""One evaluation from start to finish: samples, features, cost, interleaved timing, metrics, result file, figures.
+"""Runner of one evaluation: samples, features, cost, interleaved timing, metrics, result file, figures.
 
 A run folder holds one folder per row (its samples, its manifest) and the results. Every part can be interrupted and is
 resumed by the same call; batch size and timing settings may differ between calls, whatever the samples depend on may
@@ -66,7 +66,7 @@ Notify = Callable[[str, int, int], None]
 
 @dataclass
 class _Run:
-    """What the stages of one evaluation share."""
+    """Shared state of the stages of one evaluation."""
 
     pipe: Any
     protocol: Protocol
@@ -75,14 +75,14 @@ class _Run:
     notify: Notify
     network: FeatureNetwork = field(init=False)
     clip: FeatureNetwork | None = None
-    """Where clip_score is asked for."""
+    """CLIP network, where clip_score is asked for."""
     attributes: AttributeSet | None = None
-    """Where attribute_accuracy is asked for."""
+    """Attribute set, where attribute_accuracy is asked for."""
     weights: dict[str, str] = field(init=False)
     """Fingerprints of the pipeline's networks."""
     world: World = field(init=False)
     settings: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """By row, what a baseline was calibrated to."""
+    """Calibrations of the baselines, by row."""
     own: dict[str, OwnProcess] = field(default_factory=dict)
     """The processes of the rows that need one."""
 
@@ -104,7 +104,7 @@ def evaluate(
 
     Args:
         pipe: a diffusers pipeline that is not accelerated.
-        recipes: what to compare; their learned parts are loaded once.
+        recipes: recipes to compare; their learned parts are loaded once.
         protocol: how.
         out: the run folder; a started one is resumed.
         notify: called as work proceeds.
@@ -145,7 +145,7 @@ def evaluate(
 
 
 def _measure(run: _Run) -> Results:
-    """Everything after the samples, written to the run folder."""
+    """Run everything after the samples, and write it to the run folder."""
     protocol = run.protocol
     samples = _read_samples(run)
     reference = load_reference(protocol.reference, run.network, tuple(samples[0].images.shape[1:]))
@@ -181,7 +181,7 @@ def _measure(run: _Run) -> Results:
 
 
 def _check_early(run: _Run) -> None:
-    """Refuse now what would otherwise fail once all samples are made."""
+    """Refuse early what would otherwise fail once all samples are made."""
     for row in run.rows:
         if row.baseline is not None:
             row.baseline.describe()
@@ -236,7 +236,7 @@ def _try_baselines(run: _Run, stack: contextlib.ExitStack) -> None:
 
 
 def _make_samples(run: _Run) -> None:
-    """This process's share of the samples that are missing; returns when all are made."""
+    """Generate this process's share of the missing samples, and return when all processes are done."""
     world = run.world
     if world.first:
         _open_stores(run)
@@ -259,7 +259,7 @@ def _make_samples(run: _Run) -> None:
 
 
 def _todo(run: _Run, row: RowSpec) -> list[int]:
-    """The samples to be made; of what decides for a whole batch, whole batches."""
+    """Return the samples to be made, in whole batches for a baseline that decides for the whole batch."""
     missing = run.store(row).missing(run.ids)
     if row.baseline is None or not row.baseline.by_batch:
         return missing
@@ -268,7 +268,7 @@ def _todo(run: _Run, row: RowSpec) -> list[int]:
 
 
 def _share(run: _Run, row: RowSpec, todo: list[int]) -> list[list[int]]:
-    """This process's batches of them."""
+    """Return this process's batches of the samples to be made."""
     size = run.protocol.batch_size
     if row.baseline is None or not row.baseline.by_batch:
         return in_batches(run.world.share(todo), size)
@@ -285,7 +285,7 @@ def _generated(run: _Run, row: RowSpec, batches: list[list[int]]) -> Iterator[in
 
 
 def _calibrate(run: _Run) -> None:
-    """Read what the baselines were calibrated to, or calibrate them: once in a run, for all processes alike."""
+    """Load the calibrations of the baselines, or calibrate them: once in a run, for all processes alike."""
     for row in run.rows:
         if row.baseline is None or not row.baseline.calibrates:
             continue
@@ -303,16 +303,16 @@ def _open_stores(run: _Run) -> None:
 
 
 def _switched_on(run: _Run, row: RowSpec) -> contextlib.AbstractContextManager[Any]:
-    """Inside, the pipeline is that of the row."""
+    """Return a context in which the pipeline is that of the row."""
     if row.baseline is not None:
         return native(run.pipe, row.baseline, **run.settings.get(row.name, {}))
-    # An empty recipe is observed too, and what is untouched must not even be that.
+    # Even an empty recipe is observed, which the untouched pipeline must not be.
     return accelerated(run.pipe, row.recipe) if row.recipe.accelerators else contextlib.nullcontext()
 
 
 @contextlib.contextmanager
 def _row_pipeline(run: _Run, row: RowSpec) -> Iterator[Callable[[list[int]], Tensor]]:
-    """A function ids -> uint8 images that samples with the row's recipe or baseline."""
+    """Yield a function ids -> uint8 images that samples with the row's recipe or baseline."""
 
     def make(ids: list[int]) -> Tensor:
         return call(run.pipe, run.protocol, ids, row.steps)
@@ -342,7 +342,7 @@ def row_samples(
     clip: FeatureNetwork | None = None,
     attributes: AttributeSet | None = None,
 ) -> RowSamples:
-    """The stored images of a row and what networks see in them; see `judged`."""
+    """Load the stored images of a row and compute their features; see `judged`."""
     return judged(store.read(ids), name, ids, conditions, network, clip, attributes)
 
 
@@ -355,8 +355,9 @@ def judged(
     clip: FeatureNetwork | None = None,
     attributes: AttributeSet | None = None,
 ) -> RowSamples:
-    """A row's images and what the feature network and, where prompts are asked for, the CLIP network see in them; the
-    attributes that prompts state too, where these are given.
+    """Compute the features of a row's images.
+
+    With prompts, their CLIP match too; and the attributes that prompts state, where these are given.
     """
     features = network(images)
     texts = conditions.texts(ids)
@@ -391,7 +392,10 @@ def _cost(run: _Run, row: RowSpec) -> Cost:
 
 
 def _time(run: _Run) -> tuple[dict[str, Timing], dict[str, tuple[Timing, Timing]]]:
-    """Timings of all rows, and what was timed apart: the untouched pipeline and the row, in the row's own process."""
+    """Time all rows, and return what was timed apart, too.
+
+    That is the untouched pipeline and the row, in the row's own process.
+    """
     ids = run.ids[: run.protocol.latency_batch]
     here = [row for row in run.rows if row.name not in run.own]
     timings = measure_latency(
@@ -445,7 +449,7 @@ def _row(run: _Run, row: RowSpec, cost: Cost, base: Cost, timings: dict[str, Tim
 
 
 def _baseline_entry(run: _Run, row: RowSpec, apart: dict[str, tuple[Timing, Timing]]) -> Any:
-    """What the result file says beside the numbers about a baseline of another library."""
+    """Return the result file's remarks on a baseline of another library."""
     if row.baseline is None:
         return {}
     entry: dict[str, Any] = {"baseline": row.baseline.describe() | run.settings.get(row.name, {})}
@@ -499,14 +503,15 @@ def _mark_pareto(results: Results) -> None:
 
 
 def quality_axis(results: Results) -> str | None:
-    """The metric that the plot shows: a usual one if there is a value, else any, else None."""
+    """Return the metric that the plot shows: a usual one if there is a value, else any, else None."""
     shown = {name for row in results["rows"] for name, found in row["metrics"].items() if found["value"] is not None}
     return next((name for name in (*PARETO_METRICS, *METRICS) if name in shown), None)
 
 
 def write_figures(results: Results, images: dict[str, Tensor], out: Path, prompts: Sequence[str] = ()) -> None:
-    """`pareto.png` (where a metric has a value), `samples.png`, captioned where there are prompts, and the
-    self-contained `report.html` beside a result file.
+    """Write the figures and the self-contained `report.html` beside a result file.
+
+    The figures are `pareto.png` (where a metric has a value) and `samples.png`, captioned where there are prompts.
 
     What cannot be drawn is left out with a warning: the results are there, and a picture can be made of them later.
     """
@@ -521,7 +526,10 @@ def write_figures(results: Results, images: dict[str, Tensor], out: Path, prompt
 
 
 def _drawn(path: Path, draw: Callable[[Path], None]) -> bool:
-    """Whether `draw` wrote the file; else a warning says why not, and none of an earlier call stays in its place."""
+    """Whether `draw` wrote the file.
+
+    If not, a warning says why, and no file of an earlier call stays in its place.
+    """
     try:
         draw(path)
     except Exception as error:  # whatever a drawing library does with these numbers, it must not cost the results

@@ -1,4 +1,4 @@
-"""Accelerators of other libraries as rows of an evaluation: how they are named, and diffusers' own caches.
+"""Baselines, the accelerators of other libraries as rows of an evaluation: their names, and diffusers' own caches.
 
 `native:fbc`, `native:taylorseer` and `native:mag` are diffusers' `enable_cache`, and `cache-dit` is the package of that
 name, which runs in a process of its own (`own_process`). They are measured as they are, with their defects.
@@ -29,7 +29,7 @@ NATIVE, CACHE_DIT = "native", "cache-dit"
 TRIAL_STEPS = 4
 """Steps of the call that shows, before any sample is made, whether a baseline works with a network."""
 TRIAL_ERRORS = (TypeError, ValueError, AttributeError, LookupError, ArithmeticError, AssertionError, RuntimeError)
-"""What other libraries raise on networks that they do not know."""
+"""Errors that other libraries raise on networks that they do not know."""
 _CALIBRATION_IMAGES = 8
 
 Options = Mapping[str, Any]
@@ -123,10 +123,10 @@ _TRIAL: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Baseline:
-    """One accelerator of another library with its options; made by `parse_baseline`."""
+    """Accelerator of another library with its options; created by `parse_baseline`."""
 
     name: str
-    """As given, and the name of its row."""
+    """Name as given, which is also the name of its row."""
     method: str
     """Key of `OPTIONS`."""
     given: dict[str, str]
@@ -134,17 +134,17 @@ class Baseline:
 
     @property
     def family(self) -> str:
-        """`native` or `cache-dit`."""
+        """Family of the baseline, `native` or `cache-dit`."""
         return self.method.partition(":")[0]
 
     @property
     def options(self) -> dict[str, Any]:
-        """The options as the library takes them."""
+        """Options as the library takes them."""
         return {key: _KINDS[OPTIONS[self.method][key]][0](text) for key, text in self.given.items()}
 
     @property
     def package(self) -> str:
-        """The library and its installed version, `"diffusers 0.42.1"`.
+        """Library and its installed version, such as `"diffusers 0.42.1"`.
 
         Raises:
             MissingExtraError: it is not installed.
@@ -160,7 +160,7 @@ class Baseline:
 
     @property
     def by_batch(self) -> bool:
-        """Whether it decides for the whole batch by what it sees in it, so that images depend on their batch."""
+        """Whether it decides for the whole batch by its content, so that images depend on their batch."""
         return self.method in ("native:fbc", CACHE_DIT)
 
     @property
@@ -169,12 +169,12 @@ class Baseline:
         return self.method == "native:mag"
 
     def describe(self) -> dict[str, Any]:
-        """What its samples depend on, JSON-serialisable."""
+        """Return what its samples depend on, JSON-serialisable."""
         return {"name": self.method, "options": dict(self.given), "package": self.package}
 
 
 def parse_baseline(text: str) -> Baseline:
-    """A baseline from its text form: a name of `OPTIONS`, and then, after a colon, its options: `KEY=VALUE,KEY=VALUE`.
+    """Parse a baseline: a name of `OPTIONS`, and then, after a colon, its options, `KEY=VALUE,KEY=VALUE`.
 
     `native:fbc:threshold=0.1`, `cache-dit:Fn_compute_blocks=1,taylorseer_order=1`. Lists are separated by `/`.
 
@@ -214,7 +214,7 @@ def parse_baseline(text: str) -> Baseline:
 
 @contextlib.contextmanager
 def native(pipe: Any, baseline: Baseline, **settings: Any) -> Iterator[None]:
-    """diffusers' cache is on inside the block, with fresh state; afterwards every module has the attributes it had.
+    """Enable diffusers' cache inside the context, with fresh state; afterwards every module has its old attributes.
 
     Args:
         pipe: the pipeline.
@@ -240,8 +240,10 @@ def native(pipe: Any, baseline: Baseline, **settings: Any) -> Iterator[None]:
 
 
 def calibrated(pipe: Any, baseline: Baseline, make: Callable[[list[int]], object]) -> dict[str, Any]:
-    """What MagCache must be told about the run: the number of network calls per branch and, unless the baseline has
-    them, the magnitude ratios, from diffusers' calibration mode and one call for sample ids 0 to 7.
+    """Return the settings that MagCache needs for the run: the number of network calls per branch, and ratios.
+
+    The magnitude ratios, unless the baseline has them, come from diffusers' calibration mode and one call for sample
+    ids 0 to 7.
 
     With split guidance diffusers prints ratios for each branch; the first ones, those of the conditional branch, are
     taken for both, as its configuration has room for one list only.
@@ -266,7 +268,7 @@ def calibrated(pipe: Any, baseline: Baseline, make: Callable[[list[int]], object
 
 
 def calibrated_to(path: Path) -> dict[str, Any]:
-    """What `calibrated` returned in an earlier call, from the file that it was kept in.
+    """Load the settings that `calibrated` returned in an earlier call, from the file in which they were stored.
 
     Raises:
         ValueError: the file holds something else; its numbers alone reach the other library.
@@ -283,13 +285,13 @@ def calibrated_to(path: Path) -> dict[str, Any]:
 
 
 def check_native(pipe: Any, baseline: Baseline, make: Callable[[int], object], steps: int) -> None:
-    """Try the baseline on one short call, in which it must reuse something.
+    """Check the baseline on one short call, in which it must reuse something.
 
     Args:
         pipe: the pipeline.
         baseline: a native one.
         make: samples something at so many steps; it must work without the baseline.
-        steps: of the row.
+        steps: number of steps of the row.
 
     Raises:
         UnsupportedModelError: it does not work; the message has diffusers' reason.
@@ -312,7 +314,7 @@ def check_native(pipe: Any, baseline: Baseline, make: Callable[[int], object], s
 
 
 def unsupported(pipe: Any, baseline: Baseline, reason: str) -> UnsupportedModelError:
-    """The error for a network that the baseline does not work with."""
+    """Return the error for a network that the baseline does not work with."""
     network = type(_networks(pipe)[0]).__name__
     return UnsupportedModelError(f"baseline {baseline.name} does not work with {network}: {reason}; leave it out")
 
@@ -339,7 +341,7 @@ def _disable(network: Any) -> None:
 
 
 def _tidy(before: Mapping[nn.Module, frozenset[str]]) -> None:
-    """Take off what `disable_cache` leaves: empty registries, and `forward` as an attribute of the instance."""
+    """Remove what `disable_cache` leaves: empty registries, and `forward` as an attribute of the instance."""
     for module, known in before.items():
         for name in vars(module).keys() - known:
             delattr(module, name)
@@ -389,7 +391,7 @@ def _cache_contexts(pipe: Any, networks: list[Any]) -> Iterator[None]:
 
 
 def _steps_of(pipe: Any, run: Callable[[], object]) -> int:
-    """How often `run` calls the scheduler's `step`: network calls per branch."""
+    """Return how often `run` calls the scheduler's `step`, which is the number of network calls per branch."""
     steps = 0
 
     def counted(step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

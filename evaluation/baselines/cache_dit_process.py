@@ -1,4 +1,4 @@
-"""The process of a `cache-dit` row: makes, counts and times it beside the untouched pipeline; see `own_process`.
+"""Process of a `cache-dit` row: makes, counts and times it beside the untouched pipeline; see `subprocess_worker`.
 
 cache-dit patches the class of the pipeline, so it is switched on for one call at a time, in a process that ends with
 the run.
@@ -45,7 +45,7 @@ Say = Callable[..., None]
 
 
 class _Side:
-    """What the commands share."""
+    """Shared state of the commands."""
 
     def __init__(self, job: dict[str, Any]) -> None:
         torch.set_num_threads(job["threads"])
@@ -123,7 +123,7 @@ class _Side:
 
 @contextlib.contextmanager
 def cached(pipe: Any, baseline: Baseline, **settings: Any) -> Iterator[None]:
-    """cache-dit's DBCache is on inside the block, for one call.
+    """Enable cache-dit's DBCache inside the context, for one call.
 
     Args:
         pipe: the pipeline.

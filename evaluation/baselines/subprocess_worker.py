@@ -1,4 +1,4 @@
-"""A row that is made and timed in a process of its own, because its library patches classes: this side of it.
+"""Parent side of a row that is made and timed in its own process, because its library patches classes.
 
 The other side is `cache_dit_process`. Both speak JSON, one object a line: this side says what to do, the other answers
 with any number of `{"progress": n}` and then with `{"result": ...}` or `{"error": [kind, message]}`.
@@ -40,11 +40,11 @@ _ERRORS: dict[str, type[Exception]] = {
 
 
 class OwnProcess:
-    """The process of one row, from the start of a run to its end; use it with `with`.
+    """Process of one row, from the start of a run to its end; a context manager.
 
     Args:
         pipe: the pipeline of the run, which the process loads anew from where this one was loaded.
-        baseline: what to switch on there.
+        baseline: baseline to enable in the process.
         protocol: the `Protocol` of the run; its conditions are saved in `out`.
         out: the run folder.
         folder: the row's own folder.
@@ -99,17 +99,17 @@ class OwnProcess:
         self._result(do="check", manifest=manifest)
 
     def samples(self, batches: Sequence[list[int]]) -> Iterator[int]:
-        """Let it make these samples; yields the number of samples of each batch."""
+        """Generate these samples in the process; yields the number of samples of each batch."""
         for message in self._answers(do="samples", batches=list(batches)):
             if "progress" in message:
                 yield message["progress"]
 
     def cost(self) -> Cost:
-        """What a call costs there."""
+        """Return the cost of a call in the process."""
         return Cost(**self._result(do="cost"))
 
     def time(self) -> tuple[Timing, Timing]:
-        """Timings of the untouched pipeline and of the row, interleaved there."""
+        """Return timings of the untouched pipeline and of the row, interleaved in the process."""
         found = self._result(do="time")
         untouched, row = ({**found[name], "seconds": tuple(found[name]["seconds"])} for name in ("untouched", "row"))
         return Timing(**untouched), Timing(**row)
@@ -140,7 +140,7 @@ class OwnProcess:
 
 
 def loaded_from(pipe: Any, baseline: Baseline) -> str:
-    """Where the pipeline was loaded from.
+    """Return the path or id from which the pipeline was loaded.
 
     Raises:
         ValueError: it was put together in memory.
@@ -155,8 +155,9 @@ def loaded_from(pipe: Any, baseline: Baseline) -> str:
 
 
 def carried_over(untouched: Timing, there: Timing, row: Timing) -> Timing:
-    """`row`, timed beside `there` in another process, as if beside `untouched`: round by round the time of `untouched`
-    times the ratio that `row` had to `there`.
+    """Return `row`, timed beside `there` in another process, as if it were timed beside `untouched`.
+
+    Each round is the time of `untouched` times the ratio of `row` to `there`.
 
     `untouched.ratio_to(...)` of it is then exactly `there.ratio_to(row)`.
     """

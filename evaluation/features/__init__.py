@@ -1,1 +1,1 @@
-"""Networks that turn images into features, and the statistics of reference sets."""
+"""Feature networks, and the statistics of reference sets."""

@@ -37,7 +37,7 @@ _EIGHT_BIT = {"1", "P", "PA", "LA", "RGBA", "CMYK", "YCbCr"}
 
 @dataclass(frozen=True, kw_only=True)
 class FeatureNetwork:
-    """A network that turns images into features, with what identifies it."""
+    """Network that turns images into features, with its identity."""
 
     name: str
     module: nn.Module
@@ -48,15 +48,19 @@ class FeatureNetwork:
     attributes: Callable[[Tensor], Tensor] | None = None
     """Features (N, d) -> the index of each attribute's value (N, A), where the network sees attributes."""
     preprocessing: Preprocessing | None = None
-    """How images are brought to the network's size; None where it takes them as they are."""
+    """Preprocessing to the network's size; None where it takes images as they are."""
     encode_text: TextEncoder | None = None
     """Texts -> (N, d) in the space of the features, where the network is a CLIP with its text half."""
     device: str = "cpu"
-    """Where features are computed; the network is there only meanwhile, so that it is in no measurement of memory."""
+    """Device on which features are computed; the network is there only meanwhile, so that it is in no measurement of
+    memory."""
 
     @torch.no_grad()
     def __call__(self, images: Iterable[Tensor]) -> Tensor:
-        """uint8 (N, C, H, W) -> float (N, d). Any iterable of uint8 (C, H, W) where the network resizes."""
+        """Return the features, float (N, d), of uint8 images (N, C, H, W).
+
+        Where the network resizes, any iterable of uint8 (C, H, W) will do.
+        """
         self.module.to(self.device)
         try:
             return torch.cat([self.module(batch.to(self.device)).float().cpu() for batch in self._batches(images)])
@@ -73,7 +77,7 @@ class FeatureNetwork:
 
 
 def module_of(name: str) -> str | None:
-    """The Python module that the name of a feature network names, None for the other forms of `load_features`."""
+    """Return the Python module in a feature network's name, or None for the other forms of `load_features`."""
     kind = name.partition(":")[0]
     return None if kind in (*_PRETRAINED, zoo.PREFIX.removesuffix(":")) else kind
 
@@ -84,7 +88,7 @@ def runs_code(name: str) -> bool:
 
 
 def load_features(name: str, device: str | torch.device = "cpu", *, expected: str | None = None) -> FeatureNetwork:
-    """A feature network by name.
+    """Load a feature network by name.
 
     * `inception:PATH`: the TorchScript `inception-2015-12-05.pt` with the "clean" resize (arXiv 2104.11222);
       `inception` takes that file from torch's cache. TorchScript is code: give only files that you trust.
@@ -101,7 +105,7 @@ def load_features(name: str, device: str | torch.device = "cpu", *, expected: st
 
     Args:
         name: which.
-        device: where features are computed.
+        device: device on which features are computed.
         expected: the fingerprint that it must have, compared before the network computes anything, and before
             TorchScript is loaded.
 
@@ -154,12 +158,12 @@ def _import_network(name: str) -> nn.Module:
 
 
 def imported(name: str, argument: str, allowed: str, *, call: bool) -> Any:
-    """What `MODULE:ATTRIBUTE` names.
+    """Import the object that `MODULE:ATTRIBUTE` names.
 
     Args:
-        name: of that form.
-        argument: whose value it is, for messages.
-        allowed: what else that may be, for messages.
+        name: name of that form.
+        argument: argument that has this value, for messages.
+        allowed: allowed values of that argument, for messages.
         call: return what it makes when it is called without arguments.
 
     Raises:
@@ -176,7 +180,7 @@ def imported(name: str, argument: str, allowed: str, *, call: bool) -> Any:
 
 
 def load_reference(name: str, network: FeatureNetwork, image_size: tuple[int, ...] | None = None) -> ReferenceSet:
-    """Reference features or statistics by name.
+    """Load reference features or statistics by name.
 
     * `zoo:SET`: one of `flowaccel.data.REFERENCE_SETS`;
     * a folder of 8-bit PNG, JPEG, WebP or BMP images, in it or in its sub-folders; a warning counts what else there is;
@@ -185,7 +189,7 @@ def load_reference(name: str, network: FeatureNetwork, image_size: tuple[int, ..
       which network they are of.
 
     Args:
-        name: which reference.
+        name: name of the reference.
         network: the feature network.
         image_size: (C, H, W) of the samples that will be compared with it. A network that resizes takes any; for others
             the images of the reference must have the same.
@@ -208,7 +212,7 @@ def load_reference(name: str, network: FeatureNetwork, image_size: tuple[int, ..
 
 
 def check_reference(name: str) -> None:
-    """Raise ValueError unless `load_reference` knows where to look for `name`."""
+    """Raise a ValueError unless `load_reference` knows where to look for `name`."""
     if is_statistics(name):
         if not Path(name).is_file():
             raise ValueError(f"there is no reference file {name}; `flowaccel stats` makes one from a folder of images")
@@ -239,7 +243,7 @@ def _check_size(
 
 
 def _image_files(folder: str) -> list[Path]:
-    """The images in a folder and its sub-folders; `UserWarning` where there are sub-folders or other files."""
+    """Return the images in a folder and its sub-folders; `UserWarning` where there are sub-folders or other files."""
     found = sorted(path for path in Path(folder).rglob("*") if path.is_file())
     files = [path for path in found if path.suffix.lower() in _IMAGE_SUFFIXES]
     if not files:
@@ -259,7 +263,7 @@ def _image_files(folder: str) -> list[Path]:
 
 
 def _reference_images(name: str, mixed: bool) -> tuple[tuple[int, ...] | None, Iterable[Tensor]]:
-    """The images' common shape, None where they are `mixed`, and the images."""
+    """Return the images' common shape, or None where they are `mixed`, and the images."""
     if name.startswith(zoo.PREFIX):
         images = quantise(zoo.find(REFERENCE_SETS, name, "reference")())
         return tuple(images.shape[1:]), images
@@ -273,13 +277,16 @@ def _reference_images(name: str, mixed: bool) -> tuple[tuple[int, ...] | None, I
 
 
 def _shape(path: Path) -> tuple[int, ...]:
-    """(C, H, W) from the header alone."""
+    """Return (C, H, W) from the header alone."""
     with _opened(path) as image:
         return (1 if image.mode == "L" else 3, image.height, image.width)
 
 
 def _read(path: Path) -> Tensor:
-    """uint8 (C, H, W); what is neither grey nor RGB is made RGB, without its transparency."""
+    """Read an image as uint8 (C, H, W).
+
+    What is neither grey nor RGB is converted to RGB, without its transparency.
+    """
     try:
         with _opened(path) as image:
             array = np.array(image if image.mode in ("L", "RGB") else image.convert("RGB"))
@@ -307,5 +314,5 @@ def _opened(path: Path) -> Image.Image:
 
 
 def quantise(images: ImageSet | CaptionedSet) -> Tensor:
-    """A data set's images as uint8 (N, C, H, W), rounded as samples are."""
+    """Return a data set's images as uint8 (N, C, H, W), rounded as samples are."""
     return ((images.images / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)

@@ -1,4 +1,4 @@
-"""What identifies a network."""
+"""Fingerprints that identify networks."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import nn
 
 
 def fingerprint(module: nn.Module) -> str:
-    """What identifies a network: a hash of its class and weights, 16 hex digits."""
+    """Return the fingerprint of a network: a hash of its class and weights, 16 hex digits."""
     total = hashlib.sha256(type(module).__name__.encode())
     for key, value in sorted(module.state_dict().items()):
         total.update(key.encode())
@@ -18,6 +18,6 @@ def fingerprint(module: nn.Module) -> str:
 
 
 def check_fingerprint(name: str, found: str, expected: str | None) -> None:
-    """Raise a ValueError where a feature network does not have the fingerprint that a run says; None is any."""
+    """Raise a ValueError unless a feature network has the fingerprint that a run says; None accepts any."""
     if expected is not None and found != expected:
         raise ValueError(f"the run used {name} with fingerprint {expected}, here it has {found}; evaluate again")

@@ -1,4 +1,7 @@
-"""How images reach a feature network of a fixed input size. The resize is part of the metric, so there is only one."""
+"""Preprocessing of images for a feature network of fixed input size.
+
+The resize is part of the metric, so there is only one.
+"""
 
 from __future__ import annotations
 
@@ -22,22 +25,22 @@ class Preprocessing:
     size: int
     """Height and width that the network sees."""
     shift: tuple[float, float, float]
-    """Per channel, in units of the pixels' [0, 255]."""
+    """Shift per channel, in units of the pixels' [0, 255]."""
     scale: tuple[float, float, float]
-    """Per channel, in units of the pixels' [0, 255]."""
+    """Scale per channel, in units of the pixels' [0, 255]."""
 
     def __call__(self, images: Sequence[Tensor]) -> Tensor:
-        """uint8 images (C, H, W) with 1 or 3 channels, of any sizes -> float32 (N, 3, size, size)."""
+        """Preprocess uint8 images (C, H, W) with 1 or 3 channels, of any sizes, to float32 (N, 3, size, size)."""
         resized = torch.stack([resize(image, self.size) for image in images])
         return (resized - torch.tensor(self.shift)[:, None, None]) / torch.tensor(self.scale)[:, None, None]
 
     def describe(self) -> str:
-        """What identifies it, for a fingerprint."""
+        """Return a description that identifies the preprocessing, for a fingerprint."""
         return f"PIL bicubic float32 clipped {self.size} {self.shift} {self.scale} float32"
 
 
 def resize(image: Tensor, size: int) -> Tensor:
-    """One uint8 image (C, H, W), 1 or 3 channels -> float32 (3, size, size) in [0, 255]; grey is repeated.
+    """Resize a uint8 image (C, H, W), 1 or 3 channels, to float32 (3, size, size) in [0, 255]; grey is repeated.
 
     Raises:
         TypeError: not uint8: rounding is part of the metric and must come first.

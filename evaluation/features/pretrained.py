@@ -1,4 +1,4 @@
-"""The usual feature networks of real images: Inception, CLIP and DINOv2, from a path, the cache or the Hub.
+"""Pretrained feature networks of real images: Inception, CLIP and DINOv2, from a path, the cache or the Hub.
 
 Inception is a TorchScript file, the only file here that is not safetensors: loading one executes no pickle, but it runs
 the TorchScript in it, which can write files. So `inception` alone accepts nothing but the published file, by its hash;
@@ -37,7 +37,7 @@ _DINOV2_SIZE = 224  # as in arXiv 2306.04675; the networks take others too
 
 @dataclass(frozen=True, kw_only=True)
 class TextEncoder:
-    """The text half of a CLIP."""
+    """Text encoder of a CLIP."""
 
     model: Any
     """The whole CLIP."""
@@ -45,12 +45,12 @@ class TextEncoder:
 
     @property
     def longest(self) -> int:
-        """So many tokens are read of a text, the rest is cut off."""
+        """Maximum number of tokens of a text; the rest is cut off."""
         return int(self.model.config.text_config.max_position_embeddings)
 
     @torch.no_grad()
     def __call__(self, texts: Sequence[str]) -> Tensor:
-        """N texts -> (N, d) float32 on the CPU: projected, not normalised."""
+        """Return the embeddings (N, d) of N texts, float32 on the CPU: projected, not normalised."""
         tokens = self.tokenizer(
             list(texts), padding=True, truncation=True, max_length=self.longest, return_tensors="pt"
         ).to(self.model.text_projection.weight.device)
@@ -61,20 +61,20 @@ class TextEncoder:
 
 @dataclass(frozen=True, kw_only=True)
 class Pretrained:
-    """A network whose input size is fixed, with the way images get there."""
+    """Network of a fixed input size, with its preprocessing."""
 
     name: str
     module: nn.Module
     """Preprocessed images (N, 3, size, size) -> features (N, d)."""
     preprocessing: Preprocessing
     weights: str
-    """What identifies the network: a hash, and whatever changes the features beside the weights."""
+    """Identity of the network: a hash, and whatever changes the features beside the weights."""
     encode_text: TextEncoder | None = None
     """Texts -> (N, d) in the space of the image features."""
 
     @property
     def fingerprint(self) -> str:
-        """That of the feature network."""
+        """Fingerprint of the feature network."""
         return _fingerprint(self.weights, self.preprocessing)
 
 
@@ -83,7 +83,7 @@ def _fingerprint(weights: str, preprocessing: Preprocessing) -> str:
 
 
 def load_pretrained(name: str, expected: str | None = None) -> Pretrained:
-    """`inception`, `clip` or `dinov2`, alone or followed by `:PATH` (for the latter two also `:HUB_ID`).
+    """Load `inception`, `clip` or `dinov2`, alone or followed by `:PATH` (for the latter two also `:HUB_ID`).
 
     Args:
         name: which.
@@ -141,7 +141,10 @@ def _inception(name: str, where: str, expected: str | None) -> Pretrained:
 
 
 class _ClipImages(nn.Module):
-    """The image half of a CLIP. The projected embeddings, not normalised, as Frechet distances take them."""
+    """Image encoder of a CLIP.
+
+    It returns the projected embeddings, not normalised, as Frechet distances take them.
+    """
 
     def __init__(self, model: Any) -> None:
         super().__init__()
@@ -171,7 +174,7 @@ def _clip(name: str, folder: Path, config: dict[str, Any]) -> Pretrained:
 
 
 class _Dinov2Images(nn.Module):
-    """The class token after the last norm."""
+    """DINOv2, returning the class token after the last norm."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
@@ -194,7 +197,10 @@ def _dinov2(name: str, folder: Path, config: dict[str, Any]) -> Pretrained:
 
 
 def _load(classes: dict[str, Any], name: str, folder: Path, config: dict[str, Any]) -> Any:
-    """The model in float32; transformers itself would load a folder of another kind, with random weights."""
+    """Load the model in float32, after checking its kind.
+
+    transformers itself would load a folder of another kind, with random weights.
+    """
     from safetensors import SafetensorError
 
     kind = config.get("model_type")
@@ -214,7 +220,7 @@ def _load(classes: dict[str, Any], name: str, folder: Path, config: dict[str, An
 
 
 def _folder(kind: str, where: str) -> Path:
-    """The local folder of a model: a path, or what the cache or the Hub has under this id."""
+    """Return the local folder of a model: a path, or what the cache or the Hub has under this id."""
     if Path(where).is_dir():
         if not _has_weights(Path(where)):
             raise WeightsNotFoundError(_how_to_get(kind, where, f"it has {_NO_WEIGHTS}; pickled weights are not read"))
@@ -229,7 +235,7 @@ def _folder(kind: str, where: str) -> Path:
         if _has_weights(cached):
             return cached
     except (OSError, ValueError):
-        pass  # not in the cache; what is wrong with the name, the Hub says below
+        pass  # not in the cache; the Hub call below reports errors in the name
     try:
         found = Path(snapshot_download(where, allow_patterns=wanted, etag_timeout=5))
     except (OSError, ValueError) as error:
@@ -252,7 +258,7 @@ def _has_weights(folder: Path) -> bool:
 
 
 def _has_tokenizer(folder: Path) -> bool:
-    """Without these files transformers makes a tokenizer that knows no word."""
+    """Whether the folder has a tokenizer's files, without which transformers makes one that knows no word."""
     names = {path.name for path in folder.iterdir()}
     return "tokenizer.json" in names or {"vocab.json", "merges.txt"} <= names
 
@@ -270,7 +276,7 @@ def _config(folder: Path, file: str = "config.json") -> dict[str, Any]:
 
 
 def _preprocessing(folder: Path, size: int, mean: tuple[float, ...], std: tuple[float, ...]) -> Preprocessing:
-    """Normalised as the folder says, or else as published."""
+    """Return the preprocessing, normalised as the folder says, or else as published."""
     file = "preprocessor_config.json"
     said = _config(folder, file) if (folder / file).is_file() else {}
     shift, scale = said.get("image_mean", mean), said.get("image_std", std)

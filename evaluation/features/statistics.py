@@ -1,4 +1,4 @@
-"""Reference statistics as files: our own safetensors, and the `mu`/`sigma` npz files that others publish."""
+"""Reference statistics files: our own safetensors, and the `mu`/`sigma` npz files that others publish."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ def is_statistics(name: str) -> bool:
 def save_statistics(
     reference: ReferenceSet, network: FeatureNetwork, path: str | Path, *, with_features: bool = False
 ) -> None:
-    """Write what `load_reference` reads again: `count`, `mean` (d) and `scatter` (d, d) in float64, and who made them.
+    """Write statistics that `load_reference` reads: `count`, `mean` (d) and `scatter` (d, d) in float64, and origin.
 
     Args:
-        reference: what `load_reference` gave.
+        reference: reference returned by `load_reference`.
         network: the network that it was given.
         path: `*.safetensors`; replaced as a whole or not at all.
         with_features: also the features (n, d) in float32, which kid, precision and recall need.
@@ -67,12 +67,12 @@ def save_statistics(
 
 
 def load_statistics(path: str | Path, *, features: str, fingerprint: str) -> ReferenceSet:
-    """The reference in a statistics file.
+    """Load the reference in a statistics file.
 
     Args:
-        path: what `save_statistics` wrote, or an npz file with `mu` and `sigma`. The latter says neither its network
-            nor its count, and the name of the reference then says that.
-        features, fingerprint: of the network in use.
+        path: file that `save_statistics` wrote, or an npz file with `mu` and `sigma`. The latter names neither its
+            network nor its count, and the name of the reference then says so.
+        features, fingerprint: name and fingerprint of the network in use.
 
     Raises:
         ValueError: damaged, foreign, or made with another network.

@@ -1,4 +1,4 @@
-"""Whether images show what their prompts state."""
+"""Accuracy of the attributes that prompts state."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from flowaccel.evaluation.metrics.table import AttributeMatch
 
 
 def load_attributes(name: str | None, network: FeatureNetwork) -> AttributeSet:
-    """The set of attributes called `name`, which `network` must see.
+    """Load the set of attributes called `name`, which `network` must recognise.
 
     Raises:
         ValueError: no name, an unknown set, or a network that sees no attributes or another number of them.
@@ -46,11 +46,11 @@ def load_attributes(name: str | None, network: FeatureNetwork) -> AttributeSet:
 def attribute_match(
     attributes: AttributeSet, network: FeatureNetwork, features: Tensor, prompts: Sequence[str]
 ) -> AttributeMatch:
-    """What N prompts state and what the network sees.
+    """Return the attributes that N prompts state and those that the network predicts.
 
     Args:
-        attributes: how prompts are read, as `load_attributes` gives it.
-        network: what looks.
+        attributes: attribute set that reads the prompts, from `load_attributes`.
+        network: network that predicts the attributes.
         features: (N, d), of the images.
         prompts: N texts.
 

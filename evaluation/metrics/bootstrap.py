@@ -15,7 +15,7 @@ from torch import Tensor
 
 
 def resample_indices(n: int, resamples: int, seed: int) -> Tensor:
-    """`(resamples, n)` int64 positions in [0, n), drawn with replacement: the same for the same arguments, everywhere.
+    """Draw `(resamples, n)` int64 positions in [0, n) with replacement, reproducibly on every machine.
 
     `ValueError` unless n >= 2 and resamples >= 2: fewer have no spread.
     """
@@ -29,12 +29,12 @@ def resample_indices(n: int, resamples: int, seed: int) -> Tensor:
 
 
 def resample_counts(indices: Tensor) -> Tensor:
-    """How often each sample occurs in each resample: `(R, n)` int64 from `indices` `(R, n)`; each row sums to n."""
+    """Count each sample in each resample: `(R, n)` int64 from `indices` `(R, n)`; each row sums to n."""
     return torch.zeros_like(indices).scatter_add_(1, indices, torch.ones_like(indices))
 
 
 def stderr(replicates: Tensor) -> float | None:
-    """Standard deviation (divisor R - 1) of the finite ones among `replicates` `(R,)`; None where fewer than two are.
+    """Return the standard deviation (divisor R - 1) of the finite `replicates` `(R,)`; None if fewer than two are.
 
     A replicate is NaN where its resample leaves the statistic undefined.
     """
@@ -43,5 +43,8 @@ def stderr(replicates: Tensor) -> float | None:
 
 
 def ci95(value: float | None, stderr: float | None) -> list[float] | None:
-    """`[value - 1.96 stderr, value + 1.96 stderr]`, or None where either is None (a list, since JSON has no tuples)."""
+    """Return `[value - 1.96 stderr, value + 1.96 stderr]`, or None where either is None.
+
+    It is a list, since JSON has no tuples.
+    """
     return None if value is None or stderr is None else [value - 1.96 * stderr, value + 1.96 * stderr]

@@ -1,4 +1,4 @@
-"""How well images show their prompts."""
+"""CLIP score, the agreement of images with their prompts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _BATCH = 100
 
 
 def load_clip(name: str | None, network: FeatureNetwork) -> FeatureNetwork:
-    """The network of `clip_score`: the one called `name`, by default the feature network.
+    """Load the network of `clip_score`: the one called `name`, by default the feature network.
 
     Raises:
         ValueError: it has no text half.
@@ -32,7 +32,7 @@ def load_clip(name: str | None, network: FeatureNetwork) -> FeatureNetwork:
 
 
 def warn_of_cut_prompts(clip: FeatureNetwork, prompts: Sequence[str]) -> None:
-    """`UserWarning` where prompts are longer than the network reads."""
+    """Issue a `UserWarning` where prompts are longer than the network reads."""
     assert clip.encode_text is not None  # load_clip sees to it
     distinct = list(dict.fromkeys(prompts))
     count = sum(tokens > clip.encode_text.longest for tokens in token_counts(clip.encode_text.tokenizer, distinct))
@@ -46,7 +46,7 @@ def warn_of_cut_prompts(clip: FeatureNetwork, prompts: Sequence[str]) -> None:
 
 
 def text_match(clip: FeatureNetwork, image_features: Tensor, prompts: Sequence[str]) -> TextMatch:
-    """Cosine of each image with its prompt.
+    """Return the cosine of each image with its prompt.
 
     Args:
         clip: the network, as `load_clip` gives it.

@@ -23,7 +23,7 @@ _ROUNDING = 1e-4  # of the largest entry; statistics kept in float32 stay far be
 
 
 def check_features(features: Tensor, name: str = "features") -> Tensor:
-    """`features` as float64 `(N, d)`; `ValueError` unless it is two-dimensional, not empty and finite."""
+    """Return `features` as float64 `(N, d)`; `ValueError` unless it is two-dimensional, not empty and finite."""
     if features.ndim != 2 or 0 in features.shape:
         raise ValueError(
             f"{name} must have shape (samples, features) with at least one of each, got "
@@ -65,7 +65,7 @@ class Moments:
 
     @classmethod
     def of(cls, features: Tensor) -> Moments:
-        """Moments of `features` `(N, d)`, N >= 1, of any float dtype; `ValueError` where they are not finite."""
+        """Compute the moments of `features` `(N, d)`, N >= 1, of any float dtype; `ValueError` if not finite."""
         features = check_features(features)
         mean = features.mean(dim=0)
         centred = features - mean  # two passes: E[x x^T] - m m^T cancels when the mean is large
@@ -73,7 +73,10 @@ class Moments:
 
     @classmethod
     def from_mean_covariance(cls, mean: Tensor, covariance: Tensor, count: int | None = None) -> Moments:
-        """Imported statistics: `mean` `(d,)` and unbiased `covariance` `(d, d)` of `count >= 2` samples, if known."""
+        """Create moments from a mean and a covariance, such as published statistics.
+
+        `mean` is `(d,)`, `covariance` is unbiased, `(d, d)`, of `count >= 2` samples, if known.
+        """
         if count is not None and count < 2:
             raise ValueError(f"count must be at least 2 (a covariance needs two samples) or None, got {count}")
         mean = torch.as_tensor(mean, dtype=torch.float64)
@@ -81,7 +84,7 @@ class Moments:
         return cls(count=count, mean=mean, scatter=covariance * (1 if count is None else count - 1))
 
     def __add__(self, other: Moments) -> Moments:
-        """Moments of the union (Chan, Golub & LeVeque 1979)."""
+        """Return the moments of the union (Chan, Golub & LeVeque 1979)."""
         if not isinstance(other, Moments):
             return NotImplemented
         if self.count is None or other.count is None:
@@ -106,7 +109,7 @@ class Moments:
 
     @cached_property
     def factor(self) -> Tensor:
-        """`F` `(d, d)` with `F F^T` = covariance; kept, since one reference meets many rows.
+        """`F` `(d, d)` with `F F^T` = covariance; cached, since one reference is compared with many rows.
 
         `ValueError` where the covariance is none: not symmetric, or with eigenvalues further below 0 than rounding
         brings them.
@@ -127,7 +130,9 @@ class Moments:
 
 
 def frechet_distance(a: Moments, b: Moments) -> float:
-    """Squared Fréchet distance of two Gaussians with these moments, >= 0 up to rounding (arXiv 1706.08500).
+    """Return the squared Fréchet distance of two Gaussians with these moments (arXiv 1706.08500).
+
+    It is >= 0 up to rounding.
 
     Biased upwards by about 1/n: compare only values of equal `n`. `ValueError` where the widths differ or a side has
     fewer than two samples.
@@ -139,7 +144,7 @@ def frechet_distance(a: Moments, b: Moments) -> float:
 
 
 def frechet_infinity(features: Tensor, reference: Moments, *, seed: int, points: int = 15) -> float:
-    """The Fréchet distance at infinitely many samples: FD_n is fitted as a line in 1/n (arXiv 1911.07023).
+    """Extrapolate the Fréchet distance to infinitely many samples, with a line in 1/n (arXiv 1911.07023).
 
     The distance of `points` seeded random subsets of `features` `(N, d)`, their sizes evenly spaced from
     `max(N/10, min(5000, N/2))` to N, is extrapolated to 1/n = 0 by least squares. For N < 10000 a start at N/2 has less
@@ -159,7 +164,7 @@ def frechet_infinity(features: Tensor, reference: Moments, *, seed: int, points:
 
 
 def warn_if_rank_deficient(count: int, width: int) -> None:
-    """`UserWarning` where `count` samples are too few for a `width` x `width` covariance (fewer than 2 x width)."""
+    """Issue a `UserWarning` where `count` samples are too few for a `width` x `width` covariance (< 2 x width)."""
     if count < 2 * width:
         rank = "rank-deficient" if count <= width else "nearly rank-deficient"
         warnings.warn(

@@ -18,7 +18,7 @@ _BLOCK_ENTRIES = 2**23  # kernel entries in one block: 64 MiB in float64
 
 
 def kernel_distance(features: Tensor, reference: Tensor) -> float:
-    """Unbiased squared MMD of `features` `(N, d)` and `reference` `(M, d)` on the full sets; may be below 0.
+    """Return the unbiased squared MMD of `features` `(N, d)` and `reference` `(M, d)`; may be below 0.
 
     The kernel is `(x.y / d + 1)^3`. `ValueError` for fewer than 2 samples, different widths or non-finite features.
     """
@@ -27,7 +27,9 @@ def kernel_distance(features: Tensor, reference: Tensor) -> float:
 
 
 def kernel_distance_resampled(features: Tensor, reference: Tensor, counts: Tensor) -> Tensor:
-    """Squared MMD `(R,)` of the resampled sets in which sample i occurs `counts[r, i]` times; `counts` is `(R, N)`.
+    """Return the squared MMD `(R,)` of resampled sets in which sample i occurs `counts[r, i]` times.
+
+    `counts` is `(R, N)`.
 
     All resamples share one pass over the kernel. The mean over pairs leaves out a sample's pairs with itself and its
     own copies: a copy is no independent draw, and its `k(x, x)` would bring back the bias that this estimator lacks.
@@ -56,7 +58,7 @@ def _blocks(rows: int, columns: int) -> Iterator[slice]:
 
 
 def _weighted_pairs(x: Tensor, weights: Tensor) -> Tensor:
-    """Sum over i != j of `w_i w_j k(x_i, x_j)` for each row of `weights` `(R, N)`: `(R,)`."""
+    """Return the sum over i != j of `w_i w_j k(x_i, x_j)` for each row of `weights` `(R, N)`: `(R,)`."""
     total = torch.zeros(len(weights), dtype=torch.float64)
     for rows in _blocks(len(x), len(x)):
         total += ((weights[:, rows] @ _kernel(x[rows], x)) * weights).sum(dim=1)
@@ -65,7 +67,7 @@ def _weighted_pairs(x: Tensor, weights: Tensor) -> Tensor:
 
 
 def _row_means(x: Tensor, y: Tensor) -> Tensor:
-    """Mean over y of `k(x_i, y)` for each i: `(N,)`."""
+    """Return the mean over y of `k(x_i, y)` for each i: `(N,)`."""
     return torch.cat([_kernel(x[rows], y).mean(dim=1) for rows in _blocks(len(x), len(y))])
 
 

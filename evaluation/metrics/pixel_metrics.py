@@ -39,7 +39,7 @@ class Psnr:
 
 
 def psnr(images: Tensor, baseline: Tensor) -> Psnr:
-    """PSNR in dB of each of the uint8 `images` `(N, C, H, W)` against `baseline`, `10 log10(255^2 / mse)`.
+    """Return the PSNR in dB of each of the uint8 `images` `(N, C, H, W)` against `baseline`, `10 log10(255^2 / mse)`.
 
     `ValueError` unless both are uint8 and of one shape.
     """
@@ -51,7 +51,9 @@ def psnr(images: Tensor, baseline: Tensor) -> Psnr:
 
 
 def ssim(images: Tensor, baseline: Tensor) -> Tensor:
-    """Structural similarity of each image, `(N,)` float64 in [-1, 1], 1 for identical ones (Wang et al. 2004).
+    """Return the structural similarity of each image, `(N,)` float64 in [-1, 1] (Wang et al. 2004).
+
+    It is 1 for identical images.
 
     Gaussian window of 11 x 11 pixels (sigma 1.5); for smaller images the largest odd window that fits, sigma in
     proportion, so values of small images compare only with images of that size. `ValueError` as `psnr`.
@@ -72,13 +74,13 @@ def ssim(images: Tensor, baseline: Tensor) -> Tensor:
 
 
 def ssim_window(height: int, width: int) -> int:
-    """Side in pixels of the window that `ssim` uses for images of this size: odd, at most 11."""
+    """Return the side in pixels of the window that `ssim` uses for images of this size: odd, at most 11."""
     side = min(_WINDOW, height, width)
     return side if side % 2 else side - 1
 
 
 def rel_l2(images: Tensor, baseline: Tensor) -> Tensor:
-    """Relative error `|x - y| / |y|` of each image x against its baseline y, `(N,)` float64, >= 0.
+    """Return the relative error `|x - y| / |y|` of each image x against its baseline y, `(N,)` float64, >= 0.
 
     The norm of y is at least that of the darkest 8-bit image that is not black (a single level in a single channel of
     one pixel), so that a black baseline gives 0 for a black image and a large finite number for any other.

@@ -19,7 +19,7 @@ _BLOCK_ENTRIES = 2**23  # distances in one block: 64 MiB in float64
 
 
 def precision_indicators(generated: Tensor, reference: Tensor, k: int = 3) -> Tensor:
-    """For each of the `(N, d)` generated samples: is it inside the manifold of `reference` `(M, d)`? `(N,)` bool.
+    """Return `(N,)` bool, whether each generated sample `(N, d)` is inside the manifold of `reference` `(M, d)`.
 
     The mean is the precision. `ValueError` unless 1 <= k < M, the widths agree and all features are finite.
     """
@@ -27,7 +27,7 @@ def precision_indicators(generated: Tensor, reference: Tensor, k: int = 3) -> Te
 
 
 def recall_indicators(generated: Tensor, reference: Tensor, k: int = 3) -> Tensor:
-    """For each of the `(M, d)` reference samples: is it inside the manifold of `generated` `(N, d)`? `(M,)` bool.
+    """Return `(M,)` bool, whether each reference sample `(M, d)` is inside the manifold of `generated` `(N, d)`.
 
     The mean is the recall. `ValueError` unless 1 <= k < N, the widths agree and all features are finite.
     """
@@ -54,7 +54,7 @@ def _inside(points: Tensor, manifold: Tensor, k: int, names: tuple[str, str]) ->
 
 
 def _squared_distances(x: Tensor, y: Tensor) -> Iterator[Tensor]:
-    """Blocks of rows of the `(len(x), len(y))` squared Euclidean distances."""
+    """Yield blocks of rows of the `(len(x), len(y))` squared Euclidean distances."""
     step = max(1, _BLOCK_ENTRIES // len(y))
     lengths = y.square().sum(dim=1)
     for rows in torch.split(x, step):

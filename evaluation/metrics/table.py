@@ -1,4 +1,4 @@
-"""Every quality metric under its short name, with standard errors and paired differences between rows.
+"""Table of all quality metrics by short name, with standard errors and paired differences between rows.
 
 A *row* is one way of making the images (the untouched pipeline, an accelerated one, fewer steps). All rows hold the
 same sample ids in the same order; ids are resampled once and jointly, so a difference between rows is far better known
@@ -31,7 +31,7 @@ _NEIGHBOURS = 3  # arXiv 1904.06991
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class TextMatch:
-    """How well each image of a row shows its prompt, as a CLIP network sees it."""
+    """Agreement of each image of a row with its prompt, as measured by a CLIP network."""
 
     network: str
     """Its name."""
@@ -43,14 +43,14 @@ class TextMatch:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class AttributeMatch:
-    """What the prompts of a row's N images state, and what the feature network sees there, of A attributes.
+    """Stated and predicted attributes of a row's N images, of A attributes.
 
     Raises:
         ValueError: the shapes differ.
     """
 
     names: tuple[str, ...]
-    """Of the A attributes."""
+    """Names of the A attributes."""
     prompts: tuple[str, ...]
     """The prompt of each of the N images; images of one prompt are resampled together."""
     stated: Tensor
@@ -70,7 +70,7 @@ class AttributeMatch:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class RowSamples:
-    """The images of one row and what networks see in them. `ValueError` where the lengths differ."""
+    """Images of one row with their features. `ValueError` where the lengths differ."""
 
     name: str
     features: Tensor
@@ -102,7 +102,7 @@ class RowSamples:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ReferenceSet:
-    """What the generated images are compared with. `ValueError` where features and moments differ in width."""
+    """Reference that generated images are compared with. `ValueError` where features and moments differ in width."""
 
     name: str
     features: Tensor | None
@@ -122,7 +122,7 @@ class ReferenceSet:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Case:
-    """What an estimator is given: one row, what it is compared with, and how to resample."""
+    """Inputs of an estimator: one row, what it is compared with, and how to resample."""
 
     row: RowSamples
     baseline: RowSamples | None
@@ -132,13 +132,13 @@ class Case:
     resamples: int
 
     def indices(self, n: int) -> Tensor:
-        """`(R, n)` resampled positions: equal for every row, which is what pairs them."""
+        """Return `(R, n)` resampled positions: equal for every row, which is what pairs them."""
         return resample_indices(n, self.resamples, self.seed)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Estimate:
-    """A metric's value and its bootstrap replicates."""
+    """Value of a metric and its bootstrap replicates."""
 
     value: float | None
     """None where it is undefined, such as the PSNR of identical images."""
@@ -150,7 +150,7 @@ class Estimate:
 
 @dataclass(frozen=True, kw_only=True)
 class Metric:
-    """One row of the table `METRICS`."""
+    """Entry of the table `METRICS`."""
 
     title: str
     """Honest display name; `{features}`, the name of the `network`, and `{reference}` are filled in."""
@@ -159,18 +159,18 @@ class Metric:
     needs: tuple[str, ...] = ()
     """Keys of the table of needs: checked, with an error that says what is missing, before anything is computed."""
     network: str | None = "features"
-    """The network whose view the value is: `features`, `clip` or None; it is then named."""
+    """Network that the value depends on: `features`, `clip` or None; it is then named."""
     against: str | None = "reference"
     """`reference` set, `baseline` row or None."""
     resamples: int | None = None
-    """At most so many resamples, where one is costly; None for no limit."""
+    """Largest number of resamples, where one is costly; None for no limit."""
     resamples_wide: int | None = None
     """The same for more than 512 features."""
     covariance: bool = False
     """Whether it rests on a covariance, which needs more samples than features."""
 
     def most_resamples(self, asked: int, width: int) -> int:
-        """How many of the resamples `asked` for are drawn with features of this `width`."""
+        """Return how many of the resamples `asked` for are drawn with features of this `width`."""
         limit = self.resamples_wide if width > _WIDE else self.resamples
         return asked if limit is None else min(asked, limit)
 
@@ -181,7 +181,7 @@ def _mean(values: Tensor, case: Case) -> Estimate:
 
 
 def _mean_over_prompts(values: Tensor, prompts: Sequence[str], case: Case) -> Estimate:
-    """The mean of the images' values. Prompts are resampled, each with all its images.
+    """Return the mean of the images' values. Prompts are resampled, each with all its images.
 
     Images of one prompt are alike, and an interval that took them for independent would be too narrow. With a single
     prompt the images are resampled.
@@ -232,14 +232,14 @@ def _class_accuracy(case: Case) -> Estimate:
 
 
 def _clip_score(case: Case) -> Estimate:
-    """100 max(cos, 0) (arXiv 2104.08718 with w = 100)."""
+    """Compute 100 max(cos, 0) (arXiv 2104.08718 with w = 100)."""
     match = case.row.text_match
     assert match is not None  # declared in `needs`
     return _mean_over_prompts(100 * match.cosine.to(torch.float64).clamp_min(0), match.prompts, case)
 
 
 def _attribute_accuracy(case: Case) -> Estimate:
-    """An image is right if all that its prompt states is (as GenEval counts, arXiv 2310.11513)."""
+    """Compute the share of images that show all that their prompt states (as GenEval counts, arXiv 2310.11513)."""
     match = case.row.attributes
     assert match is not None  # declared in `needs`
     stated, right = match.stated >= 0, match.stated == match.seen
@@ -258,7 +258,9 @@ def _precision(case: Case) -> Estimate:
 
 
 def _recall(case: Case) -> Estimate:
-    """Resamples the M reference samples, since recall is a mean over those; the generated set is held fixed.
+    """Compute recall; the M reference samples are resampled, since recall is a mean over them.
+
+    The generated set is held fixed. A resampled one would have fewer distinct samples and so a smaller manifold.
 
     A resampled generated set would have fewer distinct samples and so a smaller manifold.
     """
@@ -401,7 +403,10 @@ _NEEDS: dict[str, tuple[Callable[[Case], bool], str]] = {
 
 
 def find_metric(name: str) -> Metric:
-    """The metric called `name`; `ValueError` with the nearest name and the whole list for one that does not exist."""
+    """Return the metric called `name`.
+
+    `ValueError` with the nearest name and the whole list for one that does not exist.
+    """
     return METRICS[_known(name, list(METRICS), "metric")]
 
 
@@ -415,7 +420,7 @@ def measure(
     resamples: int = 200,
     versus: Sequence[str] | None = None,
 ) -> dict[str, dict[str, dict[str, Any]]]:
-    """All `metrics` of all `rows`: `{row: {metric: METRIC}}`, ready for JSON (floats, strings and None only).
+    """Compute all `metrics` of all `rows`: `{row: {metric: METRIC}}`, ready for JSON (floats, strings and None only).
 
     METRIC has `value n stderr ci95 higher_is_better display versus`, and `features` and `reference` where it depends on
     them. `versus` holds the paired difference (this row minus that) to each row named in `versus` (default: the first)
@@ -462,7 +467,7 @@ def difference(
     seed: int = 0,
     resamples: int = 200,
 ) -> dict[str, Any]:
-    """Paired difference a - b of one metric: `{"difference", "ci95", "stderr", "not_worse"}`.
+    """Return the paired difference a - b of one metric: `{"difference", "ci95", "stderr", "not_worse"}`.
 
     `paired_against` is the untouched pipeline's row, which psnr, ssim and rel_l2 need. Equal to what `measure` puts
     into `versus` at the same seed and resamples. `not_worse` is False where the difference is undefined (then None),
@@ -481,8 +486,10 @@ def difference(
 
 
 def not_worse(interval: Sequence[float] | None, other_value: float | None, higher_is_better: bool) -> bool:
-    """Whether a row is not worse than another: the end of the `ci95` of (row - other) on the bad side is at most 5%
-    of the other's absolute value. False where either is None."""
+    """Whether a row is not worse than another; False where either value is None.
+
+    The end of the `ci95` of (row - other) on the bad side must be at most 5% of the other's absolute value.
+    """
     if interval is None or other_value is None:
         return False
     worsening = -interval[0] if higher_is_better else interval[1]
@@ -503,7 +510,7 @@ def _compare(a: Estimate, b: Estimate) -> dict[str, Any]:
 def _report(
     metric: Metric, estimate: Estimate, others: dict[str, Estimate], case: Case, features_name: str
 ) -> dict[str, Any]:
-    """The METRIC of the result file."""
+    """Return the metric's entry in the result file."""
     assert case.baseline is not None
     n = len(case.row.features)
     against = {"reference": case.reference.name, "baseline": case.baseline.name}.get(metric.against or "")

@@ -1,4 +1,4 @@
-"""Pictures of a results dict: the Pareto plot of quality against time, and contact sheets of samples."""
+"""Figures of a results dict: the Pareto plot of quality against time, and contact sheets of samples."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 PARETO_METRICS = ("fid", "fid_inf", "kid", "attribute_accuracy", "clip_score", "rel_l2")
-"""The quality axis is the first of these that the results have, unless one is named."""
+"""Metrics of the quality axis, in order of preference, unless one is named."""
 
 _MOST_LINES = 40  # of one column of names
 _NEAR = 12  # typographic points; of nearer rows the numbers would cover each other
@@ -30,7 +30,7 @@ _STYLES = tuple(zip(("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56
 
 
 def pareto(rows: Sequence[Row], metric: str) -> set[str]:
-    """Names of the rows that no other row dominates in latency (median) and in `metric`.
+    """Return the names of the rows that no other row dominates in latency (median) and in `metric`.
 
     A row dominates another when it is at least as fast and at least as good, and better in one of the two; so exact
     ties stay together. Rows without the metric, or with an undefined value, are not in the set.
@@ -48,7 +48,10 @@ def pareto(rows: Sequence[Row], metric: str) -> set[str]:
 
 
 def primary_metric(results: Results) -> str:
-    """The metric of the quality axis; a ValueError says which metrics there are when none of the usual ones is."""
+    """Return the metric of the quality axis.
+
+    A ValueError says which metrics there are when none of the usual ones is.
+    """
     names = metric_displays(results["rows"])
     for name in PARETO_METRICS:
         if name in names:
@@ -64,7 +67,7 @@ def _has_value(entry: Row, metric: str) -> bool:
 
 
 def _loss(metric: Metric) -> float:
-    """The value with the sign that makes less better."""
+    """Return the value with the sign that makes less better."""
     assert metric["value"] is not None
     return -metric["value"] if metric["higher_is_better"] else metric["value"]
 
@@ -100,7 +103,7 @@ def pareto_png(results: Results, path: str | os.PathLike[str], metric: str | Non
 
 
 def _family(entry: Row, untouched: str) -> str:
-    """Rows of one family share a colour: the row's own key, else its name up to "@"."""
+    """Return the row's family, which has one colour: the row's own key, else its name up to "@"."""
     stem = entry["recipe"].partition("@")[0]
     return untouched if stem in (untouched, "baseline") else entry.get("family", stem)
 
@@ -112,7 +115,7 @@ def _xy(entry: Row, metric: str) -> tuple[float, float]:
 
 
 def _half(entry: Row, metric: str) -> float:
-    """Length of an error bar to either side."""
+    """Return the length of an error bar to either side."""
     return 1.96 * (entry["metrics"][metric]["stderr"] or 0.0)
 
 
@@ -161,7 +164,7 @@ def _draw_point(axes: Axes, entry: Row, metric: str, colour: str, marker: str, f
 
 
 def _dress(axes: Axes, rows: Sequence[Row], metric: str) -> None:
-    """Scales, limits, ticks and axis labels."""
+    """Set scales, limits, ticks and axis labels."""
     from matplotlib.ticker import FuncFormatter, NullFormatter
 
     times = [entry["latency_ms_per_image"]["median"] for entry in rows]
@@ -192,7 +195,7 @@ def _dress(axes: Axes, rows: Sequence[Row], metric: str) -> None:
 
 
 def _linear_limits(values: Sequence[float], halves: Sequence[float]) -> tuple[float, float]:
-    """Limits that hold all points and, but for bars much longer than the others, all error bars."""
+    """Return limits that hold all points and, except for bars much longer than the others, all error bars."""
     least, most = min(values), max(values)
     reach = 2 * max(most - least, sorted(halves)[len(halves) // 2])
     low = max(min(value - half for value, half in zip(values, halves, strict=True)), least - reach)
@@ -202,7 +205,7 @@ def _linear_limits(values: Sequence[float], halves: Sequence[float]) -> tuple[fl
 
 
 def _log_ticks(low: float, high: float) -> list[float]:
-    """Round numbers between two bounds, as many as can be read: few per decade for a wide range."""
+    """Return round numbers between two bounds, as many as can be read: few per decade for a wide range."""
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     for digits in ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 5, 7)):
         ticks = [digit * 10.0**decade for decade in decades for digit in digits if low <= digit * 10.0**decade <= high]
@@ -212,7 +215,7 @@ def _log_ticks(low: float, high: float) -> list[float]:
 
 
 def _short(text: str, limit: int = 34) -> str:
-    """On one line; of what is too long, the middle is left out, because names differ at their ends."""
+    """Shorten a text to one line, leaving out the middle, because names differ at their ends."""
     text = " ".join(text.split())
     kept = limit // 2
     return text if len(text) <= limit else f"{text[: limit - kept - 1]}…{text[-kept:]}"
@@ -235,7 +238,7 @@ def _number(axes: Axes, rows: Sequence[Row], metric: str) -> None:
 
 
 def _numbers(indices: Sequence[int]) -> str:
-    """Rising indices from 0 as numbers from 1: `[0, 2, 3, 4]` -> "1, 3-5"."""
+    """Format rising indices from 0 as numbers from 1: `[0, 2, 3, 4]` -> "1, 3-5"."""
     runs: list[list[int]] = []
     for index in indices:
         if runs and index == runs[-1][-1] + 1:
@@ -248,7 +251,7 @@ def _numbers(indices: Sequence[int]) -> str:
 
 
 def _together(points: Sequence[Sequence[float]], near: float) -> list[list[int]]:
-    """Indices of points in groups: each is `near` another of its group, and none is near a point of another group."""
+    """Group the indices of points: each is `near` another of its group, and none is near a point of another group."""
     groups: list[list[int]] = []
     for index, point in enumerate(points):
         touched = [group for group in groups if any(math.dist(point, points[other]) < near for other in group)]
@@ -271,7 +274,7 @@ def sample_grid(
         path: the PNG.
         columns: most samples shown, from the first.
         scale: whole-number enlargement with hard pixel edges; None makes small images at least 64 pixels wide.
-        captions: what stands above each column, such as its prompt; none where empty.
+        captions: text above each column, such as its prompt; none where empty.
 
     Raises:
         ValueError: there are no images, or their type or shapes do not fit.
@@ -308,7 +311,7 @@ def sample_grid(
 
 
 def _wrapped(text: str, width: int, length: Callable[[str], float]) -> list[str]:
-    """The words of `text` in lines of `width` pixels at most, as far as single words fit; six lines, the last cut."""
+    """Wrap `text` into at most six lines of `width` pixels, as far as single words fit; the last line is cut."""
     lines: list[str] = []
     for word in text.split():
         if lines and length(f"{lines[-1]} {word}") <= width:

@@ -1,4 +1,4 @@
-"""One self-contained HTML page from a results dict."""
+"""Self-contained HTML page of a results dict."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from flowaccel.evaluation.results import Results
 
 
 def html_report(results: Results, path: str | os.PathLike[str], images: Mapping[str, str | os.PathLike[str]]) -> None:
-    """Write one HTML file that needs nothing else: no network, no scripts, images inside.
+    """Write a self-contained HTML file: no network, no scripts, images inside.
 
     Args:
-        results: as checked by `schema.check_results`.
+        results: as checked by `flowaccel.evaluation.results.check_results`.
         path: the HTML file.
         images: caption to image file (PNG, JPEG or WebP), in the order shown.
 
@@ -41,7 +41,10 @@ def html_report(results: Results, path: str | os.PathLike[str], images: Mapping[
 
 
 def _glossary(results: Results) -> dict[str, str]:
-    """Every term of this report; a metric goes by its honest name, because small feature networks are not Inception."""
+    """Return every term of this report.
+
+    A metric goes by its display name, because small feature networks are not Inception.
+    """
     terms = dict(GLOSSARY)
     for name, metric in metric_displays(results["rows"]).items():
         terms[metric["display"]] = f"{METRIC_GLOSSARY.get(name, '')} (results.json: {name}, n = {metric['n']})".strip()
@@ -49,7 +52,7 @@ def _glossary(results: Results) -> dict[str, str]:
 
 
 def _embedded(file: Path) -> dict[str, str | int]:
-    """The image as a data URI, and its width in pixels."""
+    """Return the image as a data URI, and its width in pixels."""
     from PIL import Image
 
     try:

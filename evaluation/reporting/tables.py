@@ -53,18 +53,18 @@ _NAME_WIDTH = 24
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """One table cell: a main line and a smaller second line."""
+    """Table cell: a main line and a smaller second line."""
 
     text: str
     note: str = ""
     verdict: str = ""
     """Ends the second line where a difference is certain: better, worse, slower."""
     bold: bool = False
-    """The interval in the note excludes the untouched pipeline."""
+    """Whether the interval in the note excludes the untouched pipeline."""
 
 
 def console_table(results: Results) -> Table:
-    """The results as a table for a terminal; 90 columns show one metric without folding, 120 show two.
+    """Return the results as a table for a terminal; 90 columns show one metric without folding, 120 show two.
 
     To save width the second lines of MACs and ms/image are left out, and better or worse is green or red.
     """
@@ -90,7 +90,7 @@ def console_table(results: Results) -> Table:
 
 
 def markdown_table(results: Results) -> str:
-    """The results as a GitHub-flavoured Markdown table, ending with a newline."""
+    """Return the results as a GitHub-flavoured Markdown table, ending with a newline."""
     header, body = cells(results)
     lines = [[_markdown(name) for name in header], ["---", *["---:"] * (len(header) - 1)]]
     for entry in body:
@@ -99,7 +99,7 @@ def markdown_table(results: Results) -> str:
 
 
 def cells(results: Results) -> tuple[list[str], list[list[Cell]]]:
-    """Column names, and one list of cells per row."""
+    """Return the column names, and one list of cells per row."""
     rows = results["rows"]
     metrics = metric_displays(rows)
     arrows = {name: "higher" if rows_metric["higher_is_better"] else "lower" for name, rows_metric in metrics.items()}
@@ -112,7 +112,7 @@ def cells(results: Results) -> tuple[list[str], list[list[Cell]]]:
 
 
 def metric_displays(rows: Iterable[Row]) -> dict[str, Metric]:
-    """Every metric name in the order it first appears, with one metric that has it."""
+    """Return every metric name in the order it first appears, with one metric that has it."""
     found: dict[str, Metric] = {}
     for entry in rows:
         for name, metric in entry["metrics"].items():
@@ -167,7 +167,7 @@ def _metric_cell(entry: Row, name: str, untouched: str) -> Cell:
 
 
 def _decimals(uncertainty: float) -> int:
-    """Decimals that show two figures of an uncertainty."""
+    """Return the number of decimals that shows two figures of an uncertainty."""
     return min(6, max(0, 1 - math.floor(math.log10(uncertainty)))) if uncertainty > 0 else 3
 
 
@@ -179,7 +179,7 @@ def _plus_minus(value: float, stderr: float | None) -> str:
 
 
 def _figures(value: float) -> str:
-    """Three significant figures without an exponent for everyday sizes, all figures of the integer part."""
+    """Format three significant figures without an exponent for everyday sizes, all figures of the integer part."""
     return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
@@ -204,6 +204,6 @@ def _markdown_cell(cell: Cell) -> str:
 
 
 def _markdown(text: str) -> str:
-    """Text that Markdown shows as it is, on one line of a table."""
+    """Escape text so that Markdown shows it as it is, on one line of a table."""
     escaped = re.sub(r"([\\`*_\[\]|~])", r"\\\1", " ".join(text.split()))
     return escaped.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")

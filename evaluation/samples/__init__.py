@@ -1,1 +1,1 @@
-"""Samples: what they are made for, how they are seeded, stored and checked."""
+"""Samples: their conditions, seeds, storage and checks."""

@@ -1,4 +1,4 @@
-"""Further keyword arguments of pipeline calls, such as `height` or `negative_prompt`: which there can be."""
+"""Further keyword arguments of pipeline calls, such as `height` or `negative_prompt`, and their checks."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ RESERVED = {
 
 
 def parameters(pipe: Any) -> Mapping[str, inspect.Parameter]:
-    """What a call of the pipeline takes, by name."""
+    """Return the parameters of a pipeline call, by name."""
     return inspect.signature(type(pipe).__call__).parameters
 
 
@@ -54,7 +54,7 @@ def check_names(arguments: Mapping[str, Any]) -> None:
 
 
 def check_arguments(pipe: Any, arguments: Mapping[str, Any]) -> None:
-    """Raise a ValueError as `check_names`, and for an argument that a call of the pipeline does not take."""
+    """Raise a ValueError as `check_names` does, and for an argument that a call of the pipeline does not take."""
     check_names(arguments)
     for name in arguments:
         if name not in parameters(pipe):
@@ -62,7 +62,7 @@ def check_arguments(pipe: Any, arguments: Mapping[str, Any]) -> None:
 
 
 def unknown_argument(pipe: Any, name: str, spelled: str) -> ValueError:
-    """The error for an argument that a call of the pipeline does not take; `spelled` is how the user gave it."""
+    """Return the error for an argument that a pipeline call does not take; `spelled` is how the user gave it."""
     known = [parameter for parameter in parameters(pipe) if parameter != "self"]
     near = difflib.get_close_matches(name, known, n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""

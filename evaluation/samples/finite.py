@@ -1,4 +1,7 @@
-"""Samples that hold NaN or infinity: rounded to 8 bits they would be black or white, and nobody would know."""
+"""Check for samples with NaN or infinity.
+
+Rounded to 8 bits they would be black or white, and nobody would know.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ def check_samples(pipe: Any, made: Any, ids: Sequence[int]) -> None:
     Args:
         pipe: the pipeline that made them.
         made: arrays or tensors, one per sample; anything else, such as PIL images, is past checking.
-        ids: of the samples.
+        ids: ids of the samples.
     """
     wrong = [sample_id for sample_id, sample in zip(ids, made, strict=True) if not _finite(sample)]
     if wrong:

@@ -1,4 +1,4 @@
-"""Several processes that make the samples of one run: who makes what, and one run in a folder at a time.
+"""Processes that make the samples of one run: their shares, and one run in a folder at a time.
 
 Nothing is sent between them but barriers: samples go to files, and seeds depend on the sample's id alone.
 """
@@ -24,7 +24,7 @@ _PATIENCE = datetime.timedelta(days=7)  # the first process measures alone for a
 
 @dataclass(frozen=True)
 class World:
-    """The processes of a run, seen from one of them."""
+    """Processes of a run, seen from one of them."""
 
     rank: int = 0
     size: int = 1
@@ -37,11 +37,11 @@ class World:
         return self.rank == 0
 
     def share(self, ids: Sequence[int]) -> list[int]:
-        """This process's part of `ids`, every `size`-th; together the parts are `ids`, and none is in two."""
+        """Return this process's part of `ids`, every `size`-th; together the parts are `ids`, and none is in two."""
         return list(ids[self.rank :: self.size])
 
     def wait(self) -> None:
-        """Return when every process has come here.
+        """Wait until every process has reached this point.
 
         Raises:
             ConnectionError: another process has ended before.
@@ -59,7 +59,7 @@ class World:
 
 @contextlib.contextmanager
 def processes() -> Iterator[World]:
-    """The processes of the initialised `torch.distributed`, or this one alone; all of them must enter.
+    """Yield the processes of the initialised `torch.distributed`, or this one alone; all of them must enter.
 
     The barriers are gloo's whatever the backend of the default group: waiting costs no GPU and has no short time limit.
     """
@@ -75,7 +75,7 @@ def processes() -> Iterator[World]:
 
 @contextlib.contextmanager
 def claimed(folder: Path, world: World) -> Iterator[None]:
-    """Keep other runs out of `folder` until all processes of this one have left or ended, however they end.
+    """Lock `folder` against other runs until all processes of this one have left or ended, however they end.
 
     Every process holds a lock of the operating system on a file of its own, so a killed run leaves none behind. A file
     system without locks is used all the same, with a warning.
@@ -96,7 +96,7 @@ def claimed(folder: Path, world: World) -> Iterator[None]:
 
 
 def _hold(path: Path, held: contextlib.ExitStack) -> None:
-    """Lock a file without waiting; `held` frees and deletes it."""
+    """Lock a file without waiting; `held` deletes and frees it."""
     lock = FileLock(path)
     try:
         lock.acquire(blocking=False)
@@ -109,5 +109,10 @@ def _hold(path: Path, held: contextlib.ExitStack) -> None:
     except NotImplementedError:
         warnings.warn(f"this file system has no locks; see to it that no other run uses {path.parent}", stacklevel=2)
         return
-    held.callback(path.unlink, missing_ok=True)
-    held.callback(lock.release)
+    held.callback(_free, lock, path)
+
+
+def _free(lock: FileLock, path: Path) -> None:
+    with contextlib.suppress(PermissionError):  # Windows deletes no file that is open
+        path.unlink(missing_ok=True)  # first, so that nobody else's is deleted
+    lock.release()

@@ -1,4 +1,4 @@
-"""How much of a prompt a pipeline keeps: diffusers cuts off the rest and only logs it."""
+"""Check of prompt lengths: diffusers truncates long prompts and only logs it."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ _SEQUENCE = "max_sequence_length"
 
 
 def token_counts(tokenizer: Any, texts: Sequence[str]) -> list[int]:
-    """The number of tokens of each text, with those that mark its start and end."""
+    """Return the number of tokens of each text, with those that mark its start and end."""
     return [len(ids) for ids in tokenizer(list(texts), verbose=False).input_ids]
 
 
 def token_limits(pipe: Any, arguments: Mapping[str, Any]) -> Iterator[tuple[Any, int]]:
-    """Every tokenizer of a pipeline whose text encoder is there, and how many tokens it keeps.
+    """Yield every tokenizer of a pipeline whose text encoder is present, and how many tokens it keeps.
 
     CLIP's keep `model_max_length`, its encoder has no more positions; others keep the `max_sequence_length` of the
     call, given or default, where the pipeline has such an argument.
@@ -34,12 +34,12 @@ def token_limits(pipe: Any, arguments: Mapping[str, Any]) -> Iterator[tuple[Any,
 
 
 def too_long(pipe: Any, prompts: Sequence[str], arguments: Mapping[str, Any]) -> str | None:
-    """What is wrong with prompts of which every text encoder of the pipeline would see the beginning only, or None.
+    """Return what is wrong with prompts that every text encoder of the pipeline would truncate, or None.
 
     Args:
         pipe: a diffusers pipeline.
-        prompts: what it will be asked for.
-        arguments: of its call.
+        prompts: prompts of the pipeline's calls.
+        arguments: arguments of its calls.
     """
     limits = list(token_limits(pipe, arguments))
     if not limits:
@@ -62,7 +62,7 @@ def too_long(pipe: Any, prompts: Sequence[str], arguments: Mapping[str, Any]) ->
 
 
 def check_prompt_lengths(pipe: Any, prompts: Sequence[str] | None, arguments: Mapping[str, Any]) -> None:
-    """Raise a ValueError with what `too_long` says, if anything."""
+    """Raise a ValueError with the text of `too_long`, if any."""
     problem = None if prompts is None else too_long(pipe, prompts, arguments)
     if problem is not None:
         raise ValueError(problem)

@@ -1,4 +1,4 @@
-"""What samples are asked to show: classes or prompts, assigned to sample ids in turn."""
+"""Conditions of samples: classes or prompts, assigned to sample ids in turn."""
 
 from __future__ import annotations
 
@@ -21,41 +21,41 @@ PROMPTS = "prompts.json"
 
 
 class Conditions(ABC):
-    """Abstract: the pipeline arguments of every sample id."""
+    """Abstract base of conditions, the pipeline arguments of every sample id."""
 
     @property
     @abstractmethod
     def name(self) -> str:
-        """For the result file."""
+        """Name in the result file."""
 
     @abstractmethod
     def arguments(self, ids: Sequence[int]) -> dict[str, Any]:
-        """Keyword arguments of a pipeline call that makes the samples `ids`."""
+        """Return the keyword arguments of a pipeline call that makes the samples `ids`."""
 
     @abstractmethod
     def describe(self) -> dict[str, Any]:
-        """What identifies these conditions, JSON-serialisable."""
+        """Return a JSON-serialisable description that identifies these conditions."""
 
     @abstractmethod
     def __len__(self) -> int:
-        """How many different ones there are."""
+        """Return the number of different conditions."""
 
     def labels(self, ids: Sequence[int]) -> Tensor | None:
-        """(N,) the class asked for, or None where there are no classes."""
+        """Return the classes (N,), or None where there are no classes."""
         return None
 
     def texts(self, ids: Sequence[int]) -> tuple[str, ...] | None:
-        """The N prompts, or None where there are none."""
+        """Return the N prompts, or None where there are none."""
         return None
 
     def save(self, folder: Path) -> None:
-        """Write into a run folder what `describe` only hashes; nothing for classes."""
+        """Write to a run folder what `describe` only hashes; nothing for classes."""
         return
 
 
 @dataclass(frozen=True)
 class Classes(Conditions):
-    """Class ids in turn: sample i shows `classes[i % len(classes)]`.
+    """Class ids, assigned in turn: sample i shows `classes[i % len(classes)]`.
 
     Raises:
         ValueError: no class.
@@ -72,19 +72,19 @@ class Classes(Conditions):
 
     @property
     def name(self) -> str:
-        """`"10 classes"`."""
+        """Name such as `"10 classes"`."""
         return f"{len(self.classes)} classes"
 
     def arguments(self, ids: Sequence[int]) -> dict[str, Any]:
-        """`{"class_labels": [...]}`."""
+        """Return `{"class_labels": [...]}`."""
         return {"class_labels": self._of(ids)}
 
     def describe(self) -> dict[str, Any]:
-        """The list of classes."""
+        """Return the list of classes."""
         return {"classes": list(self.classes)}
 
     def labels(self, ids: Sequence[int]) -> Tensor:
-        """(N,) int64."""
+        """Return the classes (N,), int64."""
         return torch.tensor(self._of(ids))
 
     def _of(self, ids: Sequence[int]) -> list[int]:
@@ -93,7 +93,7 @@ class Classes(Conditions):
 
 @dataclass(frozen=True)
 class Prompts(Conditions):
-    """Prompts in turn: sample i shows `prompts[i % len(prompts)]`.
+    """Prompts, assigned in turn: sample i shows `prompts[i % len(prompts)]`.
 
     Raises:
         ValueError: no prompt.
@@ -108,7 +108,9 @@ class Prompts(Conditions):
 
     @classmethod
     def from_file(cls, path: str | Path) -> Prompts:
-        """One prompt per line of a UTF-8 text file; empty lines do not count, all others do, also if they are equal.
+        """Read one prompt per line of a UTF-8 text file.
+
+        Empty lines do not count, all others do, also if they are equal.
 
         Lines end with a line feed, a carriage return or both; the other characters at which `str.splitlines` would cut,
         such as U+2028, belong to the prompt.
@@ -129,7 +131,7 @@ class Prompts(Conditions):
 
     @classmethod
     def from_zoo(cls, name: str) -> Prompts:
-        """One of `flowaccel.data.PROMPT_SETS`, with or without `zoo:`.
+        """Load one of `flowaccel.data.PROMPT_SETS`, with or without `zoo:`.
 
         Raises:
             ValueError: unknown set; the message names those there are.
@@ -142,19 +144,19 @@ class Prompts(Conditions):
 
     @property
     def name(self) -> str:
-        """`"FILE, 5000 prompts"`."""
+        """Name such as `"FILE, 5000 prompts"`."""
         return f"{self.source}, {len(self.prompts)} prompts"
 
     def arguments(self, ids: Sequence[int]) -> dict[str, Any]:
-        """`{"prompt": [...]}`."""
+        """Return `{"prompt": [...]}`."""
         return {"prompt": list(self.texts(ids))}
 
     def texts(self, ids: Sequence[int]) -> tuple[str, ...]:
-        """The N prompts."""
+        """Return the N prompts."""
         return tuple(self.prompts[sample_id % len(self.prompts)] for sample_id in ids)
 
     def describe(self) -> dict[str, Any]:
-        """Their number and a hash of their text."""
+        """Return the number of prompts and a hash of their text."""
         return {
             "prompts": len(self.prompts),
             "sha256": hashlib.sha256("\n".join(self.prompts).encode()).hexdigest()[:16],
@@ -166,7 +168,7 @@ class Prompts(Conditions):
 
 
 def load_conditions(described: dict[str, Any], folder: Path) -> Conditions:
-    """The conditions of a finished run, from their description in the result file.
+    """Load the conditions of a finished run from their description in the result file.
 
     Raises:
         ValueError: `prompts.json` of the run is missing or holds other prompts.

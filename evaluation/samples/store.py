@@ -1,4 +1,4 @@
-"""Samples on disk: one file per sample id, written atomically, so that any interruption can be resumed exactly.
+"""Sample store: one file per sample id, written atomically, so that any interruption can be resumed exactly.
 
 The file is the record: what is there is done, what is missing is made. Seeds depend on the run's seed and the id
 alone, so batch size, interruptions and processes change nothing.
@@ -26,21 +26,22 @@ _PNG_LEVEL = 1  # a fifth of the default level's time for a sixth more bytes
 
 
 def sample_seed(run_seed: int, sample_id: int) -> int:
-    """A seed in [0, 2**63) from a hash of the run's seed and the sample's id: runs with neighbouring seeds share
-    nothing.
+    """Return a seed in [0, 2**63) from a hash of the run's seed and the sample's id.
+
+    Runs with neighbouring seeds share nothing.
     """
     digest = hashlib.blake2b(f"{run_seed}:{sample_id}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
 
 
 def sample_generator(run_seed: int, sample_id: int) -> torch.Generator:
-    """The CPU generator that draws everything random about one sample."""
+    """Return the CPU generator that draws everything random about one sample."""
     return torch.Generator("cpu").manual_seed(sample_seed(run_seed, sample_id))
 
 
 @dataclass(frozen=True)
 class SampleStore:
-    """The samples of one row of an evaluation.
+    """Samples of one row of an evaluation.
 
     Args:
         folder: the row's folder; made on first use.
@@ -49,7 +50,9 @@ class SampleStore:
     folder: Path
 
     def open(self, manifest: dict[str, Any]) -> None:
-        """Claim the folder for `manifest`, what the samples depend on; a folder begun with another one is refused.
+        """Claim the folder for `manifest`, which says what the samples depend on.
+
+        A folder that was started with another manifest is refused.
 
         Raises:
             ValueError: the folder holds samples of another manifest; the message names what differs.
@@ -69,7 +72,7 @@ class SampleStore:
         write_atomically(path, json.dumps(wanted, indent=1).encode())
 
     def missing(self, ids: Sequence[int]) -> list[int]:
-        """Those of `ids` that have no sample yet."""
+        """Return those `ids` that have no sample yet."""
         return [sample_id for sample_id in ids if not self._path(sample_id).exists()]
 
     def write(self, sample_id: int, image: Tensor) -> None:
@@ -82,7 +85,7 @@ class SampleStore:
         write_atomically(self._path(sample_id), buffer.getvalue())
 
     def read(self, ids: Sequence[int]) -> Tensor:
-        """The images of `ids`, uint8 (N, C, H, W).
+        """Read the images of `ids`, uint8 (N, C, H, W).
 
         Raises:
             ValueError: one is missing or unreadable; the message names the file.
@@ -103,7 +106,7 @@ class SampleStore:
         return torch.from_numpy(array if array.ndim == 3 else array[:, :, None]).permute(2, 0, 1)
 
     def digest(self, ids: Sequence[int]) -> str:
-        """sha256 over the files of `ids`, in order."""
+        """Return the sha256 over the files of `ids`, in order."""
         total = hashlib.sha256()
         for sample_id in ids:
             total.update(self._path(sample_id).read_bytes())
@@ -114,7 +117,7 @@ class SampleStore:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file, all or nothing: to a temporary name, then renamed."""
+    """Write a file atomically: to a temporary name, then renamed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -127,10 +130,10 @@ def write_atomically(path: Path, content: bytes) -> None:
 def generate(
     store: SampleStore, ids: Sequence[int], batch_size: int, make: Callable[[list[int]], Tensor]
 ) -> Iterator[int]:
-    """Make every missing sample of `ids` once, in batches; yields the number of samples made after each batch.
+    """Generate every missing sample of `ids` in batches; yields the number of samples made after each batch.
 
     Args:
-        store: where they go.
+        store: store of the samples.
         ids: all sample ids of the run.
         batch_size: most samples per call.
         make: ids -> uint8 images (len(ids), C, H, W).
@@ -140,14 +143,14 @@ def generate(
 
 
 def in_batches(ids: Sequence[int], batch_size: int) -> list[list[int]]:
-    """`ids` cut into lists of `batch_size`, the last one perhaps shorter."""
+    """Split `ids` into lists of `batch_size`, the last one perhaps shorter."""
     return [list(ids[start : start + batch_size]) for start in range(0, len(ids), batch_size)]
 
 
 def generate_batches(
     store: SampleStore, batches: Sequence[list[int]], make: Callable[[list[int]], Tensor]
 ) -> Iterator[int]:
-    """Make the samples of each batch, whether they are there or not; yields the number of samples of each."""
+    """Generate the samples of each batch, whether they exist or not; yields the number of samples of each."""
     for batch in batches:
         for sample_id, image in zip(batch, make(batch), strict=True):
             store.write(sample_id, image)
@@ -155,7 +158,10 @@ def generate_batches(
 
 
 def folder_name(row: str) -> str:
-    """A row's name as a folder name; a name with other characters than letters, digits and `._@+-` gets a hash."""
+    """Return a row's name as a folder name.
+
+    A name with other characters than letters, digits and `._@+-` gets a hash.
+    """
     safe = re.sub(r"[^\w.@+-]", "_", row)
     return (
         safe

@@ -1,1 +1,1 @@
-"""Seconds, multiply-adds and memory of pipeline calls, and where they were measured."""
+"""Seconds, multiply-adds and memory of pipeline calls, and the environment of the measurement."""

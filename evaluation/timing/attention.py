@@ -1,4 +1,4 @@
-"""Choosing an attention backend, after its kernel has really run once."""
+"""Selection of an attention backend, after its kernel has really run once."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _CHOSEN: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
 
 
 def set_attention(pipe: Any, name: str) -> None:
-    """Let the pipeline's networks compute all of their attention by `sdpa`, `xformers` or `flash`, or change nothing.
+    """Set the attention of the pipeline's networks to `sdpa`, `xformers` or `flash`, all of it or none.
 
     A backend that is installed need not work (xformers imports without its kernels), so one small attention is
     computed first. Networks that do not go through diffusers' backends (DiT, SD3, PixArt, UNets) get processors that
@@ -56,7 +56,7 @@ def set_attention(pipe: Any, name: str) -> None:
 
 
 def chosen_attention(pipe: Any) -> str | None:
-    """What `set_attention` was last told for this pipeline's networks, or None."""
+    """Return the backend that `set_attention` last set for this pipeline's networks, or None."""
     return _CHOSEN.get(_networks(pipe)[0])
 
 
@@ -66,7 +66,7 @@ def _networks(pipe: Any) -> list[Any]:
 
 
 def _processors(network: nn.Module) -> dict[str, Any]:
-    """The layers of attention by name, where diffusers lets one choose what computes them."""
+    """Return the attention layers by name whose processor diffusers lets one choose."""
     return {path: layer for path, layer in network.named_modules() if getattr(layer, "processor", None) is not None}
 
 
@@ -85,7 +85,9 @@ def _set_backend(network: Any, name: str) -> None:
 
 
 def _exchanges(network: nn.Module, name: str) -> list[tuple[Any, type]]:
-    """The layers that do not choose by name and need another kind of processor, and which.
+    """Return the layers that need another kind of processor, and which.
+
+    These are those that do not choose a backend by name.
 
     Raises:
         ValueError: there is none for a layer, or the network has no layers.
@@ -108,7 +110,7 @@ def _exchanges(network: nn.Module, name: str) -> list[tuple[Any, type]]:
 
 
 def _kind_of_processor(layer: Any, name: str) -> type | None:
-    """The kind of processor, of those that do not choose by name, that computes a layer by `name`."""
+    """Return the processor class that computes a layer by `name`, of those that do not choose by name."""
     kind = type(layer.processor)
     if name == "sdpa":
         calls = getattr(getattr(kind.__call__, "__code__", None), "co_names", ())

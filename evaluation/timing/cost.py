@@ -1,4 +1,4 @@
-"""What a run costs besides time: multiply-adds, network calls and rows, memory, and seconds per stage.
+"""Costs of a run besides time: multiply-adds, network calls and rows, memory, and seconds per stage.
 
 Everything is counted on the run itself, so whatever an accelerator really leaves out is really not counted.
 """
@@ -26,7 +26,9 @@ except ImportError:  # Windows has no such module
 
 
 def _attention_flops(query: Sequence[int], key: Sequence[int], value: Sequence[int], *_: Any, **__: Any) -> int:
-    """2 flops per multiply-add of Q K^T and P V; shapes (B, H, Lq, D), (B, H or fewer, Lk, D), (B, .., Lk, Dv).
+    """Count 2 flops per multiply-add of Q K^T and P V.
+
+    Shapes are (B, H, Lq, D), (B, H or fewer, Lk, D), (B, .., Lk, Dv).
 
     Masked and causal pairs count as if they were computed, as torch's own formulas do for the GPU kernels.
     """
@@ -35,8 +37,11 @@ def _attention_flops(query: Sequence[int], key: Sequence[int], value: Sequence[i
 
 
 def _grouped_flops(left: Sequence[int], right: Sequence[int], *_: Any, **__: Any) -> int:
-    """2 flops per multiply-add of products by group; shapes (P, K) and (E, K, N), or (K, P) and (P, N) for gradients:
-    every row of the left goes through one group's matrix."""
+    """Count 2 flops per multiply-add of products by group.
+
+    Shapes are (P, K) and (E, K, N), or (K, P) and (P, N) for gradients: every row of the left goes through one group's
+    matrix.
+    """
     return 2 * left[0] * left[1] * right[-1]
 
 
@@ -62,7 +67,9 @@ def count_macs(fn: Callable[[], object]) -> int:
 
 
 class CallCounter:
-    """Counts forward passes and rows of named modules: `with CallCounter({"network": transformer}) as counter: ...`.
+    """Counter of forward passes and rows of named modules.
+
+    Use it as `with CallCounter({"network": transformer}) as counter: ...`.
 
     A row is one entry of the leading dimension of the first tensor argument, positional ones first, then keywords in
     the order of the call; a list of tensors counts its length. Entering starts from zero; the counts stay readable
@@ -109,14 +116,14 @@ def _leading_rows(name: str, arguments: Sequence[Any]) -> int:
 
 
 def reset_peak_memory(device: torch.device | str) -> None:
-    """Start a new peak on a CUDA device; on the others the maximum cannot be reset and nothing happens."""
+    """Reset the peak memory of a CUDA device; on others the maximum cannot be reset and nothing happens."""
     device = torch.device(device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
 
 
 def peak_memory_mb(device: torch.device | str) -> float | None:
-    """Peak memory in MB (10^6 bytes), None where the platform cannot tell.
+    """Return the peak memory in MB (10^6 bytes), or None where the platform cannot tell.
 
     CUDA: the most that torch had allocated since `reset_peak_memory`. Others: the largest resident size of the whole
     process *since it started*, so only the first thing a process runs has a number of its own; compare rows by running
@@ -138,7 +145,9 @@ def timed_stages(
     device: torch.device | str = "cpu",
     clock: Clock = time.perf_counter,
 ) -> Iterator[dict[str, float]]:
-    """Seconds spent in named methods inside the block: `{"decode": (pipe.vae, "decode")}`; "total" is the block.
+    """Time named methods inside the context, in seconds: `{"decode": (pipe.vae, "decode")}`.
+
+    The entry "total" is the whole block.
 
     The methods are replaced on the *instances* and put back on exit, also after an exception. For a module the method
     is "forward". The dictionary is filled as the calls happen, and "total" when the block ends. Every call waits for
@@ -185,7 +194,7 @@ def _timed_method(
 
 @contextmanager
 def replaced_method(owner: object, method: str, around: Callable[..., Any]) -> Iterator[None]:
-    """Inside the block `owner.method(...)` is `around(original, ...)`, on this instance only."""
+    """Replace `owner.method(...)` by `around(original, ...)` inside the context, on this instance only."""
     original = getattr(owner, method)
     had_own = method in vars(owner)  # an instance that was already wrapped by someone else gets that wrapper back
 
@@ -205,17 +214,17 @@ def replaced_method(owner: object, method: str, around: Callable[..., Any]) -> I
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """What one pipeline call of a row costs; per image, but for the first and the last two."""
+    """Cost of one pipeline call of a row; per image, except for the first and the last two."""
 
     evaluations: int
-    """Of the scheduler."""
+    """Evaluations of the scheduler."""
     network_rows: float
     refiner_rows: float
     macs: float
     stages: dict[str, float]
     """Seconds of the call."""
     peak_memory_mb: float | None
-    """Where the device can tell."""
+    """Peak memory in MB; None where the device cannot tell."""
 
 
 def measure_cost(
@@ -225,12 +234,12 @@ def measure_cost(
     extra: Mapping[str, nn.Module],
     stand_ins: Sequence[nn.Module] = (),
 ) -> Cost:
-    """Count two calls of their own, outside of any timed rounds.
+    """Count two separate calls, outside of any timed rounds.
 
     Args:
         pipe: the pipeline.
-        images: how many a call makes.
-        switched: what switches the row on; it yields what makes the call.
+        images: number of images that a call makes.
+        switched: context that enables the row; it yields a function that makes the call.
         extra: small networks that stand in.
         stand_ins: networks that the row puts in the place of the pipeline's own.
     """
@@ -254,7 +263,7 @@ def measure_cost(
 
 
 def denoiser(pipe: Any) -> Any:
-    """The network that a pipeline calls at its steps."""
+    """Return the network that a pipeline calls at its steps."""
     return pipe.transformer if hasattr(pipe, "transformer") else pipe.unet
 
 

@@ -1,4 +1,4 @@
-"""What a result was measured with: versions and hardware, without host names, user names or paths."""
+"""Environment of a measurement: versions and hardware, without host names, user names or paths."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def _version(package: str) -> str | None:
 
 
 def _git_state(file: Path) -> dict[str, str | bool]:
-    """Commit of the checkout that tracks `file`, and whether tracked files differ from it.
+    """Return the commit of the checkout that tracks `file`, and whether tracked files differ from it.
 
     A package installed inside *somebody else's* repository is not tracked there; its commit would be a wrong answer.
     """
@@ -62,7 +62,10 @@ def _git_state(file: Path) -> dict[str, str | bool]:
 
 
 def _git(folder: Path, *arguments: str) -> str | None:
-    """Output of a git command, or None when there is no git, no repository, or no answer in five seconds."""
+    """Return the output of a git command.
+
+    None when there is no git, no repository, or no answer in five seconds.
+    """
     try:
         done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, timeout=5, check=True)
     except (OSError, subprocess.SubprocessError):
@@ -71,7 +74,7 @@ def _git(folder: Path, *arguments: str) -> str | None:
 
 
 def _cpu_model() -> str:
-    """Name of the processor, or at least its architecture."""
+    """Return the name of the processor, or at least its architecture."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:  # not Linux

@@ -64,7 +64,7 @@ class Timing:
 
     @property
     def throttled(self) -> bool:
-        """True when the last third of the rounds is more than 5 % slower than the first third (medians).
+        """Whether the last third of the rounds is more than 5 % slower than the first third (medians).
 
         Absolute times are then not worth quoting; ratios still are. Fewer than three rounds are never flagged.
         """
@@ -72,7 +72,7 @@ class Timing:
         return third > 0 and bool(np.median(self.seconds[-third:]) > 1.05 * np.median(self.seconds[:third]))
 
     def ratio_to(self, other: Timing, *, resamples: int = 2000, seed: int = 0) -> Ratio:
-        """How many times as long as `other` this variant takes; `baseline.ratio_to(fast)` is the speed-up of `fast`.
+        """Return the ratio of this variant's time to `other`'s; `baseline.ratio_to(fast)` is the speed-up of `fast`.
 
         The interval is a percentile bootstrap: rounds are resampled with replacement and the median of their ratios is
         taken again. That is valid here, unlike for FID, because a median of ratios has no bias that resampling would
@@ -115,11 +115,11 @@ def measure_latency(
         rounds: timed rounds, at least 2. Ten give an interval worth printing.
         max_warmup: most warm-up rounds, 0 for none.
         agreement: relative change between two warm-up rounds that counts as settled, > 0.
-        device: where the work runs; CUDA and MPS are synchronised, others need nothing.
+        device: device on which the work runs; CUDA and MPS are synchronised, others need nothing.
         clock: returns seconds; a test passes its own.
         on_round: called as `on_round(i, n)` after timed round i of n, i from 1, outside the timed region.
-        within: by name, what to enter before and to leave after every call of that variant, outside the timed region;
-            switching something on and off is not what is measured.
+        within: by name, context that is entered before and left after every call of that variant, outside the timed
+            region, since switching something on and off is not what is measured.
 
     Raises:
         ValueError: `variants` is empty, or a number is out of range. An exception of a variant passes through.
@@ -157,7 +157,7 @@ def measure_latency(
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until `device` has done all queued work; nothing to wait for on the CPU."""
+    """Wait until `device` has done all queued work; does nothing on the CPU."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":
@@ -167,7 +167,7 @@ def synchronize(device: torch.device) -> None:
 def _one_round(
     variants: Mapping[str, Variant], around: Mapping[str, Around], device: torch.device, clock: Clock
 ) -> dict[str, float]:
-    """Mean of the two calls of each variant, called in the order A B C ... C B A."""
+    """Return the mean of the two calls of each variant, called in the order A B C ... C B A."""
     totals = dict.fromkeys(variants, 0.0)
     for name in (*variants, *reversed(list(variants))):
         totals[name] += _timed_call(variants[name], around[name], device, clock)

@@ -1,4 +1,4 @@
-"""The commands, joined."""
+"""Command-line application that joins all commands."""
 
 from __future__ import annotations
 
@@ -65,5 +65,5 @@ def options(
 
 
 def main() -> Any:
-    """Entry point of the console script."""
+    """Run the console script."""
     app()

@@ -189,7 +189,7 @@ def _check_kind(method: str, steps: int | None, given: dict[str, Any]) -> None:
 
 
 def _parts(method: str, given: dict[str, Any]) -> dict[str, Any]:
-    """The guard and the predictor of a cache."""
+    """Return the guard and the predictor of a cache."""
     bounds = {name: given[name] for name in ("warmup", "last", "max_run") if name in given}
     return {
         "guard": replace(find_method(method).guard, **bounds),

@@ -1,4 +1,4 @@
-"""What the commands share: options, progress, results, and errors without tracebacks."""
+"""Shared parts of the commands: options, progress, results, and errors without tracebacks."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JS
 
 
 def whole_numbers(option: str, text: str) -> tuple[int, ...]:
-    """Whole numbers between commas.
+    """Parse whole numbers between commas.
 
     Raises:
         ValueError: something else.
@@ -61,7 +61,7 @@ def whole_numbers(option: str, text: str) -> tuple[int, ...]:
 
 
 def say(message: str) -> None:
-    """A remark for the person at the terminal, made once for all processes."""
+    """Print a remark for the person at the terminal, once for all processes."""
     if is_first():
         console.print(message, markup=False, highlight=False, soft_wrap=True)
 
@@ -85,7 +85,10 @@ def is_first() -> bool:
 
 @contextmanager
 def progress() -> Iterator[Callable[[str, int, int], None]]:
-    """A progress bar per stage: yields `notify(stage, done, total)`. Of several processes the first one shows it."""
+    """Show a progress bar per stage; yields `notify(stage, done, total)`.
+
+    Of several processes the first one shows it.
+    """
     if not is_first():
         yield lambda stage, done, total: None
         return
@@ -121,7 +124,7 @@ def friendly_errors(resume_hint: str = "") -> Iterator[None]:
 
 
 def ask_again(context: typer.Context, error: UnnamedCodeError) -> ValueError:
-    """The error with the command that names the code: as it was typed, and one option more."""
+    """Return the error with the command that names the code: as it was typed, and one option more."""
     typed: list[str] = []
     for parameter in context.command.params:
         value = context.params.get(parameter.name or "")
@@ -141,12 +144,12 @@ def _exit(message: str, code: int) -> typer.Exit:
 
 
 def output_folder(out: Path | None, default: str) -> Path:
-    """The folder to write to."""
+    """Return the folder to write to."""
     return out if out is not None else Path("outputs") / default
 
 
 def given_options(options: dict[str, Any]) -> dict[str, Any]:
-    """Return the options that were given, those that are not None."""
+    """Return the options that are not None."""
     return {name: value for name, value in options.items() if value is not None}
 
 

@@ -20,7 +20,7 @@ from flowaccel.recipe.loading import load_network
 
 
 class Target(StrEnum):
-    """What to make."""
+    """Kind of folder or file to write."""
 
     sit = "sit"
     dydit = "dydit"
@@ -34,7 +34,7 @@ NETWORKS: dict[Target, type[SiTTransformer2DModel]] = {
     Target.dydit: DynamicSiTTransformer2DModel,
     Target.diffmoe: MoESiTTransformer2DModel,
 }
-"""Those with an official layout of their own, which they also write."""
+"""Networks with an official layout of their own, which they also write."""
 
 
 def convert(

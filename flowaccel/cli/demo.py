@@ -26,7 +26,7 @@ from flowaccel.evaluation import evaluate as run_evaluation
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """What the demo shows of one pipeline of the zoo; the rest is as the zoo has it."""
+    """Settings of the demo for one pipeline of the zoo; the rest is as the zoo has it."""
 
     pipe: str
     steps: int

@@ -147,7 +147,7 @@ def default_protocol(
     argument: list[str] | None = None,
     **given: Any,
 ) -> Protocol:
-    """A protocol with what is given, and for what is not, with what the zoo has for PIPE.
+    """Create a protocol from the options that are given, with the zoo's defaults for PIPE.
 
     Raises:
         ValueError: something is wrong, or has no default and is missing.
@@ -166,14 +166,14 @@ def default_protocol(
 
 
 def show(results: Results, folder: Path) -> None:
-    """Print the table and say where the rest is."""
+    """Print the table, and the location of the other results."""
     Console().print(console_table(results))
     files = [name for name in ("results.json", "pareto.png", "samples.png", "report.html") if (folder / name).exists()]
     say(f"{' and '.join(filter(None, [', '.join(files[:-1]), files[-1]]))} are in {folder}")
 
 
 def fewer_steps(steps: int) -> tuple[int, ...]:
-    """The competitors that every evaluation has: a quarter and a half of `steps`."""
+    """Return the step counts of the baselines that every evaluation has: a quarter and a half of `steps`."""
     return tuple(sorted({max(1, steps // 4), max(1, steps // 2)} - {steps}))
 
 
@@ -185,7 +185,7 @@ def _numbers(option: str, text: str) -> tuple[int, ...]:
 
 
 def _merged(context: typer.Context, config: Path) -> dict[str, Any]:
-    """The options of the YAML file, overridden by those typed on the command line."""
+    """Return the options of the YAML file, overridden by those typed on the command line."""
     try:
         loaded = yaml.safe_load(config.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -212,7 +212,7 @@ def _merged(context: typer.Context, config: Path) -> dict[str, Any]:
 
 
 def _as_typed(value: Any, several: bool) -> Any:
-    """A YAML value as it would stand on the command line, so that it is checked as if it did."""
+    """Return a YAML value as it would stand on the command line, so that it is checked in the same way."""
     if isinstance(value, dict):
         parts = [f"{name}={json.dumps(one)}" for name, one in value.items()]
     else:

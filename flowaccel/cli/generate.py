@@ -148,7 +148,10 @@ def generate(
 
 
 def as_pil(sample: Any) -> list[Image]:
-    """One sample as PIL images: of an array (..., H, W, C) in [0, 1] its frames, rounded as diffusers does."""
+    """Convert one sample to PIL images.
+
+    An array (..., H, W, C) in [0, 1] gives its frames, rounded as diffusers does.
+    """
     if isinstance(sample, Image):
         return [sample]
     if not isinstance(sample, np.ndarray):
@@ -158,14 +161,16 @@ def as_pil(sample: Any) -> list[Image]:
 
 
 def makes_videos(pipeline: Any) -> bool:
-    """Whether the pipeline can be asked for a number of frames."""
+    """Whether a number of frames can be passed to the pipeline."""
     return "num_frames" in parameters(pipeline)
 
 
 def call_arguments(
     pipeline: Any, pipe: str, argument: list[str] | None, *, fps: float | None = None, **given: Any
 ) -> dict[str, Any]:
-    """The arguments of a call: the options that are not None over those of --argument over what the zoo has for PIPE.
+    """Return the arguments of a call.
+
+    Options that are not None override those of --argument, which override the zoo's for PIPE.
 
     Raises:
         ValueError: the pipeline does not take one of them, flowaccel sets it itself, or it is given twice.
@@ -188,7 +193,7 @@ def call_arguments(
 
 
 def free_arguments(pipeline: Any, pipe: str, argument: list[str] | None) -> dict[str, Any]:
-    """The arguments of --argument over those that the zoo has for PIPE.
+    """Return the arguments of --argument over those that the zoo has for PIPE.
 
     Raises:
         ValueError: as `parse_arguments` and `check_arguments`.
@@ -200,10 +205,10 @@ def free_arguments(pipeline: Any, pipe: str, argument: list[str] | None) -> dict
 
 
 def parse_arguments(texts: list[str] | None, option: str = "--argument", example: str = "height=512") -> dict[str, Any]:
-    """`["height=512", "negative_prompt=blurry"]` -> `{"height": 512, "negative_prompt": "blurry"}`.
+    """Parse `["height=512", "negative_prompt=blurry"]` into `{"height": 512, "negative_prompt": "blurry"}`.
 
     Args:
-        texts: what an option that may be given several times was given.
+        texts: values of an option that may be given several times.
         option: its name, for messages,
         example: and one of its values.
 
@@ -225,7 +230,7 @@ def parse_arguments(texts: list[str] | None, option: str = "--argument", example
 
 
 def frame_rate(pipeline: Any) -> float:
-    """Frames per second that the pipeline makes videos for by default."""
+    """Return the default frame rate of the pipeline's videos, in frames per second."""
     rate = _rate_argument(pipeline)
     default = FPS if rate is None else parameters(pipeline)[rate].default
     return default if isinstance(default, (int, float)) else FPS
@@ -236,7 +241,7 @@ def _rate_argument(pipeline: Any) -> str | None:
 
 
 def parse_conditions(pipeline: Any, classes: str | None, prompt: list[str] | None, prompts: str | None) -> Conditions:
-    """What to sample for, from the options; without any, every class of a class-conditional pipeline.
+    """Return the conditions that the options give; without any, every class of a class-conditional pipeline.
 
     Raises:
         ValueError: none given where needed, or of the wrong kind for the pipeline.
@@ -264,7 +269,7 @@ def parse_conditions(pipeline: Any, classes: str | None, prompt: list[str] | Non
 
 
 def parse_classes(text: str) -> tuple[int, ...]:
-    """`"0,3,5-7"` -> (0, 3, 5, 6, 7).
+    """Parse `"0,3,5-7"` into (0, 3, 5, 6, 7).
 
     Raises:
         ValueError: not of that form.

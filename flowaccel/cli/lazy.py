@@ -23,7 +23,7 @@ def lazy_group(references: Callable[[], Mapping[str, str]]) -> type[TyperGroup]:
     """
 
     class LazyGroup(TyperGroup):
-        """Commands that are imported when they are run; until then they are known by name and summary."""
+        """Group of commands that are imported when they are run; until then, names and summaries are known."""
 
         def __init__(self, **options: Any) -> None:
             super().__init__(**options)

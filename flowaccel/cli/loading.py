@@ -1,4 +1,4 @@
-"""Pipelines, recipes and devices by the names that the commands take."""
+"""Loading of pipelines, recipes and devices by the names that the commands take."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ PromptsOption = Annotated[
 
 
 def resolve_device(name: str) -> str:
-    """A device name that this machine has.
+    """Return the name of a device that this machine has.
 
     Raises:
         ValueError: unknown or absent.
@@ -48,7 +48,7 @@ def resolve_device(name: str) -> str:
 
 
 def resolve_dtype(name: str) -> torch.dtype:
-    """A dtype by name.
+    """Return a dtype by name.
 
     Raises:
         ValueError: unknown name.
@@ -64,7 +64,7 @@ def open_pipeline(name: str, device: str = "cpu", dtype: str = "float32") -> Any
 
 
 def zoo_entry(name: str) -> zoo.Entry | None:
-    """What the zoo says about PIPE, where it comes from there."""
+    """Return the zoo's entry of PIPE, or None if it is not from the zoo."""
     return zoo.entry(name) if name.startswith(zoo.PREFIX) else None
 
 
@@ -74,7 +74,7 @@ def open_recipe(name: str) -> Recipe:
 
 
 def saved_with(name: str) -> Recipe | None:
-    """The recipe that lies beside the components of PIPE, or None."""
+    """Return the recipe that is saved beside the components of PIPE, or None."""
     recipe = saved_recipe(name)
     if recipe is not None:
         say(f"recipe {recipe.name!r} is saved with {name}; --recipe none leaves the pipeline as it is")
@@ -113,7 +113,7 @@ def launched(device: str, expect_world: int | None) -> Iterator[str]:
 
 @contextmanager
 def own_modules(*names: str | None) -> Iterator[None]:
-    """Let the modules of feature networks and rewards that the person typed lie in the working directory.
+    """Allow feature networks and rewards named by the user to be imported from the working directory.
 
     It is on `sys.path` inside the block, and only if one of them is not to be found without it: no file that is read,
     and no import of a library, picks up what happens to lie where a command is run.

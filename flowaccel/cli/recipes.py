@@ -1,4 +1,4 @@
-"""`flowaccel recipes`: what there is to choose from."""
+"""`flowaccel recipes`: the available recipes and rules."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Writing videos: mp4 with the extra `video`, else animated WebP, which Pillow writes by itself."""
+"""Writing of videos: mp4 with the extra `video`, else animated WebP, which Pillow writes by itself."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from flowaccel.extras import require
 
 
 def video_suffix() -> str:
-    """`".mp4"` where it can be written, else `".webp"`."""
+    """Return `".mp4"` where it can be written, else `".webp"`."""
     try:
         _require_mp4()
     except MissingExtraError:

@@ -1,1 +1,1 @@
-"""Losses and loops for the learned parts."""
+"""Losses and training loops for the learned parts."""

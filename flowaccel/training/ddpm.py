@@ -1,4 +1,4 @@
-"""The objective of DiT (arXiv 2212.09748): noise prediction with a learned variance (Improved DDPM, arXiv 2102.09672).
+"""Objective of DiT (arXiv 2212.09748): noise prediction with a learned variance (Improved DDPM, arXiv 2102.09672).
 
 Times are integers t in 0 .. T - 1; t = T - 1 is nearly noise. Shapes: B rows, C channels, data and noise (B, C, ...),
 network outputs (B, 2C, ...): the noise, then where the variance lies between its bounds.
@@ -23,7 +23,7 @@ _SMALLEST = 1e-12
 
 @dataclass(frozen=True)
 class DiffusionTerms:
-    """What the loss of a batch is made of."""
+    """Terms of the loss of a batch."""
 
     mse: Tensor
     """(B,) mean squared error of the noise."""
@@ -32,12 +32,12 @@ class DiffusionTerms:
 
     @property
     def loss(self) -> Tensor:
-        """(B,) the sum, which DiT trains on."""
+        """(B,) sum of the terms, which DiT trains on."""
         return self.mse + self.vb
 
 
 class Diffusion:
-    """A chain of noise levels q(x_t | x_(t-1)) = N(sqrt(1 - beta_t) x_(t-1), beta_t), and the loss on it.
+    """Diffusion process q(x_t | x_(t-1)) = N(sqrt(1 - beta_t) x_(t-1), beta_t), and its loss.
 
     Args:
         betas: (T,) variances in (0, 1), in the order of t.
@@ -61,11 +61,12 @@ class Diffusion:
         self._of_state = (1 - before) * (1 - betas).sqrt() / (1 - kept)
 
     def noised(self, data: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """x_t, the shape of `data`, at times `t` (B,)."""
+        """Return x_t, the shape of `data`, at times `t` (B,)."""
         return _at(self._signal, t, data) * data + _at(self._noise, t, data) * noise
 
     def terms(self, output: Tensor, data: Tensor, noise: Tensor, t: Tensor) -> DiffusionTerms:
-        """The terms of the loss: Improved DDPM's equations 15 (the variance) and 16 (the sum; DiT's weights are 1).
+        """Return the terms of the loss, Improved DDPM's equations 15 (the variance) and 16 (the sum; DiT's weights are
+        1).
 
         Args:
             output: the network's (B, 2C, ...) at `noised(data, noise, t)`.
@@ -86,7 +87,10 @@ class Diffusion:
         return DiffusionTerms(mse, self._bound(predicted.detach(), share, data, self.noised(data, noise, t), t))
 
     def _bound(self, predicted: Tensor, share: Tensor, data: Tensor, state: Tensor, t: Tensor) -> Tensor:
-        """(B,) bits per dimension: KL(q(x_(t-1) | x_t, x_0), p), and at t = 0 the negative log-likelihood of x_0."""
+        """Return the variational bound (B,) in bits per dimension.
+
+        It is KL(q(x_(t-1) | x_t, x_0), p), and at t = 0 the negative log-likelihood of x_0.
+        """
         lower, upper = _at(self._log_lower, t, data), _at(self._log_upper, t, data)
         log_variance = lower + (share + 1) / 2 * (upper - lower)
         guess = (state - _at(self._noise, t, data) * predicted) / _at(self._signal, t, data)
@@ -99,7 +103,7 @@ class Diffusion:
 
 
 def _log_likelihood(data: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
-    """Of data in [-1, 1], rounded to 256 values, under a normal distribution."""
+    """Return the log-likelihood of data in [-1, 1], rounded to 256 values, under a normal distribution."""
     scale = (-0.5 * log_variance).exp()
     above, below = (_normal_cdf(scale * (data - mean + offset)) for offset in (_BIN, -_BIN))
     within = torch.where(data > _HIGHEST, 1 - below, above - below)
@@ -107,12 +111,12 @@ def _log_likelihood(data: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
 
 
 def _normal_cdf(x: Tensor) -> Tensor:
-    """The approximation that Improved DDPM uses, to about 2e-4."""
+    """Approximate the normal distribution function as Improved DDPM does, to about 2e-4."""
     return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
 
 
 def _at(table: Tensor, t: Tensor, like: Tensor) -> Tensor:
-    """Entries at `t` (B,), to be broadcast over `like` (B, ...)."""
+    """Return table entries at `t` (B,), to be broadcast over `like` (B, ...)."""
     return _shaped(table.to(like.device, like.dtype)[t], like)
 
 
@@ -131,13 +135,13 @@ class DDPMObjective(LabelledObjective):
     chain: Diffusion = DIT
 
     def times(self, generator: torch.Generator) -> Tensor:
-        """(B,) int64, 0 .. T - 1."""
+        """Draw times (B,), int64 in 0 .. T - 1."""
         return torch.randint(self.chain.steps, (self.batch_size,), generator=generator)
 
     def arguments(self, batch: LabelledBatch) -> tuple[Tensor, Tensor, Tensor]:
-        """Noised images, times and labels."""
+        """Return noised images, times and labels."""
         return self.chain.noised(batch.images, batch.noise, batch.t), batch.t, batch.labels
 
     def loss(self, output: Tensor, batch: LabelledBatch) -> Tensor:
-        """The mean of DiT's loss."""
+        """Return the mean of DiT's loss."""
         return self.chain.terms(output, batch.images, batch.noise, batch.t).loss.mean()

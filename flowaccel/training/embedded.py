@@ -1,4 +1,4 @@
-"""The embedded data sets, as the parts of a pipeline are trained on them."""
+"""Embedded data sets for training the parts of a pipeline."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FLOW_PIPELINES = (SiTPipeline, StableDiffusion3Pipeline)
 
 
 def known_data(name: str) -> str:
-    """The name of an embedded data set; raises ValueError for another."""
+    """Return the name of an embedded data set; raises ValueError for another."""
     if name not in DATASETS:
         raise ValueError(f"--data must be one of {sorted(DATASETS)}, got {name!r}")
     return name
@@ -27,7 +27,7 @@ def known_data(name: str) -> str:
 def training_data(
     pipe: str, pipeline: Any, data_set: str, kinds: tuple[Any, ...] = FLOW_PIPELINES
 ) -> tuple[ImageSet, Callable[[Any], Any]]:
-    """What the parts of a pipeline of one of `kinds` are trained on, and how its networks are called for that.
+    """Return the training data of a pipeline of one of `kinds`, and a function that adapts its networks to it.
 
     Raises:
         ValueError: images without what the pipeline is conditioned on, or that its network does not take.
@@ -52,7 +52,7 @@ def training_data(
 
 
 def _check_fit(data: ImageSet, data_set: str, network: Any) -> None:
-    """Raises ValueError unless a class-conditional network takes such images and classes."""
+    """Raise a ValueError unless a class-conditional network takes such images and classes."""
     size = network.config.sample_size
     wanted, found = (network.config.in_channels, size, size), tuple(data.images.shape[1:])
     if found != wanted:
@@ -66,6 +66,6 @@ def _check_fit(data: ImageSet, data_set: str, network: Any) -> None:
 
 
 def null_label(network: Any) -> int:
-    """The label that stands for no class."""
+    """Return the label of the unconditional class."""
     found: int = getattr(network, "null_label", None) or network.config.num_embeds_ada_norm
     return found

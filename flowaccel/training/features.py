@@ -1,4 +1,4 @@
-"""Training the small networks that judge images of the embedded data sets: classifiers and a CLIP."""
+"""Training of the small networks that judge images of the embedded data sets: classifiers and a CLIP."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from flowaccel.training.flow import shift_augment
 
 
 def to_uint8(images: Tensor) -> Tensor:
-    """[-1, 1] -> uint8, rounded as the evaluator rounds samples."""
+    """Convert images in [-1, 1] to uint8, rounded as the evaluator rounds samples."""
     return unit_to_uint8(images / 2 + 0.5)
 
 
 def unit_to_uint8(images: Tensor) -> Tensor:
-    """[0, 1] -> uint8, rounded alike; what lies outside is clipped."""
+    """Convert images in [0, 1] to uint8, rounded as by `to_uint8`; values outside are clipped."""
     return (images.clamp(0, 1) * 255).round().to(torch.uint8)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ClassifierObjective:
-    """`objective(classifier, generator)` -> the mean cross-entropy of one freshly drawn, jittered batch."""
+    """Training objective: `objective(classifier, generator)` -> mean cross-entropy of a fresh, jittered batch."""
 
     data: ImageSet
     batch_size: int = 100
@@ -33,7 +33,7 @@ class ClassifierObjective:
     """Standard deviation of the pixel noise added, in units of [-1, 1]."""
 
     def __call__(self, classifier: nn.Module, generator: torch.Generator) -> Tensor:
-        """A scalar; all randomness comes from `generator`."""
+        """Return the loss, a scalar; all randomness comes from `generator`."""
         index = torch.randint(len(self.data), (self.batch_size,), generator=generator)
         images = shift_augment(self.data.images[index], generator, probability=0.7, reach=0.8)
         images = images + self.noise * torch.randn(images.shape, generator=generator)
@@ -44,7 +44,7 @@ class ClassifierObjective:
 
 @dataclass(frozen=True, kw_only=True)
 class AttributesObjective:
-    """`objective(classifier, generator)` -> the mean cross-entropy of what the captions of one batch state."""
+    """Training objective: `objective(classifier, generator)` -> mean cross-entropy of the captions' attributes."""
 
     data: CaptionedSet
     batch_size: int = 128
@@ -52,7 +52,7 @@ class AttributesObjective:
     """Largest standard deviation of the pixel noise added, in units of [-1, 1]: generated pictures are not clean."""
 
     def __call__(self, classifier: nn.Module, generator: torch.Generator) -> Tensor:
-        """A scalar; all randomness comes from `generator`."""
+        """Return the loss, a scalar; all randomness comes from `generator`."""
         index = torch.randint(len(self.data), (self.batch_size,), generator=generator)
         images = roughened(self.data.images[index], generator, self.noise)
         device = next(classifier.parameters()).device
@@ -67,14 +67,14 @@ class AttributesObjective:
 
 
 def roughened(images: Tensor, generator: torch.Generator, noise: float) -> Tensor:
-    """Pixel noise of a random deviation up to `noise` on every image, (N, C, H, W) in [-1, 1]."""
+    """Add pixel noise of a random deviation up to `noise` to every image, (N, C, H, W) in [-1, 1]."""
     deviation = noise * torch.rand(len(images), 1, 1, 1, generator=generator)
     return images + deviation * torch.randn(images.shape, generator=generator)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ClipObjective:
-    """`objective(clip, generator)` -> CLIP's contrastive loss (arXiv 2103.00020) of one batch.
+    """Training objective: `objective(clip, generator)` -> CLIP's contrastive loss (arXiv 2103.00020) of one batch.
 
     Images of one caption are no negatives of each other: each row's target is spread over the captions equal to its
     own.
@@ -90,7 +90,7 @@ class ClipObjective:
     noise: float = 0.12
 
     def __call__(self, clip: Any, generator: torch.Generator) -> Tensor:
-        """A scalar; all randomness comes from `generator`."""
+        """Return the loss, a scalar; all randomness comes from `generator`."""
         index = torch.randint(len(self.data), (self.batch_size,), generator=generator)
         pixels = to_uint8(roughened(self.data.images[index], generator, self.noise)).float() / 255
         pixels = (pixels - self.mean.reshape(3, 1, 1)) / self.std.reshape(3, 1, 1)

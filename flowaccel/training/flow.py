@@ -1,4 +1,4 @@
-"""Training a class-conditional flow network from scratch (SiT, arXiv 2401.08740, section 10.6 of its recipe)."""
+"""Training of class-conditional flow networks from scratch (SiT, arXiv 2401.08740, section 10.6 of its recipe)."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from flowaccel.training.labelled import LabelledBatch, LabelledObjective
 
 @dataclass(frozen=True, kw_only=True)
 class FlowObjective(LabelledObjective):
-    """The flow-matching loss at times drawn uniformly from [0, 1)."""
+    """Flow-matching loss at times drawn uniformly from [0, 1)."""
 
     path: Path = LINEAR
 
     def times(self, generator: torch.Generator) -> Tensor:
-        """(B,) in [0, 1)."""
+        """Draw times (B,) in [0, 1)."""
         return torch.rand(self.batch_size, generator=generator)
 
     def arguments(self, batch: LabelledBatch) -> tuple[Tensor, Tensor, Tensor]:
-        """Images on the path, times and labels."""
+        """Return images on the path, times and labels."""
         return self.path.interpolate(batch.images, batch.noise, batch.t), batch.t, batch.labels
 
     def loss(self, output: Tensor, batch: LabelledBatch) -> Tensor:
-        """The mean squared error of the velocity."""
+        """Return the mean squared error of the velocity."""
         return flow_loss(self.path, output, batch.images, batch.noise, batch.t).mean()
 
 

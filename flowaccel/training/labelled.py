@@ -1,4 +1,4 @@
-"""What the objectives of class-conditional networks have in common: the data of a step."""
+"""Base class of the objectives of class-conditional networks, which draws the data of a step."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from flowaccel.data import ImageSet
 
 @dataclass(frozen=True)
 class LabelledBatch:
-    """What one step is trained on."""
+    """Training data of one step."""
 
     images: Tensor
     """(B, C, H, W)."""
@@ -28,7 +28,7 @@ class LabelledBatch:
 
 @dataclass(frozen=True, kw_only=True)
 class LabelledObjective(ABC):
-    """`objective(network, generator)` -> the mean loss of one freshly drawn batch, a scalar.
+    """Training objective: `objective(network, generator)` -> the mean loss of one freshly drawn batch, a scalar.
 
     Raises:
         ValueError: no rows, or a probability out of range.
@@ -48,7 +48,7 @@ class LabelledObjective(ABC):
             raise ValueError(f"label_drop must lie in [0, 1], got {self.label_drop}")
 
     def draw(self, generator: torch.Generator, device: torch.device | str = "cpu") -> LabelledBatch:
-        """Draw data, noise, times and label drops from `generator`, which is the CPU's."""
+        """Draw data, noise, times and label drops from `generator`, a CPU generator."""
         index = torch.randint(len(self.data), (self.batch_size,), generator=generator)
         images, labels = self.data.images[index], self.data.labels[index]
         if self.augment is not None:
@@ -60,18 +60,18 @@ class LabelledObjective(ABC):
         return LabelledBatch(*(value.to(device) for value in (images, noise, t, labels)))
 
     def __call__(self, network: nn.Module, generator: torch.Generator) -> Tensor:
-        """A scalar."""
+        """Return the loss, a scalar."""
         batch = self.draw(generator, next(network.parameters()).device)
         return self.loss(network(*self.arguments(batch), return_dict=False)[0].float(), batch)
 
     @abstractmethod
     def times(self, generator: torch.Generator) -> Tensor:
-        """(B,)."""
+        """Draw times (B,)."""
 
     @abstractmethod
     def arguments(self, batch: LabelledBatch) -> tuple[Tensor, Tensor, Tensor]:
-        """What the network is called with: noised images, times and labels."""
+        """Return the network's arguments: noised images, times and labels."""
 
     @abstractmethod
     def loss(self, output: Tensor, batch: LabelledBatch) -> Tensor:
-        """The mean loss of the network's output, a scalar."""
+        """Return the mean loss of the network's output, a scalar."""

@@ -1,4 +1,4 @@
-"""The one training loop: accelerate, AdamW, EMA, atomic checkpoints without pickle, exact resume."""
+"""Training loop: accelerate, AdamW, EMA, atomic checkpoints without pickle, exact resume."""
 
 from __future__ import annotations
 
@@ -33,29 +33,29 @@ Loss = Callable[[nn.Module, torch.Generator], Tensor]
 
 @runtime_checkable
 class Scheduled(Protocol):
-    """An objective that changes while it trains."""
+    """Objective that changes during training."""
 
     def at(self, step: int) -> Loss:
-        """The loss of optimiser step `step` (0-based)."""
+        """Return the loss function of optimiser step `step` (0-based)."""
 
 
 @runtime_checkable
 class Following(Protocol):
-    """An objective that has something to do after every optimiser step."""
+    """Objective with a callback after every optimiser step."""
 
     def stepped(self, network: nn.Module) -> None:
-        """Called when the weights have moved."""
+        """Update the objective after an optimiser step."""
 
 
 @runtime_checkable
 class Keeping(Protocol):
-    """An objective with a state of its own, which a resumed run needs."""
+    """Objective with a state of its own, which a resumed run needs."""
 
     def save(self, folder: Path) -> None:
-        """Write it into a folder of its own."""
+        """Save the state to a folder of its own."""
 
     def resume(self, folder: Path) -> None:
-        """Take over what `save` wrote.
+        """Load the state that `save` wrote.
 
         Raises:
             CheckpointError: it is that of another objective, or not there.
@@ -64,7 +64,7 @@ class Keeping(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class LoopConfig:
-    """How long and how fast to train."""
+    """Configuration of the training loop: its length, rates and checkpoints."""
 
     steps: int
     """Optimiser steps in all; a resumed run continues up to this number."""
@@ -103,7 +103,7 @@ class LoopConfig:
                 raise ValueError(f"rate_scales[{part!r}] must be a finite number of at least 0, got {factor}")
 
     def rate_at(self, step: int) -> float:
-        """Learning rate of optimiser step `step` (0-based)."""
+        """Return the learning rate of optimiser step `step` (0-based)."""
         rise = min(1.0, (step + 1) / self.warmup) if self.warmup else 1.0
         fall = 0.5 * (1 + math.cos(math.pi * step / self.steps)) if self.cosine else 1.0
         return self.learning_rate * rise * fall
@@ -111,7 +111,7 @@ class LoopConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    """What a step reports."""
+    """Report of one optimiser step."""
 
     step: int
     loss: float
@@ -136,7 +136,7 @@ def train(
         loss: `loss(model, generator)` -> scalar, drawing all its randomness from the (CPU) generator; or what gives
             such a loss for every step.
         config: see `LoopConfig`.
-        folder: where the checkpoints go; an existing one is resumed.
+        folder: folder of the checkpoints; an existing one is resumed.
         also: further plain values that must be the same for a resume, such as those that the model was built with.
 
     Raises:
@@ -191,7 +191,7 @@ def train(
 
 
 def _kept(folder: Path, step: int) -> Path:
-    """Where an objective keeps its state of a step."""
+    """Return the folder of an objective's state at a step."""
     return folder / f"objective-{step}"
 
 
@@ -202,7 +202,7 @@ def _forget_others(folder: Path, step: int) -> None:
 
 
 def _groups(model: nn.Module, config: LoopConfig) -> list[dict[str, Any]]:
-    """A group per parameter, in the model's order, which is the order of the saved state."""
+    """Return one parameter group per parameter, in the model's order, which is the order of the saved state."""
     groups = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -212,7 +212,7 @@ def _groups(model: nn.Module, config: LoopConfig) -> list[dict[str, Any]]:
 
 
 def _clipped(model: nn.Module, config: LoopConfig) -> list[list[nn.Parameter]]:
-    """The parameters whose gradients are clipped together: the rest, then those of each part."""
+    """Return the groups of parameters whose gradients are clipped together: the rest, then those of each part."""
     found: dict[str, list[nn.Parameter]] = {"": [], **{part: [] for part in config.clip_apart}}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -221,30 +221,36 @@ def _clipped(model: nn.Module, config: LoopConfig) -> list[list[nn.Parameter]]:
 
 
 def _buffers(model: nn.Module) -> dict[str, Tensor]:
-    """What a training may move beside parameters, by the names of the saved state."""
+    """Return the buffers that training may change, by their names in the saved state."""
     kept = model.state_dict(keep_vars=True).keys()
     return {f"buffer.{name}": value for name, value in model.named_buffers() if name in kept}
 
 
 def step_seed(seed: int, step: int, process: int = 0) -> int:
-    """The seed of the generator of one step of one process."""
+    """Return the seed of the generator of one step of one process."""
     return (seed * 1_000_003 + step) * 1_009 + process
 
 
 def as_saved(settings: dict[str, Any]) -> dict[str, Any]:
-    """As they come back from the state's header: sequences are lists there."""
+    """Return settings as they come back from the state's header: sequences are lists there."""
     found: dict[str, Any] = json.loads(json.dumps(settings))
     return found
 
 
 def _settings(config: LoopConfig) -> dict[str, Any]:
-    """What must agree for a resume: all but the length and the saving interval (a cosine's length matters)."""
+    """Return the settings that must agree for a resume.
+
+    That is all but the length and the saving interval (a cosine's length matters).
+    """
     free = {"save_every", "keep"} if config.cosine else {"save_every", "keep", "steps"}
     return {key: value for key, value in asdict(config).items() if key not in free}
 
 
 def _objective_settings(loss: Loss | Scheduled) -> dict[str, Any]:
-    """The same of an objective: the plain values among its fields and sequences of them, where it is a dataclass."""
+    """Return the settings of an objective that must agree for a resume.
+
+    These are the plain values among its fields, and sequences of them, where it is a dataclass.
+    """
     own: dict[str, Any] = (
         {entry.name: getattr(loss, entry.name) for entry in fields(loss)} if is_dataclass(loss) else {}
     )
@@ -292,7 +298,7 @@ def save_state(
 
 
 def load_average(model: nn.Module, path: Path) -> None:
-    """Put the averaged weights of a saved training state into `model` (the one that was trained, or its twin)."""
+    """Load the averaged weights of a saved training state into `model` (the one that was trained, or its twin)."""
     tensors = load_file(path)
     with torch.no_grad():
         for index, parameter in enumerate(parameter for parameter in model.parameters() if parameter.requires_grad):
@@ -308,14 +314,14 @@ def resume_state(
     ema: EMAModel,
     settings: dict[str, Any],
 ) -> int:
-    """Load the state in `folder` if there is one; the number of steps already done.
+    """Load the state in `folder` if there is one, and return the number of steps already made.
 
     Args:
-        folder: where `save_state` wrote.
+        folder: folder that `save_state` wrote to.
         model: gets parameters and buffers; likewise `optimizer` and `ema`, which are of its trainable parameters.
         optimizer: AdamW with one group per parameter.
         ema: the averages.
-        settings: what must be as it was, see `as_saved`.
+        settings: settings that must be as they were saved, see `as_saved`.
 
     Raises:
         CheckpointError: the state of another model or with other settings, or a damaged one.

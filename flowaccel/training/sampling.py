@@ -1,4 +1,4 @@
-"""The user's own runs that a calibration is made on."""
+"""Pipeline runs that a calibration is made on."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ Notify = Callable[[str, int, int], None]
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """What is sampled.
+    """Samples that a calibration is made on.
 
     Args:
         conditions: prompts or classes, in turn.
         steps: `num_inference_steps` of every call, at least 1.
         num_samples: images or videos, at least 1.
         first: number of the first of them, from 0; the seed and the number of a sample, and its condition, make it.
-        seed: of everything random.
+        seed: seed of everything random.
         batch_size: per call, at least 1.
         arguments: further arguments of every call, such as `guidance_scale`.
 
@@ -56,13 +56,16 @@ class Sampling:
         return [ids[start : start + self.batch_size] for start in range(0, self.num_samples, self.batch_size)]
 
     def guidance_scale(self, pipe: Any) -> float | None:
-        """That of the runs: as given, else the pipeline's default; None where it has none."""
+        """Return the guidance scale of the runs: as given, else the pipeline's default; None where it has none."""
         parameter = inspect.signature(type(pipe).__call__).parameters.get("guidance_scale")
         value = self.arguments.get("guidance_scale", None if parameter is None else parameter.default)
         return float(value) if isinstance(value, (int, float)) else None
 
     def facts(self, pipe: Any, steps: int, model: str | None) -> dict[str, Any]:
-        """What a calibration says about runs with `pipe`, which is accelerated as in them, of so many evaluations."""
+        """Return what a calibration records about runs of `steps` evaluations with `pipe`.
+
+        The pipeline is accelerated as in those runs.
+        """
         network, scheduler = identities(pipe)
         return {
             "network": network.kind,
@@ -77,7 +80,7 @@ class Sampling:
         }
 
     def run(self, pipe: Any, notify: Notify, stage: str) -> Iterator[Tensor]:
-        """Call the pipeline batch by batch; yields what it made, uint8 (N, C, H, W), frames one below the other.
+        """Call the pipeline batch by batch, and yield images, uint8 (N, C, H, W), frames one below the other.
 
         Raises:
             FloatingPointError: a sample is not finite.
@@ -88,7 +91,7 @@ class Sampling:
             yield _pixels(made)
 
     def outputs(self, pipe: Any, notify: Notify, stage: str, *, output_type: str) -> Iterator[Any]:
-        """Call the pipeline batch by batch; yields what it returned."""
+        """Call the pipeline batch by batch, and yield its outputs."""
         done = 0
         notify(stage, 0, self.num_samples)
         for ids in self.batches:

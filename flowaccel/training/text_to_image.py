@@ -1,4 +1,6 @@
-"""Training a small text-to-image flow pipeline of stock classes: tokenizer, autoencoder, text encoders, transformer.
+"""Training of a small text-to-image flow pipeline: tokenizer, autoencoder, text encoders, transformer.
+
+All parts are of stock classes.
 
 The conventions are those of `StableDiffusion3Pipeline` (arXiv 2403.03206): sigma = 1 is noise, timestep = 1000 sigma,
 the transformer returns noise - data, and the tokens of its two CLIP text encoders stand side by side in one sequence.
@@ -26,10 +28,10 @@ ZERO_TOKENS = (1, 256)
 
 
 def word_tokenizer(words: Iterable[str], max_length: int) -> CLIPTokenizer:
-    """A CLIP tokenizer with one token for each of `words`, and bytes for everything else.
+    """Create a CLIP tokenizer with one token for each of `words`, and bytes for everything else.
 
     Args:
-        words: of letters only.
+        words: words of letters only.
         max_length: tokens of a padded text, with its start and end.
     """
     alphabet = sorted(ByteLevel.alphabet())
@@ -40,7 +42,10 @@ def word_tokenizer(words: Iterable[str], max_length: int) -> CLIPTokenizer:
 
 
 def _merges(words: Sequence[str]) -> list[tuple[str, str]]:
-    """Byte-pair merges until every word is one token; by count, then by the alphabet, so that no run differs."""
+    """Return byte-pair merges until every word is one token.
+
+    They are ordered by count, then by the alphabet, so that no run differs.
+    """
     split = [(*word[:-1], word[-1] + _WORD_END) for word in words]
     merges = []
     while any(len(parts) > 1 for parts in split):
@@ -62,7 +67,7 @@ def _merged(parts: tuple[str, ...], pair: tuple[str, str]) -> tuple[str, ...]:
 
 
 def token_ids(tokenizer: Any, texts: Sequence[str]) -> Tensor:
-    """Texts as the pipeline pads them: (N, model_max_length) int64."""
+    """Tokenize texts with the pipeline's padding: (N, model_max_length) int64."""
     padded = tokenizer(
         list(texts), padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
     )
@@ -71,16 +76,16 @@ def token_ids(tokenizer: Any, texts: Sequence[str]) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class AutoencoderObjective:
-    """`objective(autoencoder, generator)` -> mean absolute error of the decoded images plus the weighted KL term."""
+    """Training objective: `objective(autoencoder, generator)` -> mean absolute error plus the weighted KL term."""
 
     images: Tensor
     """(N, C, H, W) in [-1, 1]."""
     batch_size: int = 32
     kl_weight: float = 1e-4
-    """Of the mean over the latents' elements."""
+    """Weight of the KL term's mean over the latents' elements."""
 
     def __call__(self, autoencoder: Any, generator: torch.Generator) -> Tensor:
-        """A scalar; all randomness comes from `generator`."""
+        """Return the loss, a scalar; all randomness comes from `generator`."""
         index = torch.randint(len(self.images), (self.batch_size,), generator=generator)
         images = self.images[index].to(autoencoder.device)
         posterior = autoencoder.encode(images).latent_dist
@@ -92,14 +97,14 @@ class AutoencoderObjective:
 
 @torch.no_grad()
 def set_latent_scale(autoencoder: AutoencoderKL, images: Tensor) -> None:
-    """Write into the autoencoder's configuration the shift and scale that give latents mean 0 and deviation 1."""
+    """Set the shift and scale in the autoencoder's configuration that give latents mean 0 and deviation 1."""
     latents = torch.cat([autoencoder.encode(part).latent_dist.mean for part in images.split(100)])
     autoencoder.register_to_config(shift_factor=float(latents.mean()), scaling_factor=1 / float(latents.std()))
 
 
 @torch.no_grad()
 def encode_images(autoencoder: AutoencoderKL, images: Tensor) -> Tensor:
-    """Images (N, C, H, W) in [-1, 1] as the latents that the transformer works on."""
+    """Encode images (N, C, H, W) in [-1, 1] as the latents that the transformer works on."""
     latents = torch.cat(
         [autoencoder.encode(part.to(autoencoder.device)).latent_dist.mean for part in images.split(100)]
     )
@@ -107,7 +112,7 @@ def encode_images(autoencoder: AutoencoderKL, images: Tensor) -> Tensor:
 
 
 class TextToImage(nn.Module):
-    """A transformer with its two text encoders, trained together.
+    """Transformer with its two text encoders, trained together.
 
     `StableDiffusion3Pipeline` without a T5 fills that encoder's place with `max_sequence_length` zero tokens. They have
     no position, so n of them equal one whose attention score is larger by log n: `zero_tokens` is an exact stand-in.
@@ -118,7 +123,10 @@ class TextToImage(nn.Module):
         self.transformer, self.text_encoder, self.text_encoder_2 = transformer, text_encoder, text_encoder_2
 
     def encode(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Token ids (B, L) -> tokens (B, L + 1, joint_attention_dim), the last of them zero, and pooled (B, D)."""
+        """Encode token ids (B, L) as tokens (B, L + 1, joint_attention_dim) and pooled (B, D).
+
+        The last token is zero.
+        """
         encoded = [
             encoder(input_ids, output_hidden_states=True) for encoder in (self.text_encoder, self.text_encoder_2)
         ]
@@ -128,7 +136,7 @@ class TextToImage(nn.Module):
         return tokens, torch.cat([output.text_embeds for output in encoded], dim=-1)
 
     def forward(self, sample: Tensor, sigma: Tensor, input_ids: Tensor, zero_tokens: Tensor) -> Tensor:
-        """Velocity noise - data, (B, C, H, W), for `zero_tokens` (B,) tokens in place of T5's."""
+        """Return the velocity noise - data, (B, C, H, W), with `zero_tokens` (B,) tokens in place of T5's."""
         tokens, pooled = self.encode(input_ids)
         own = self.transformer.attn_processors
         self.transformer.set_attn_processor(_LastTokenCounts(zero_tokens))
@@ -139,7 +147,7 @@ class TextToImage(nn.Module):
 
 
 class _LastTokenCounts:
-    """Joint attention of SD3's blocks in which the last text token stands for so many."""
+    """Joint attention of SD3's blocks in which the last text token counts as several."""
 
     def __init__(self, count: Tensor) -> None:
         self.bias = count.log()
@@ -172,7 +180,7 @@ class _LastTokenCounts:
 
 @dataclass(frozen=True, kw_only=True)
 class TextFlowObjective:
-    """`objective(model, generator)` -> the mean flow-matching loss of one freshly drawn batch, for `TextToImage`."""
+    """Training objective of `TextToImage`: `objective(model, generator)` -> mean flow-matching loss of a batch."""
 
     latents: Tensor
     """(N, C, H, W), as `encode_images` gives them."""
@@ -184,10 +192,13 @@ class TextFlowObjective:
     prompt_drop: float = 0.1
     """Probability of training on the empty prompt instead, for classifier-free guidance."""
     zero_tokens: tuple[int, int] = ZERO_TOKENS
-    """One of the two is drawn for every image: those that the evaluator asks for, and the pipeline's default."""
+    """Numbers of zero tokens, one of which is drawn for every image: the evaluator's and the pipeline's default."""
 
     def __call__(self, model: nn.Module, generator: torch.Generator) -> Tensor:
-        """Draw data, noise, logit-normal noise levels and prompt drops from `generator`; a scalar."""
+        """Return the loss, a scalar.
+
+        Data, noise, logit-normal noise levels and prompt drops are drawn from `generator`.
+        """
         batch = self.batch_size
         index = torch.randint(len(self.latents), (batch,), generator=generator)
         noise = torch.randn((batch, *self.latents.shape[1:]), generator=generator)
@@ -204,25 +215,30 @@ class TextFlowObjective:
 
 
 class PromptedFlow(nn.Module):
-    """A network of `StableDiffusion3Pipeline`, or a refiner for it, in SiT's terms, for `RefinerObjective`.
+    """Adapter of a `StableDiffusion3Pipeline` network, or a refiner for it, to SiT's interface.
+
+    It is for `RefinerObjective`.
 
     Called as `network(state, t, labels, return_dict=False)` with t = 1 data; a label is the number of a prompt, the
     last prompt is the empty one. Returns data - noise.
     """
 
     def __init__(self, network: Any, tokens: Tensor, pooled: Tensor) -> None:
-        """`tokens` (P, L, joint_attention_dim) and `pooled` (P, D) are the encoded prompts."""
+        """Wrap `network`; `tokens` (P, L, joint_attention_dim) and `pooled` (P, D) are the encoded prompts."""
         super().__init__()
         self.network = network
         self.tokens, self.pooled = tokens, pooled
 
     @property
     def null_label(self) -> int:
-        """The number of the empty prompt."""
+        """Index of the empty prompt."""
         return len(self.tokens) - 1
 
     def forward(self, state: Tensor, t: Tensor, labels: Tensor, return_dict: bool = False) -> tuple[Tensor]:
-        """`state` is (B, C, H, W), or (B, 2 C, H, W) with data - noise in its second half for a refiner."""
+        """Return the velocity for `state` (B, C, H, W).
+
+        For a refiner it is (B, 2 C, H, W) with data - noise in its second half.
+        """
         channels = self.network.config.out_channels
         sample = torch.cat([state[:, :channels], -state[:, channels:]], dim=1)
         tokens, pooled = (table[labels.to(table.device)].to(state) for table in (self.tokens, self.pooled))
@@ -231,7 +247,7 @@ class PromptedFlow(nn.Module):
 
 @dataclass(frozen=True, kw_only=True)
 class PromptedData:
-    """Captioned images as `RefinerObjective` takes them, for a `StableDiffusion3Pipeline`."""
+    """Captioned images of a `StableDiffusion3Pipeline`, in the form that `RefinerObjective` takes."""
 
     latents: ImageSet
     """Labels are numbers of prompts."""
@@ -241,12 +257,12 @@ class PromptedData:
     """(P, D)."""
 
     def wrap(self, network: Any) -> PromptedFlow:
-        """The network or refiner in SiT's terms."""
+        """Adapt the network or refiner to SiT's interface."""
         return PromptedFlow(network, self.tokens, self.pooled)
 
 
 def prompted_data(pipe: Any, data: CaptionedSet, max_sequence_length: int) -> PromptedData:
-    """Latents and encoded captions of `data`; the empty prompt comes last.
+    """Encode images and captions of `data`; the empty prompt comes last.
 
     `max_sequence_length` is what the pipeline will be called with.
     """

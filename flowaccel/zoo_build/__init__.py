@@ -1,1 +1,1 @@
-"""The commands that rebuild the zoo."""
+"""Commands that rebuild the zoo."""

@@ -1,4 +1,4 @@
-"""How every entry of the zoo is made: `flowaccel zoo build NAME` runs the builder of that name.
+"""Builders of the zoo's entries: `flowaccel zoo build NAME` runs the builder of that name.
 
 A builder yields (stage, progress, steps of the stage) as it goes; every stage resumes from its own checkpoints.
 """
@@ -44,7 +44,7 @@ SIT_DIGITS_LOOP = LoopConfig(
     steps=4500, learning_rate=1e-3, warmup=200, cosine=True, weight_decay=0.01, save_every=250, keep=(2250,), seed=0
 )
 REFINER_LOOP = LoopConfig(steps=2000, learning_rate=2e-3, warmup=100, cosine=True, save_every=500, seed=0)
-# Trained for what is run: guided velocities, and steps of the lengths that 3 and 4 steps have.
+# Trained as it is used: guided velocities, and steps of the lengths that 3 and 4 steps have.
 REFINER_OBJECTIVE: dict[str, Any] = {
     "batch_size": 64,
     "delta_min": 0.22,
@@ -59,7 +59,7 @@ FEATURES_LOOP = LoopConfig(
 
 
 def build_sit_digits(out: Path) -> Iterator[Step]:
-    """The digits pipeline: a SiT with 64 tokens and 12 blocks of width 64, and its velocity refiner."""
+    """Build the digits pipeline: a SiT with 64 tokens and 12 blocks of width 64, and its velocity refiner."""
     torch.manual_seed(SIT_DIGITS_LOOP.seed)
     transformer = SiTTransformer2DModel(**SIT_DIGITS)
     yield from train_sit_digits(transformer, out)
@@ -70,7 +70,7 @@ def build_sit_digits(out: Path) -> Iterator[Step]:
 
 
 def train_sit_digits(model: SiTTransformer2DModel, out: Path, loop: LoopConfig = SIT_DIGITS_LOOP) -> Iterator[Step]:
-    """Train the generator alone, in place; it ends rounded to bfloat16, as it is shipped."""
+    """Train the generator alone, in place; its final weights are rounded to bfloat16, as they are shipped."""
     objective = FlowObjective(data=digits("generator"), null_label=model.null_label, augment=shift_augment)
     for progress in train(model, objective, loop, out / "training"):
         yield "generator", progress, loop.steps
@@ -80,7 +80,7 @@ def train_sit_digits(model: SiTTransformer2DModel, out: Path, loop: LoopConfig =
 def train_refiner(
     teacher: SiTTransformer2DModel, work: Path, folder: Path, loop: LoopConfig, **objective: Any
 ) -> Iterator[Step]:
-    """A velocity refiner for `teacher`, written to `folder` in bfloat16."""
+    """Train a velocity refiner for `teacher`, and write it to `folder` in bfloat16."""
     torch.manual_seed(loop.seed)
     refiner = new_refiner(teacher)
     loss = RefinerObjective(teacher=teacher, data=digits("generator"), null_label=teacher.null_label, **objective)
@@ -90,7 +90,7 @@ def train_refiner(
 
 
 def build_digits_features(out: Path) -> Iterator[Step]:
-    """The digit classifier that the evaluator takes features from."""
+    """Build the digit classifier that the evaluator takes features from."""
     torch.manual_seed(FEATURES_LOOP.seed)
     model = DigitsClassifier()
     for progress in train(model, ClassifierObjective(data=digits("features")), FEATURES_LOOP, out / "training"):

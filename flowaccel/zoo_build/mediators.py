@@ -1,5 +1,7 @@
-"""The digits generator with mediator attention, and its fair control: full attention with the same biases and
-convolution. The softmax network that is trained as long is `dense` of `flowaccel.zoo_build.moe`.
+"""Digits generator with mediator attention, and its fair control.
+
+The control is full attention with the same biases and convolution. The softmax network that is trained as long is
+`dense` of `flowaccel.zoo_build.moe`.
 """
 
 from __future__ import annotations
@@ -26,12 +28,12 @@ from flowaccel.zoo_build.width import save_variant
 
 COUNTS = (4, 16)
 DYNAMIC = MediatorSchedule(fixed=((0.0, 4), (0.5, 16)))
-"""What the recipe of the zoo runs with."""
+"""Schedule of the zoo's recipe."""
 TRAININGS = {"mediators": MediatorSettings(counts=COUNTS), "control": MediatorSettings(counts=None)}
 
 
 def fresh_network(settings: MediatorSettings, seed: int) -> Any:
-    """The shape of the digits generator, all weights to be trained."""
+    """Create an untrained network of the digits generator's shape."""
     torch.manual_seed(seed)
     base = load_pipeline(zoo.folder("sit-digits")).transformer
     own = {name: value for name, value in base.config.items() if not name.startswith("_")}
@@ -54,7 +56,7 @@ def train_fresh(
 
 
 def build_mediators(out: Path) -> Iterator[tuple[str, Progress, int]]:
-    """The recipe with mediators for the digits pipeline of the zoo."""
+    """Build the recipe with mediators for the digits pipeline of the zoo."""
     settings = TRAININGS["mediators"]
     network = fresh_network(settings, FRESH_LOOP.seed)
     for progress in train_fresh(network, settings, out / "training"):

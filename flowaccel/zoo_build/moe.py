@@ -1,4 +1,4 @@
-"""The digits generator with experts: from scratch, upcycled, and the dense controls that are trained as long."""
+"""Digits generator with experts: from scratch, upcycled, and the dense controls that are trained as long."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ UPCYCLE_LOOP = LoopConfig(
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
-    """One network and how it is trained."""
+    """Configuration of one network and its training."""
 
     moe: dict[str, Any] | None
     """Its experts; None for a dense one."""
@@ -59,11 +59,11 @@ class Training:
 
     @property
     def loop(self) -> LoopConfig:
-        """How long and how fast."""
+        """Configuration of the training loop."""
         return UPCYCLE_LOOP if self.upcycled else FRESH_LOOP
 
     def network(self, seed: int) -> Any:
-        """The network at its start, all weights to be trained."""
+        """Return the network at its start, with all weights trainable."""
         torch.manual_seed(seed)
         base = load_pipeline(zoo.folder("sit-digits")).transformer.float()
         if self.upcycled:
@@ -77,7 +77,7 @@ class Training:
 
 
 def experts(router: str) -> dict[str, Any]:
-    """Experts in every second block, which compute as much as the dense feed-forward."""
+    """Return settings of experts in every second block, which compute as much as the dense feed-forward."""
     return {"router": router, "num_experts": EXPERT_COUNT, "capacity": 1.0}
 
 
@@ -92,7 +92,7 @@ TRAININGS = {
 
 
 def objective(network: Any, training: Training) -> MoEObjective:
-    """The flow-matching loss on digits; upcycled experts start with all of them."""
+    """Return the flow-matching objective on digits; upcycled experts start with all of them."""
     inner = FlowObjective(
         data=digits("generator"), null_label=network.null_label, batch_size=BATCH, augment=shift_augment
     )
@@ -110,7 +110,7 @@ def train_moe(network: Any, training: Training, work: Path, loop: LoopConfig) ->
 
 
 def build_moe(out: Path) -> Iterator[tuple[str, Progress, int]]:
-    """The recipe with experts for the digits pipeline of the zoo, upcycled from its weights."""
+    """Build the recipe with experts for the digits pipeline of the zoo, upcycled from its weights."""
     training = TRAININGS["upcycled"]
     network = training.network(training.loop.seed)
     for progress in train_moe(network, training, out / "training", training.loop):

@@ -1,4 +1,4 @@
-"""Policies for the digits generator (RAPID3, arXiv 2509.22323): which heads there are, and how each is trained."""
+"""Policies for the digits generator (RAPID3, arXiv 2509.22323): their heads and their training."""
 
 from __future__ import annotations
 
@@ -32,20 +32,20 @@ COST_BATCH = 25
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
-    """One policy and how it is trained."""
+    """Configuration of one policy and its training."""
 
     levels: tuple[str, ...] = (STEP, CACHE)
     counts: tuple[int, ...] = ()
-    """Of steps, for a count head to choose from."""
+    """Numbers of steps for a count head to choose from."""
     order: Literal[1, 2] = 1
-    """Of its steps. With 2, images are to come near to where the network's differential equation leads (Heun's method),
-    with 1 to what the pipeline's own steps make of it."""
+    """Order of the policy's steps. With 2, images are to come near to where the network's differential equation leads
+    (Heun's method), with 1 to what the pipeline's own steps make of it."""
     judged: bool = True
     """Whether a discriminator learns along."""
     updates: int = 500
 
     def loop(self, updates: int | None = None, learning_rate: float = 1e-3, seed: int = 0) -> LoopConfig:
-        """How long and how fast."""
+        """Return the configuration of the training loop."""
         return LoopConfig(
             steps=updates or self.updates,
             learning_rate=learning_rate,
@@ -56,20 +56,20 @@ class Training:
         )
 
     def goal(self, pipe: Any, folder: Path) -> Tensor:
-        """The images that trained ones are to come near, kept in `folder`."""
+        """Return the reference images that a policy's images are to come near, kept in `folder`."""
         if self.order == 1:
             return references(pipe, TASK, folder)
         with accelerated(pipe, Recipe([Sampler("heun")])):
             return references(pipe, TASK, folder / "converged")
 
     def heads(self, pipe: Any, work: Path, seed: int) -> AccelerationPolicy:
-        """Fresh ones, with what their decisions cost here, which is kept in `work`."""
+        """Create the heads, with the measured costs of their decisions, which are kept in `work`."""
         heads = new_policy(pipe, TASK, self.levels, seed, counts=self.counts, width=32, solver_order=self.order)
         set_costs(pipe, heads, TASK, work, COST_BATCH)
         return heads
 
     def objective(self, pipe: Any, goal: Tensor, loop: LoopConfig) -> PolicyObjective:
-        """The loss, with all that it needs."""
+        """Return the objective."""
         judge = None
         if self.judged:
             size: Any = tuple(goal.shape[1:])
@@ -84,11 +84,12 @@ TRAININGS = {
     "step": Training(levels=(STEP,)),
     "one-shot": Training(levels=(COUNT,), counts=(4, 6, 8, 10, 14, 20, 28)),
 }
-"""The paper's with two of its levels; the same over steps of second order; as TPDM (arXiv 2412.01243); as AdaDiff."""
+"""Policies: the paper's with two of its levels; the same over steps of second order; as TPDM (arXiv 2412.01243); as
+AdaDiff."""
 
 
 def digits_pipeline() -> Any:
-    """The digits generator with diffusers' own Euler scheduler."""
+    """Return the digits generator with diffusers' own Euler scheduler."""
     pipe = load_pipeline(zoo.folder("sit-digits"), torch_dtype=torch.float32)
     pipe.scheduler = FlowMatchEulerDiscreteScheduler()
     pipe.set_progress_bar_config(disable=True)
@@ -96,7 +97,7 @@ def digits_pipeline() -> Any:
 
 
 def build_policy(out: Path) -> Iterator[tuple[str, Progress, int]]:
-    """The recipe with a policy for the digits pipeline of the zoo."""
+    """Build the recipe with a policy for the digits pipeline of the zoo."""
     training, work = TRAININGS["second"], out / "training"
     pipe, loop = digits_pipeline(), training.loop()
     heads, goal = training.heads(pipe, work, loop.seed), training.goal(pipe, work)
@@ -106,6 +107,6 @@ def build_policy(out: Path) -> Iterator[tuple[str, Progress, int]]:
 
 
 def save_policy(heads: AccelerationPolicy, pipe: Any, folder: Path) -> None:
-    """As it is shipped, in float32, as heads always are."""
+    """Save the policy as it is shipped, in float32, as heads always are."""
     recipe = Recipe([LearnedPolicy(heads.requires_grad_(False))], name="sit-digits-policy", num_inference_steps=STEPS)
     recipe.for_pipeline(pipe).save_pretrained(folder)

@@ -1,4 +1,4 @@
-"""How the zoo's text-to-image entries are made, from the data set `shapes`."""
+"""Builders of the zoo's text-to-image entries, from the data set `shapes`."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ CLIP_LOOP = LoopConfig(
 
 
 def build_shapes_features(out: Path) -> Iterator[Step]:
-    """The classifier of attributes that the evaluator takes features from; it sees all combinations."""
+    """Build the attribute classifier that the evaluator takes features from; it sees all combinations."""
     torch.manual_seed(FEATURES_LOOP.seed)
     model = ShapesClassifier([len(values) for values in ATTRIBUTES.values()])
     objective = AttributesObjective(data=shapes("features"))
@@ -135,7 +135,7 @@ def build_shapes_features(out: Path) -> Iterator[Step]:
 
 
 def build_shapes_clip(out: Path) -> Iterator[Step]:
-    """The CLIP of the evaluator, from pictures of its own; it sees all combinations."""
+    """Build the CLIP of the evaluator, from pictures of its own; it sees all combinations."""
     torch.manual_seed(CLIP_LOOP.seed)
     tokenizer = shapes_tokenizer()
     config = {**CLIP, "text_config": {**CLIP["text_config"], "vocab_size": len(tokenizer)}}
@@ -156,7 +156,7 @@ def build_shapes_clip(out: Path) -> Iterator[Step]:
 
 
 def build_t2i_shapes(out: Path) -> Iterator[Step]:
-    """The text-to-image pipeline: autoencoder, then transformer and text encoders together."""
+    """Build the text-to-image pipeline: autoencoder, then transformer and text encoders together."""
     autoencoder = new_autoencoder()
     yield from train_autoencoder(autoencoder, out, AUTOENCODER_LOOP)
     tokenizer = shapes_tokenizer()
@@ -172,13 +172,13 @@ def build_t2i_shapes(out: Path) -> Iterator[Step]:
 
 
 def new_autoencoder() -> AutoencoderKL:
-    """32x32 pixels to 16x16 latents of 4 channels, untrained."""
+    """Create an untrained autoencoder from 32x32 pixels to 16x16 latents of 4 channels."""
     torch.manual_seed(AUTOENCODER_LOOP.seed)
     return AutoencoderKL(**AUTOENCODER)
 
 
 def new_text_to_image(vocabulary: int) -> TextToImage:
-    """The transformer of 64 image tokens and its two text encoders, untrained."""
+    """Create an untrained transformer of 64 image tokens and its two text encoders."""
     torch.manual_seed(TEXT_FLOW_LOOP.seed)
     config = CLIPTextConfig(vocab_size=vocabulary, **TEXT_ENCODER)
     encoders = [CLIPTextModelWithProjection(config) for _ in range(2)]
@@ -186,12 +186,15 @@ def new_text_to_image(vocabulary: int) -> TextToImage:
 
 
 def shapes_tokenizer() -> CLIPTokenizer:
-    """One token for every word of the captions."""
+    """Create a tokenizer with one token for every word of the captions."""
     return word_tokenizer(caption_words(), MAX_TOKENS)
 
 
 def train_autoencoder(autoencoder: AutoencoderKL, out: Path, loop: LoopConfig) -> Iterator[Step]:
-    """In place; it ends rounded to bfloat16, as it is shipped, and with its latent scale."""
+    """Train the autoencoder in place.
+
+    It ends rounded to bfloat16, as it is shipped, and with its latent scale.
+    """
     images = shapes("generator").images
     for progress in train(autoencoder, AutoencoderObjective(images=images), loop, out / "training-autoencoder"):
         yield "autoencoder", progress, loop.steps
@@ -206,7 +209,7 @@ def train_text_to_image(
     out: Path,
     loop: LoopConfig,
 ) -> Iterator[Step]:
-    """In place; the transformer ends rounded to bfloat16, as it is shipped."""
+    """Train transformer and text encoders in place; the transformer ends rounded to bfloat16, as it is shipped."""
     data = shapes("generator")
     objective = TextFlowObjective(
         latents=encode_images(autoencoder, data.images),
@@ -219,7 +222,7 @@ def train_text_to_image(
 
 
 def pipeline(model: TextToImage, tokenizer: CLIPTokenizer, autoencoder: AutoencoderKL) -> StableDiffusion3Pipeline:
-    """The stock pipeline made of the trained parts."""
+    """Assemble the stock pipeline from the trained parts."""
     return StableDiffusion3Pipeline(
         transformer=model.transformer,
         scheduler=FlowMatchEulerDiscreteScheduler(),
@@ -234,7 +237,7 @@ def pipeline(model: TextToImage, tokenizer: CLIPTokenizer, autoencoder: Autoenco
 
 
 def _zero_t5(width: int) -> T5EncoderModel:
-    """A T5 that returns zeros, which is what the pipeline takes where it has none.
+    """Create a T5 that returns zeros, which is what the pipeline takes where it has none.
 
     diffusers saves a pipeline without its third text encoder, but does not load it unless told to do without.
     """
@@ -245,7 +248,10 @@ def _zero_t5(width: int) -> T5EncoderModel:
 
 
 def _t5_tokenizer() -> T5Tokenizer:
-    """One token for every word of the captions, so that none has more than `max_sequence_length` 16 keeps."""
+    """Create a T5 tokenizer with one token for every word of the captions.
+
+    So no caption has more tokens than `max_sequence_length` 16 keeps.
+    """
     special = ["<pad>", "</s>", "<unk>"]
     words = ["\u2581", *("\u2581" + word for word in caption_words())]
     return T5Tokenizer(
@@ -256,7 +262,7 @@ def _t5_tokenizer() -> T5Tokenizer:
 
 
 def train_refiner(pipe: StableDiffusion3Pipeline, out: Path, loop: LoopConfig) -> Iterator[Step]:
-    """FlowTurbo's refiner for the pipeline's transformer, written to `out/refiner` in bfloat16."""
+    """Train FlowTurbo's refiner for the pipeline's transformer, and write it to `out/refiner` in bfloat16."""
     torch.manual_seed(loop.seed)
     data = prompted_data(pipe, shapes("generator"), MAX_TOKENS)
     refiner, teacher = data.wrap(new_refiner(pipe.transformer)), data.wrap(pipe.transformer)
@@ -267,7 +273,10 @@ def train_refiner(pipe: StableDiffusion3Pipeline, out: Path, loop: LoopConfig) -
 
 
 def _round(module: nn.Module) -> None:
-    """To numbers that bfloat16 has, in float32: what is trained on it sees the weights that are shipped."""
+    """Round to numbers that bfloat16 has, in float32.
+
+    What is trained on the module then sees the weights that are shipped.
+    """
     with torch.no_grad():
         for tensor in module.state_dict().values():
             tensor.copy_(tensor.bfloat16())

@@ -1,4 +1,4 @@
-"""How the digits generator gets dynamic width and tokens, and the control that is trained as long without."""
+"""Digits generator with dynamic width and tokens, and the control that is trained as long without."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ OBJECTIVE: dict[str, Any] = {**RECOMMENDED["objective"], "ramp": 400, "freeze_st
 
 
 def dynamic_digits(base: SiTTransformer2DModel, *, tokens: bool, **routers: Any) -> Any:
-    """A dynamic copy of the digits generator whose weights are all to be trained."""
+    """Return a dynamic copy of the digits generator whose weights are all trainable."""
     torch.manual_seed(LOOP.seed)
     network = make_dynamic(copy.deepcopy(base), DynamicSettings(tokens=tokens, **{**RECOMMENDED["routers"], **routers}))
     network.requires_grad_(True)
@@ -66,7 +66,7 @@ def train_width(
 
 
 def save_variant(kind: Callable[[Any], Accelerator], network: Any, folder: Path, name: str) -> None:
-    """The recipe for the digits generator that is shipped: weights in bfloat16, routers in float32."""
+    """Save the recipe for the shipped digits generator: weights in bfloat16, routers in float32."""
     network.requires_grad_(False).eval()
     pipe = load_pipeline(zoo.folder("sit-digits"))
     network.place("cpu", torch.bfloat16)
@@ -74,7 +74,7 @@ def save_variant(kind: Callable[[Any], Accelerator], network: Any, folder: Path,
 
 
 def build_width(out: Path, *, tokens: bool = False) -> Iterator[tuple[str, Progress, int]]:
-    """The recipe with dynamic width, or width and tokens, for the digits pipeline of the zoo."""
+    """Build the recipe with dynamic width, or width and tokens, for the digits pipeline of the zoo."""
     base = load_pipeline(zoo.folder("sit-digits")).transformer.float().eval().requires_grad_(False)
     network = dynamic_digits(base, tokens=tokens)
     for progress in train_width(network, base, out / "training", ratio=RATIO):
@@ -83,8 +83,10 @@ def build_width(out: Path, *, tokens: bool = False) -> Iterator[tuple[str, Progr
 
 
 def train_longer(network: SiTTransformer2DModel, work: Path, *, loop: LoopConfig = LOOP) -> Iterator[Progress]:
-    """The control: the stock network, trained in place for as long, at the same rate, on the same images, labels and
-    noise; times are drawn uniformly, and there is no teacher."""
+    """Train the control: the stock network, in place, for as long and at the same rate.
+
+    It has the same images, labels and noise; times are drawn uniformly, and there is no teacher.
+    """
     network.requires_grad_(True)
     network.pos_embed.requires_grad_(False)
     objective = FlowObjective(

@@ -27,7 +27,7 @@ def test_a_saved_recipe(tmp_path: Path) -> None:
 
 def test_rules() -> None:
     assert json.loads(run("--rules", "--json")) == {str(rule): rule.reason for rule in RULES}
-    assert "sampler comes before velocity_refiner" in run("--rules")
+    assert "sampler comes before refiner" in run("--rules")
     assert "give a recipe or --rules, not both; got 'heun'" in run("heun", "--rules", code=2)
 
 

@@ -27,8 +27,10 @@ PLANS: dict[str, type[WidthPlan]] = {WidthPlan.name: WidthPlan}
 
 @dataclass(frozen=True)
 class DynamicWidth(Variant):
-    """Exchange the network for one that computes, at every timestep, only the heads and channels that its routers keep
-    there, and, where it has token routers, sends only the tokens that these keep through its feed-forwards.
+    """Accelerator that replaces the network by one of dynamic width.
+
+    At every timestep it computes only the heads and channels that its routers keep there, and, where it has token
+    routers, sends only the tokens that these keep through its feed-forwards.
 
     What is kept of heads and channels depends on time alone, so a run's plan is made before its first step, layers are
     sliced to it and the slices are held for the next run.
@@ -84,11 +86,11 @@ class DynamicWidth(Variant):
 
     @staticmethod
     def is_form(network: nn.Module) -> bool:
-        """Whether a network has dynamic width, or makes one that has."""
+        """Whether a network has dynamic width, or is an adapter that adds it."""
         return isinstance(network, WidthAdapter) or isinstance(getattr(network, "dynamic", None), Dynamics)
 
     def stand_in(self, pipe: Any) -> Any:
-        """The dynamic network, on the device of the pipeline's own and of its type.
+        """Return the dynamic network in evaluation mode, on the device and in the dtype of the pipeline's network.
 
         Raises:
             ValueError: it is a dynamic form of another network, or an adapter for one.
@@ -100,11 +102,11 @@ class DynamicWidth(Variant):
 
     @property
     def tags(self) -> frozenset[str]:
-        """Those of every accelerator, and that its widths are of the loop's times."""
+        """Tags of every accelerator, and that the widths follow the loop's time."""
         return super().tags | {Tag.LOOP_TIME}
 
     def attach(self, pipe: Any) -> Detach:
-        """Exchange the network; undone by putting the old object back."""
+        """Replace the network; detaching restores the original object."""
         network = self.stand_in(pipe)
         dynamics: Dynamics = network.dynamic
         if self.plan is not None and self.plan.routers != dynamics.fingerprint:
@@ -131,7 +133,7 @@ class DynamicWidth(Variant):
 
 
 class _Runs:
-    """What stands around the network's calls: sets the plan's gates."""
+    """Wrapper around the network's calls that applies the gates of the width plan."""
 
     def __init__(self, config: DynamicWidth, session: Session, network: Any) -> None:
         self.config, self.session, self.network = config, session, network
@@ -155,7 +157,7 @@ class _Runs:
                 _note(call, dynamics, plan.shares[place].tolist(), dynamics.cache.passing - cut)
 
     def _plan(self, call: Call) -> WidthPlan:
-        """The one of the network's last run if that was alike, the given one, or a new one."""
+        """Return the plan for this run: the previous run's if it still fits, the given one, or a new one."""
         timesteps, scheduler = call.run.timesteps, self.session.pipe.scheduler
         found = Identity.of(scheduler)
         asked = (found.kind, found.config)
@@ -178,7 +180,7 @@ class _Runs:
 
 @dataclass
 class WidthStats(CallStats):
-    """What dynamic width left out of a network call."""
+    """Statistics of a network call with dynamic width."""
 
     width: float
     """Share of the switchable heads and channels that was computed."""
@@ -198,21 +200,23 @@ class WidthStats(CallStats):
 
     @classmethod
     def notes(cls, stats: Sequence[WidthStats]) -> list[str]:
-        """Return what slices of layers took."""
+        """Return the memory use of the layers' slices, in words."""
         held, cut = max(found.slice_bytes for found in stats), sum(found.slices_cut for found in stats)
         return [f"Slices of layers: {held / 1e6:.1f} MB held, {cut} cut anew for want of room."] if held or cut else []
 
 
 def network_times(convention: str, timesteps: tuple[float, ...], scheduler: Any) -> torch.Tensor:
-    """What a network's `timestep` argument is at the scheduler's timesteps; `convention` as in
-    `flowaccel.hooks.Family.time`."""
+    """Convert the scheduler's timesteps to values of the network's `timestep` argument.
+
+    `convention` is as in `flowaccel.hooks.Family.time`.
+    """
     times = torch.tensor(timesteps)
     scale = scheduler.config.get("num_train_timesteps", 1000)
     return {"timestep": times, "sigma": times / scale, "one_minus_sigma": 1 - times / scale}[convention]
 
 
 def _note(call: Call, dynamics: Dynamics, shares: list[float], cut: int) -> None:
-    """Write to the record what was left out."""
+    """Add what was left out to the call's record."""
     record = call.record
     record.stats[DynamicWidth.name] = WidthStats(sum(shares) / len(shares), dynamics.cache.held, cut)
     for path, share in dynamics.left_out(shares).items():

@@ -1,4 +1,4 @@
-"""What is trained where the backbone stays frozen: routers and, if wanted, a TD-LoRA; and the small file they fill.
+"""Adapters for a frozen backbone: routers, optionally a TD-LoRA, and the small file that stores them.
 
 The parameter-efficient form of DyDiT++ (arXiv 2504.06803). Shapes: D width of the timestep embedding.
 """
@@ -31,7 +31,7 @@ _STRIDE = 7_919
 
 
 def add_timed_lora(network: Any, settings: TimedLoraSettings | None = None) -> None:
-    """Put a TD-LoRA on every layer that is gated: the projections of attention and the feed-forwards of all blocks.
+    """Add a TD-LoRA to every gated layer: the attention projections and feed-forwards of all blocks.
 
     At first it adds nothing. Its weights have the type of the layers.
 
@@ -53,11 +53,11 @@ def add_timed_lora(network: Any, settings: TimedLoraSettings | None = None) -> N
 
 
 def fix_time(network: Any, time: float | None) -> None:
-    """Let the TD-LoRA of a dynamic network be that of one time in every call, so that it can be merged.
+    """Fix the time of a dynamic network's TD-LoRA for every call, so that it can be merged.
 
     Args:
         network: a dynamic network.
-        time: as given to the network's `timestep`; None lets it follow the time again.
+        time: fixed time, as given to the network's `timestep`; None lets it follow the time again.
 
     Raises:
         ValueError: the adapter is merged at the time that is fixed now.
@@ -71,8 +71,10 @@ def fix_time(network: Any, time: float | None) -> None:
 
 
 def plain_lora(network: Any, times: Tensor | None = None) -> dict[str, Tensor]:
-    """A LoRA without experts that stands in for the TD-LoRA of a dynamic network, as diffusers' loaders take it
-    (`load_lora_adapter`, prefix `transformer`), in float32.
+    """Return a plain LoRA that stands in for the TD-LoRA of a dynamic network.
+
+    It has no experts, is in float32, and has the format of diffusers' loaders (`load_lora_adapter`, prefix
+    `transformer`).
 
     Args:
         network: a dynamic network.
@@ -97,7 +99,7 @@ def plain_lora(network: Any, times: Tensor | None = None) -> dict[str, Tensor]:
 
 
 def bucket_loras(network: Any, times: Tensor, buckets: int) -> list[dict[str, Tensor]]:
-    """`plain_lora` for each of `buckets` equal stretches of `times`, to be switched while sampling.
+    """Return a `plain_lora` for each of `buckets` equal stretches of `times`, to be switched while sampling.
 
     Args:
         network: a dynamic network.
@@ -119,17 +121,19 @@ def _given(network: Any, times: Tensor) -> Tensor:
 
 
 class WidthAdapter(nn.Module):
-    """What makes a network dynamic while its weights stay: routers, which unit belongs to which gate, and perhaps a
-    TD-LoRA. A small part of the network, and good for one set of weights only, which it knows by a probe.
+    """Adapter that makes a network dynamic without changing its weights.
+
+    It holds the routers, the assignment of units to gates, and perhaps a TD-LoRA: a small part of the network, valid
+    for one set of weights only, which it recognises by a probe.
 
     Nothing in it is computed with; `apply` gives a network. Its weights stay on the CPU in their type.
 
     Args:
         base: class name of the stock network.
         base_config: a hash of that network's configuration, "" if not known.
-        dynamic: what is dynamic.
-        weights: by name: `dynamic.*`, `PATH.lora_A.weight`, `PATH.lora_B.weight`, `PATH.lora_td_router.weight`, and
-            `probe`, (64,) values of the stock network.
+        dynamic: settings of the dynamic parts.
+        weights: tensors by name: `dynamic.*`, `PATH.lora_A.weight`, `PATH.lora_B.weight`, `PATH.lora_td_router.weight`,
+            and `probe`, (64,) values of the stock network.
         timed_lora: the size of the TD-LoRA, None without.
     """
 
@@ -148,12 +152,12 @@ class WidthAdapter(nn.Module):
         self._applied: weakref.WeakKeyDictionary[nn.Module, tuple[list[int], Any]] = weakref.WeakKeyDictionary()
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:  # type: ignore[override]
-        """`weights`."""
+        """Return a copy of `weights`."""
         return dict(self.weights)
 
     @classmethod
     def of(cls, network: Any, base_config: str = "") -> Self:
-        """That of a dynamic network.
+        """Create the adapter of a dynamic network.
 
         Args:
             network: its weights, but for routers and TD-LoRA, must be those of the stock network.
@@ -165,7 +169,7 @@ class WidthAdapter(nn.Module):
         return cls(dynamics.rule.base, base_config, dynamics.settings, weights, dynamics.timed_lora)
 
     def apply(self, base: Any, base_config: str = "") -> Any:
-        """A dynamic network around the very weights of `base`, which stays as it is.
+        """Build a dynamic network that shares the weights of `base`, which is not changed.
 
         Args:
             base: the stock network that this was trained on.
@@ -182,7 +186,7 @@ class WidthAdapter(nn.Module):
                 f"the adapter belongs to a {self.base} (configuration {self.base_config or 'not known'}), the network "
                 f"is a {kind} (configuration {base_config or 'not known'}); train one for this network"
             )
-        with torch.random.fork_rng(devices=[]):  # what is drawn is overwritten
+        with torch.random.fork_rng(devices=[]):  # the random weights are overwritten
             network = make_dynamic(base, self.dynamic)
             self._check_probe(probe(network))
             if self.timed_lora is not None:
@@ -191,7 +195,7 @@ class WidthAdapter(nn.Module):
         return network
 
     def applied(self, base: Any, base_config: str = "") -> Any:
-        """`apply`, but the network of before if `base` holds the tensors and layers that it held then."""
+        """Return `apply(base)`, reusing the earlier network if `base` still holds the same tensors and layers."""
         held = [id(part) for part in (*base.modules(), *base.parameters())]
         before, network = self._applied.get(base, ([], None))
         if network is None or before != held:
@@ -290,7 +294,7 @@ def _parsed(config: dict[str, Any]) -> tuple[str, str, DynamicSettings, TimedLor
 
 
 def probe(network: Any) -> Tensor:
-    """(64,) values of the stock weights in the gated layers of a dynamic network, in float32 on the CPU."""
+    """Return (64,) values of the stock weights in the gated layers of a dynamic network, in float32 on the CPU."""
     weights = [linear.weight.detach().flatten() for wire in network.dynamic.wires for linear in wire.rows]
     chosen = [weights[index * len(weights) // PROBES] for index in range(PROBES)]
     values = [weight[index * _STRIDE % len(weight)] for index, weight in enumerate(chosen)]
@@ -298,7 +302,7 @@ def probe(network: Any) -> Tensor:
 
 
 def _learned(network: Any) -> Iterator[tuple[str, Tensor]]:
-    """The very tensors that an adapter holds, under the names it saves them by."""
+    """Yield the tensors that an adapter holds (not copies), with the names under which it saves them."""
     for name, value in network.dynamic.state_dict().items():
         yield f"dynamic.{name}", value
     for path, layer in timed_layers(network).items():

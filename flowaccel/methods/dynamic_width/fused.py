@@ -1,5 +1,6 @@
-"""FLUX's single-stream block on part of the image tokens (DyDiT++, arXiv 2504.06803, as specified there: an image token
-that is left out skips the feed-forward and the joint output projection, so that its update is 0).
+"""FLUX's single-stream block on a subset of the image tokens, as specified in DyDiT++ (arXiv 2504.06803).
+
+An image token that is left out skips the feed-forward and the joint output projection, so that its update is 0.
 
 What the attention returns for such a token is thrown away, so its query need not be made: queries are those of the text
 and the kept image tokens, keys and values those of all tokens. This changes nothing in the result.
@@ -23,14 +24,14 @@ _HALF_MAX = 65504.0
 
 
 class TokenSingleBlock(TokenChoice, FluxSingleTransformerBlock):
-    """A single-stream block that leaves image tokens as they are where they are left out.
+    """Single-stream block that computes a subset of the image tokens and leaves the others unchanged.
 
     Every `FluxSingleTransformerBlock` can become one (`take_over`): parameters, hooks and names stay.
     """
 
     @staticmethod
     def take_over(module: nn.Module) -> TokenSingleBlock:
-        """Make `module` itself a `TokenSingleBlock`.
+        """Convert `module` to a `TokenSingleBlock` in place.
 
         Raises:
             TypeError: it is no `FluxSingleTransformerBlock`.
@@ -49,8 +50,11 @@ class TokenSingleBlock(TokenChoice, FluxSingleTransformerBlock):
         image_rotary_emb: tuple[Tensor, Tensor] | None = None,
         joint_attention_kwargs: dict[str, Any] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Image tokens (B, N, D), text tokens (B, T, D), conditioning (B, D), and the rotary embedding's cosines and
-        sines (T + N, head width) -> text and image tokens."""
+        """Apply the block to image tokens (B, N, D) and text tokens (B, T, D), and return text and image tokens.
+
+        `temb` is the conditioning (B, D), `image_rotary_emb` the cosines and sines (T + N, head width) of the rotary
+        embedding.
+        """
         keep, text = self.keep, encoder_hidden_states.shape[1]
         if keep is None:
             return super().forward(hidden_states, encoder_hidden_states, temb, image_rotary_emb, joint_attention_kwargs)
@@ -78,12 +82,12 @@ class TokenSingleBlock(TokenChoice, FluxSingleTransformerBlock):
 
 
 def _with_text(keep: Tensor, text: int) -> Tensor:
-    """(B, M, 1) -> (B, T + M, 1): text tokens are always kept."""
+    """Prepend the text tokens, which are always kept, to a mask: (B, M, 1) -> (B, T + M, 1)."""
     return torch.cat([keep.new_ones(len(keep), text, 1), keep], dim=1)
 
 
 def _plain(attention: Any, arguments: dict[str, Any]) -> bool:
-    """Whether `_attend` computes what the attention module would: nobody surrounds or replaces it."""
+    """Whether `_attend` computes what the attention module would: nothing wraps or replaces it."""
     processor = attention.processor
     return (
         type(processor) is FluxAttnProcessor
@@ -96,7 +100,7 @@ def _plain(attention: Any, arguments: dict[str, Any]) -> bool:
 def _attend(
     attention: Any, chosen: Tensor, tokens: Tensor, rotary: tuple[Tensor, Tensor] | None, places: Tensor
 ) -> Tensor:
-    """Queries of `chosen` (B, T + M, D), which are at `places` of `tokens` (B, T + N, D), keys and values of all."""
+    """Attend from `chosen` (B, T + M, D), located at `places` of `tokens` (B, T + N, D), to all tokens."""
     heads = (-1, attention.head_dim)
     query = attention.norm_q(attention.to_q(chosen).unflatten(-1, heads))
     key = attention.norm_k(attention.to_k(tokens).unflatten(-1, heads))

@@ -1,4 +1,4 @@
-"""What the gates of a dynamic network switch: the layers that make units and those that read them.
+"""Gated layers of a dynamic network: those that produce the units of a gate and those that consume them.
 
 Shapes: B rows, N image tokens, H units of a gate.
 """
@@ -21,11 +21,11 @@ from flowaccel.methods.dynamic_width.tokens import TokenChoice
 from flowaccel.models.routers import TokenRouter, WidthRouter
 
 Bits = tuple[str, ...]
-"""One text of zeros and ones per gate, in the order of `Dynamics.gates`: which units are on."""
+"""Units that are on: one string of zeros and ones per gate, in the order of `Dynamics.gates`."""
 
 
 class Gate(nn.Module):
-    """The router of one gate, and which unit of it every head or hidden channel belongs to."""
+    """Router of one gate, and the assignment of heads or hidden channels to its units."""
 
     group_of: Tensor
 
@@ -36,13 +36,13 @@ class Gate(nn.Module):
         self.register_buffer("group_of", (torch.arange(members) // (members // units)).to(torch.int32))
 
     def members(self, mask: Tensor) -> Tensor:
-        """(..., units) -> (..., members)."""
+        """Expand a mask of units to heads or channels: (..., units) -> (..., members)."""
         return mask[..., self.group_of.long()]
 
 
 @dataclass
 class Wire:
-    """What a gate switches."""
+    """Connection from one gate to the layers that it switches."""
 
     path: str
     """`transformer_blocks.3.attn`: the name in plans and logs."""
@@ -56,7 +56,7 @@ class Wire:
     columns: list[tuple[SlicedLinear, int]]
     """And where its columns begin."""
     attention: Any
-    """The module whose `heads` follow the gate."""
+    """Module whose `heads` follow the gate."""
     module: nn.Module
     """The block itself."""
     added_rows: list[SlicedLinear] = field(default_factory=list)
@@ -64,22 +64,22 @@ class Wire:
     added_columns: list[tuple[SlicedLinear, int]] = field(default_factory=list)
     """The first factors of LoRAs on `columns`."""
     tokens: TokenSite | None = None
-    """Where the work of this gate is done on part of the tokens."""
+    """Site at which the work of this gate is done on part of the tokens."""
 
     def connect(self) -> None:
-        """Find the layers, also where adapters were put around them or taken away."""
+        """Look up the layers, also where adapters were added or removed."""
         found = linears_of(self.module, self.rule)
         self.rows, self.columns, self.added_rows, self.added_columns = found
 
     def elements(self, mask: Tensor) -> Tensor:
-        """(..., units) -> (..., rows)."""
+        """Expand a mask of units to output rows: (..., units) -> (..., rows)."""
         members = self.gate.members(mask)
         return members.repeat_interleave(self.each, dim=-1) if self.each > 1 else members
 
 
 @dataclass
 class TokenSite:
-    """A feed-forward (or a fused block) that takes part of the tokens."""
+    """Feed-forward (or fused block) that computes a subset of the tokens."""
 
     path: str
     router: TokenRouter
@@ -96,19 +96,19 @@ class TokenSite:
 
 @dataclass
 class LinearWires:
-    """The gates of one linear layer."""
+    """Gates that switch one linear layer."""
 
     linear: SlicedLinear
     rows: tuple[int, Wire] | None
     columns: list[tuple[int, Wire, int]]
 
     def key(self, bits: Bits) -> tuple[str, ...]:
-        """What decides which part of it is on."""
+        """Return the units that decide which part of the layer is on, as a key."""
         places = ([self.rows[0]] if self.rows else []) + [place for place, _, _ in self.columns]
         return tuple(bits[place] for place in places)
 
     def kept(self, bits: Bits, *, columns: bool) -> Tensor | None:
-        """Indices of the rows or columns that are on; None for all."""
+        """Return the indices of the rows or columns that are on, or None for all."""
         if not columns:
             return None if self.rows is None else _on(self.rows[1], bits[self.rows[0]]).nonzero().flatten()
         if not self.columns:
@@ -120,7 +120,7 @@ class LinearWires:
         return keep.nonzero().flatten()
 
     def cut(self, bits: Bits) -> tuple[Tensor, Tensor | None]:
-        """Weight and bias of what is on."""
+        """Return weight and bias of the part that is on."""
         return self.linear.cut(self.kept(bits, columns=False), self.kept(bits, columns=True))
 
 
@@ -131,7 +131,7 @@ def _on(wire: Wire, units: str) -> Tensor:
 
 
 def by_linear(wires: list[Wire]) -> list[LinearWires]:
-    """The layers of all gates, each once."""
+    """Group the gates by linear layer, each layer once."""
     found: dict[int, LinearWires] = {}
 
     def entry(linear: SlicedLinear) -> LinearWires:
@@ -156,7 +156,7 @@ Columns = list[tuple[SlicedLinear, int]]
 
 
 def linears_of(block: nn.Module, rule: GateRule) -> tuple[list[SlicedLinear], Columns, list[SlicedLinear], Columns]:
-    """The layers of a gate: those that make its units and those that read them, and the same of LoRAs on them."""
+    """Return the layers that produce a gate's units and those that consume them, then the same for their LoRAs."""
     rows, columns, added_rows, added_columns = [], [], [], []
     for name in rule.rows:
         if _has(block, name):
@@ -173,7 +173,7 @@ def linears_of(block: nn.Module, rule: GateRule) -> tuple[list[SlicedLinear], Co
 
 
 def places_of(wire: Wire) -> Iterator[tuple[nn.Module, str]]:
-    """Where the layers of a gate lie: the module that holds one, and its name there."""
+    """Yield the location of each layer of a gate: its parent module and its name there."""
     for name in (*wire.rule.rows, *(name for name, _ in wire.rule.columns)):
         if _has(wire.module, name):
             parent, _, child = name.rpartition(".")
@@ -181,7 +181,7 @@ def places_of(wire: Wire) -> Iterator[tuple[nn.Module, str]]:
 
 
 def _sliced(block: nn.Module, name: str) -> tuple[SlicedLinear, list[SlicedLinear], list[SlicedLinear]]:
-    """A layer, and the first and second factors of LoRAs on it, all ready to be sliced."""
+    """Return a layer, and the first and second factors of its LoRAs, all converted to `SlicedLinear`."""
     linear, firsts, seconds = taken_apart(block.get_submodule(name))
     if type(linear) is not nn.Linear and not isinstance(linear, SlicedLinear):
         raise UnsupportedModelError(

@@ -1,4 +1,4 @@
-"""How tokens are left out in practice: how many a layer keeps, static capacities, and whether gathering them pays."""
+"""Gathering of tokens in practice: counts of kept tokens, static capacities, and whether gathering pays off."""
 
 from __future__ import annotations
 
@@ -19,36 +19,36 @@ _ROUNDS = 7
 
 
 class TokenCounts:
-    """How many tokens every row of every site kept, in the calls that were watched; see `watched_tokens`."""
+    """Numbers of tokens that every row of every site kept in the watched calls; see `watched_tokens`."""
 
     def __init__(self) -> None:
         self._gates: dict[str, list[Tensor]] = {}
         self.tokens: dict[str, int] = {}
-        """How many there were, by the path of the site."""
+        """Number of tokens, by the path of the site."""
 
     def add(self, site: TokenSite) -> None:
-        """Count the site's last call; the device is not waited for."""
+        """Count the tokens of the site's last call, without synchronising with the device."""
         if site.gates is not None:
             self._gates.setdefault(site.path, []).append(site.gates.detach().flatten(1).sum(1))
             self.tokens[site.path] = site.gates.shape[1]
 
     @property
     def paths(self) -> list[str]:
-        """The sites that were seen."""
+        """Paths of the sites that were seen."""
         return list(self._gates)
 
     def counts(self, path: str) -> Tensor:
-        """(rows of all calls,) on the CPU."""
+        """Return the number of kept tokens (rows of all calls,) on the CPU."""
         return torch.cat(self._gates[path]).cpu().round().long()
 
     def share(self, path: str) -> float:
-        """Of the tokens, on average."""
+        """Return the mean share of the tokens that were kept."""
         return float(self.counts(path).double().mean()) / self.tokens[path]
 
 
 @contextmanager
 def watched_tokens(network: Any) -> Iterator[TokenCounts]:
-    """Within this every call of a dynamic network is counted.
+    """Count the tokens of every call of a dynamic network inside the context.
 
     Args:
         network: a dynamic network; it is not changed.
@@ -67,16 +67,16 @@ def watched_tokens(network: Any) -> Iterator[TokenCounts]:
 
 
 def fit_capacities(network: Any, seen: TokenCounts, *, quantile: float = 1.0, margin: float = 0.05) -> dict[str, int]:
-    """Give every site a capacity, so that shapes are known beforehand and the host never waits for the device.
+    """Set a capacity for every site, so that shapes are static and the host never waits for the device.
 
     With `quantile` 1 all that was seen fits. A smaller one saves more, and drops the least wanted tokens of rows that
     keep more than fit.
 
     Args:
         network: a dynamic network, whose sites are set.
-        seen: what `watched_tokens` counted, at the resolution that is to be used.
+        seen: counts of `watched_tokens`, at the resolution that is to be used.
         quantile: the share of rows that must fit, in (0, 1].
-        margin: what is added, as a share of all tokens, before rounding up to a quarter of them.
+        margin: margin to add, as a share of all tokens, before rounding up to a quarter of them.
 
     Returns:
         The capacities by the path of the site.
@@ -102,9 +102,10 @@ def fit_capacities(network: Any, seen: TokenCounts, *, quantile: float = 1.0, ma
 def choose_gather(
     network: Any, *, rows: int, tokens: int, kept: float | Mapping[str, float], text_tokens: int = 0
 ) -> dict[str, float]:
-    """Measure on the network's device, for every site, whether gathering tokens is faster than computing all of them
-    and clearing some, and set `gather` of the site accordingly. Layers are whole and not compiled, capacities as they
-    are.
+    """Measure for every site whether gathering tokens is faster than computing all and clearing some.
+
+    Sets `gather` of the site accordingly. Measured on the network's device; layers are whole and not compiled,
+    capacities as they are.
 
     Args:
         network: a dynamic network, whose sites are set.
@@ -161,7 +162,7 @@ def _relative_time(module: Any, rows: int, tokens: int, text_tokens: int, count:
 
 
 def _noise(module: Any, rows: int, tokens: int, text_tokens: int) -> tuple[Any, ...]:
-    """What the module is called with."""
+    """Return random inputs for the module."""
     weight = next(module.parameters())
     draw = functools.partial(torch.randn, device=weight.device, dtype=weight.dtype)
     if isinstance(module, TokenFeedForward):

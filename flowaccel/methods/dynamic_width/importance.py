@@ -1,5 +1,7 @@
-"""Which heads and channels matter most, by the size of their weights (DyDiT, arXiv 2410.03456, as specified there:
-rank the pretrained network, keep the strongest always on), and moving them to where groups are contiguous.
+"""Importance of heads and channels by weight magnitude, as specified in DyDiT (arXiv 2410.03456).
+
+The pretrained network's heads and channels are ranked and the strongest are always on; they can be reordered so that
+groups are contiguous.
 
 The measure is the sum of absolute weights that make and read a unit.
 """
@@ -15,7 +17,7 @@ Columns = list[tuple[nn.Linear, int]]
 
 
 def head_scores(rows: list[nn.Linear], columns: Columns, heads: int) -> Tensor:
-    """(heads,) absolute weights of the rows that make a head and the columns that read it."""
+    """Return (heads,) sums of absolute weights over the rows that produce a head and the columns that read it."""
     width = rows[0].out_features // heads
     made = sum(linear.weight.detach().float().abs().sum(1) for linear in rows)
     read = _read(columns, rows[0].out_features)
@@ -23,7 +25,7 @@ def head_scores(rows: list[nn.Linear], columns: Columns, heads: int) -> Tensor:
 
 
 def channel_scores(rows: list[nn.Linear], columns: Columns) -> Tensor:
-    """(channels,) absolute weights, and bias, of the row that makes a hidden channel and the column that reads it."""
+    """Return (channels,) sums of absolute weights, and bias, of each hidden channel's row and column."""
     made = sum(linear.weight.detach().float().abs().sum(1) for linear in rows)
     bias = sum(linear.bias.detach().float().abs() for linear in rows if linear.bias is not None)
     return made + bias + _read(columns, rows[0].out_features)
@@ -36,18 +38,18 @@ def _read(columns: Columns, count: int) -> Tensor:
 
 
 def head_groups(rows: list[nn.Linear], columns: Columns, heads: int) -> Tensor:
-    """(heads,) the gate of every head: 0 for the strongest."""
+    """Return (heads,) the gate of every head: 0 for the strongest."""
     return _places(head_scores(rows, columns, heads))
 
 
 def channel_groups(rows: list[nn.Linear], columns: Columns, groups: int) -> Tensor:
-    """(channels,) the gate of every channel: 0 for the strongest `channels / groups`."""
+    """Return (channels,) the gate of every channel: 0 for the strongest `channels / groups`."""
     places = _places(channel_scores(rows, columns))
     return places // (len(places) // groups)
 
 
 def _places(scores: Tensor) -> Tensor:
-    """Where every entry stands when sorted from the largest."""
+    """Return the rank of every entry in descending order."""
     order = scores.argsort(descending=True, stable=True)
     places = torch.empty_like(order)
     places[order] = torch.arange(len(order), device=order.device)
@@ -55,8 +57,9 @@ def _places(scores: Tensor) -> Tensor:
 
 
 def reordered(network: Any) -> dict[str, Tensor]:
-    """The entries of a dynamic network's state dict that change when heads and hidden channels are moved to where the
-    units of every gate are contiguous and in the order of the gates.
+    """Return the state dict entries that change when the units of every gate are made contiguous.
+
+    Heads and hidden channels of a dynamic network are moved into the order of the gates.
 
     The network computes the same with them: what makes a unit and what reads it move together. Norms of queries and
     keys are shared by all heads and rotary embeddings act within a head, so both stay as they are.
@@ -92,8 +95,9 @@ def reordered(network: Any) -> dict[str, Tensor]:
 
 
 def reorder_(network: Any) -> None:
-    """Move the heads and hidden channels of a dynamic network to where the units of every gate are contiguous: gate g
-    switches the g-th equal part. What the network computes, and its plans, stay the same.
+    """Reorder heads and hidden channels of a dynamic network in place, so that the units of a gate are contiguous.
+
+    Gate g then switches the g-th equal part. What the network computes, and its plans, stay the same.
 
     Moved weights become new parameters, so that a network that shares the old ones stays as it is; make optimisers
     afterwards.

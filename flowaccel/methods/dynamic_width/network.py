@@ -1,5 +1,6 @@
-"""Networks whose width depends on the timestep and whose feed-forwards take part of the tokens: DyDiT (arXiv
-2410.03456) and DyDiT++ (arXiv 2504.06803).
+"""Routers that set a network's width by timestep and the tokens of its feed-forwards.
+
+See DyDiT (arXiv 2410.03456) and DyDiT++ (arXiv 2504.06803).
 
 A dynamic network is a stock network with routers beside it, under the name `dynamic`. All other names and weights are
 those of the stock network, also after conversion: which head or channel belongs to which gate is an assignment, so
@@ -41,7 +42,7 @@ from flowaccel.models.routers import TokenRouter, logistic_noise, never_narrower
 
 
 class Dynamics(nn.Module):
-    """The routers of a network, and the wires to the layers that they switch. Lies at `network.dynamic`."""
+    """Routers of a network, stored at `network.dynamic`, and the wires to the layers that they switch."""
 
     time_mean: Tensor
     """(D,) mean of the timestep embeddings over all times, for `normalise`; and their spread."""
@@ -53,9 +54,9 @@ class Dynamics(nn.Module):
         self.rule: DynamicRule = rule_of(network)
         self.blocks = nn.ModuleList()
         self.correction = nn.Parameter(torch.zeros(()), requires_grad=False)
-        """What a controller, where there is one, adds to the ratio that is asked for while training."""
+        """Term that a controller, where there is one, adds to the target ratio in training."""
         self.generator: torch.Generator | None = None
-        """Where the noise of training comes from."""
+        """Generator of the noise of training."""
         self.noise: Callable[[str, tuple[int, ...]], Tensor] = self._noise
         """`noise(path, shape)`: the noise of one router's logits."""
         self.chosen: Bits | None = None
@@ -63,7 +64,7 @@ class Dynamics(nn.Module):
         self.plan: Any = None
         """The `WidthPlan` of the last run of a pipeline, for those who want to see or save it."""
         self.plan_key: Any = None
-        """What it was made for, beside the run."""
+        """Key of what `plan` was made for, beside the run."""
         self.hard = False
         """Whether gates are those of evaluation also while training, and routers learn nothing."""
         self.masks: list[Tensor] = []
@@ -83,7 +84,7 @@ class Dynamics(nn.Module):
         self._known: list[tuple[Any, ...]] = []
         self._experts: list[ExpertLinear] = []
         self.timed_lora: TimedLoraSettings | None = None
-        """Of the TD-LoRA that the network was given (`add_timed_lora`)."""
+        """Settings of the TD-LoRA that the network was given (`add_timed_lora`)."""
         self._sites: list[TokenSite] = []
         self._wire(network, width)
         self.cache = SliceCache(limit=0)
@@ -158,11 +159,11 @@ class Dynamics(nn.Module):
                 wire.tokens = site
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Dynamics:
-        """Move, but never to a narrower type, because a flipped gate changes the network."""
+        """Move as `nn.Module` does, but never to a narrower dtype, because a flipped gate changes the network."""
         return super()._apply(never_narrower(fn), recurse)
 
     def connect(self) -> None:
-        """Follow adapters that were added, removed or merged, and drop what was cut before.
+        """Rewire after adapters were added, removed or merged, and drop the cached slices.
 
         Every call looks whether this is needed.
 
@@ -197,17 +198,17 @@ class Dynamics(nn.Module):
 
     @property
     def layers(self) -> list[nn.Module]:
-        """What stands in the place of every gated linear layer at present: itself, or PEFT's layer around it."""
+        """Modules that currently take the place of the gated linear layers: the layer itself, or PEFT's around it."""
         return [parent._modules[name] for parent, name in self._places]  # type: ignore[misc]
 
     @property
     def weight_bytes(self) -> int:
-        """What the layers that can be sliced take as a whole."""
+        """Bytes of the layers that can be sliced, at full size."""
         return sum(_bytes(entry.linear) for entry in self._linears)
 
     @property
     def gate_weights(self) -> list[int]:
-        """How many weights every gate switches: what its work is in proportion to, but for attention itself."""
+        """Number of weights that every gate switches; its work, except for attention itself, is proportional to it."""
         return [
             sum(linear.weight.numel() for linear in wire.rows)
             + sum(linear.out_features * wire.rows[0].out_features for linear, _ in wire.columns)
@@ -215,16 +216,16 @@ class Dynamics(nn.Module):
         ]
 
     def left_out(self, shares: Sequence[float]) -> dict[str, float]:
-        """By module, the part of its work that is not done when so much of every gate is on.
+        """Return the share of each module's work that is skipped for given shares of the gates.
 
         Args:
-            shares: of the gates, in [0, 1].
+            shares: share of each gate that is on, in [0, 1].
         """
         return {wire.path: 1 - share for wire, share in zip(self._wires, shares, strict=True) if share < 1}
 
     @property
     def sites(self) -> tuple[TokenSite, ...]:
-        """Where tokens can be left out, in the order of the blocks."""
+        """Sites at which tokens can be left out, in the order of the blocks."""
         return tuple(self._sites)
 
     @property
@@ -239,23 +240,24 @@ class Dynamics(nn.Module):
         return digest.hexdigest()[:12]
 
     def given(self, embedding: Tensor) -> Tensor:
-        """What routers read of timestep embeddings (B, D), in float32 or float64."""
+        """Return the routers' input for timestep embeddings (B, D), in float32 or float64."""
         given = widened(embedding)
         return (given - self.time_mean) / self.time_std if self.settings.normalise else given
 
     def logits(self, embedding: Tensor) -> list[Tensor]:
-        """The routers' answers to timestep embeddings (B, D): (B, units - 1) for each gate."""
+        """Return the routers' logits (B, units - 1) of each gate for timestep embeddings (B, D)."""
         given = self.given(embedding)
         return [wire.gate.router(given) for wire in self._wires]
 
     def evaluated(self, embedding: Tensor) -> list[Tensor]:
-        """The gates of evaluation, bool (B, units) each."""
+        """Return the gates used in evaluation, bool (B, units) each."""
         with torch.no_grad():
             return [_with_first(logits > 0) for logits in self.logits(embedding)]
 
     def kept_tokens(self, rows: int) -> dict[str, Tensor]:
-        """(B,) the share of the tokens that every image of the last call kept, by the path of the site; a site that
-        computed all tokens is missing. Nothing waits for the device until the values are read.
+        """Return (B,) the share of the tokens that every image of the last call kept, by the path of the site.
+
+        A site that computed all tokens is missing. Nothing waits for the device until the values are read.
 
         Args:
             rows: B, the rows of that call.
@@ -266,7 +268,7 @@ class Dynamics(nn.Module):
 
     @contextmanager
     def complete(self) -> Iterator[None]:
-        """Within this everything is computed, as in the stock network."""
+        """Compute everything inside the context, as in the stock network."""
         before, self._off = self._off, True
         try:
             yield
@@ -275,7 +277,7 @@ class Dynamics(nn.Module):
 
     @contextmanager
     def deaf(self) -> Iterator[None]:
-        """Within this nothing is set when time is embedded."""
+        """Ignore the time embedding inside the context: no gates are set."""
         self._deaf = True
         try:
             yield
@@ -283,13 +285,13 @@ class Dynamics(nn.Module):
             self._deaf = False
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copies have decided nothing: what the last training call did cannot be copied, because it has a history."""
+        """Return the state without the decisions of the last call, whose tensors have a graph and cannot be copied."""
         return {**self.__dict__, "masks": [], "_noises": {}}
 
     # -- the forward pass
 
     def started(self, module: nn.Module, args: Any) -> None:
-        """Forward pre-hook of the network: what embeds time first sets the gates of this call."""
+        """Forward pre-hook of the network: mark the start of a call, whose first time embedding sets the gates."""
         self._running, self._timed = True, False
 
     def timed(self, module: nn.Module, args: Any, embedding: Tensor) -> None:
@@ -317,7 +319,7 @@ class Dynamics(nn.Module):
             self._tell(self.given(embedding))
 
     def _tell(self, given: Tensor) -> None:
-        """Let the experts of a TD-LoRA know the time."""
+        """Pass the time to the experts of a TD-LoRA."""
         alike = not torch.is_grad_enabled() and (self.chosen is not None or bool((given == given[:1]).all()))
         for experts in self._experts:
             experts.time = given[:1] if alike else given
@@ -339,8 +341,10 @@ class Dynamics(nn.Module):
         return logistic_noise(shape, self.generator)
 
     def _mask(self, masks: list[Tensor]) -> None:
-        """Multiply layers by masks (B, units): the head outputs before their projection, and hidden channels before
-        their activation."""
+        """Multiply head outputs and hidden channels by masks (B, units).
+
+        Heads are masked before their projection, hidden channels before their activation.
+        """
         self.clear()
         self.cache.clear()  # the weights are about to change, and averaging writes them where nobody sees it
         self.masks = masks
@@ -354,7 +358,7 @@ class Dynamics(nn.Module):
                 _mask_columns(linear, start, elements)
 
     def _slice_rows(self, masks: list[Tensor]) -> None:
-        """Slice to what any row of the batch needs, and mask what the others do not."""
+        """Slice layers to the units that any row of the batch needs, and mask those that other rows do not need."""
         counts = [mask.shape[1] for mask in masks]
         known = torch.cat(masks, dim=1).cpu()  # the host waits once
         self.slice(tuple(_text(units) for units in known.any(0).split(counts)))
@@ -371,7 +375,7 @@ class Dynamics(nn.Module):
                 entry.linear.column_mask = mask_[:, kept.to(mask_.device)]
 
     def slice(self, bits: Bits) -> None:
-        """Let every layer compute what is on, for all rows alike."""
+        """Slice every layer to the units that are on, the same for all rows."""
         self.clear()
         self._bits = bits
         for index, entry in enumerate(self._linears):
@@ -388,12 +392,12 @@ class Dynamics(nn.Module):
                 wire.attention.heads = units.count("1")
 
     def keep_slices(self, plan: Iterable[Bits]) -> None:
-        """Forget the slices that none of these needs."""
+        """Drop the cached slices that none of these widths needs."""
         rows = list(plan)
         self.cache.keep_only({(i, *entry.key(bits)) for i, entry in enumerate(self._linears) for bits in rows})
 
     def clear(self) -> None:
-        """Whole layers again."""
+        """Restore the whole layers and drop the decisions."""
         self._bits = ()
         self.masks = []
         for entry in self._linears:
@@ -408,15 +412,17 @@ class Dynamics(nn.Module):
             site.module.rows_differ = False
 
     def ended(self, module: nn.Module, args: Any, output: Any) -> None:
-        """Forward hook of the network: leave nothing in its layers, whatever happened. What was decided (`masks`, and
-        `gates` of the sites) can be read until the next call."""
+        """Forward hook of the network: restore its layers in any case.
+
+        The decisions (`masks`, and `gates` of the sites) can be read until the next call.
+        """
         self._running = False
         decided = self.masks
         self.clear()
         self.masks = decided
 
     def _routed(self, site: TokenSite, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        """Forward pre-hook of what is given the tokens: choose some."""
+        """Forward pre-hook of the module that is given the tokens: select the tokens to compute."""
         if self._off:
             site.module.keep = site.module.logits = site.gates = None
             return
@@ -432,14 +438,15 @@ class Dynamics(nn.Module):
     # -- computing again for the backward pass
 
     def checkpointed(self, checkpoint: Callable[..., Any], module: Callable[..., Any], *args: Any) -> Any:
-        """Gradient checkpointing of one block: `checkpoint(module, *args)`, where `module` decides the same when it is
-        computed again, whatever the network was used for in between.
+        """Run a block with gradient checkpointing, repeating its decisions in the recomputation.
+
+        Calls `checkpoint(module, *args)`; what the network is used for in between does not change the decisions.
 
         Args:
             checkpoint: such as `torch.utils.checkpoint.checkpoint` with `use_reentrant=False`. It must run the block
                 with gradients the first time too, or there is nothing to decide by.
             module: the block.
-            args: of the block.
+            args: arguments of the block.
         """
         before: list[tuple[Any, str, Any]] = []
 
@@ -454,7 +461,7 @@ class Dynamics(nn.Module):
         return checkpoint(run, *args)
 
     def _state(self) -> list[tuple[Any, str, Any]]:
-        """All that a call sets: whose, its name, its value."""
+        """Return everything that a call sets, as (owner, name, value)."""
         names: list[tuple[Any, tuple[str, ...]]] = [
             (self, ("masks", "chosen", "hard", "_off", "_again", "_bits", "_noises")),
             *((entry.linear, ("part", "row_mask", "column_mask")) for entry in self._linears),
@@ -467,7 +474,7 @@ class Dynamics(nn.Module):
 
     @contextmanager
     def _as_before(self, state: list[tuple[Any, str, Any]]) -> Iterator[None]:
-        """Within this all is as it was when `state` was taken."""
+        """Restore `state` inside the context."""
         present = self._state()
         try:
             _set(state)
@@ -487,7 +494,7 @@ def _text(units: Tensor) -> str:
 
 
 def _mask_columns(linear: SlicedLinear, start: int, elements: Tensor) -> None:
-    """Mask the columns from `start` by (B, columns), beside those that are masked already."""
+    """Mask the columns from `start` by (B, columns), in addition to those that are masked already."""
     before = linear.column_mask
     if before is None:
         before = elements.new_ones(len(elements), linear.in_features)
@@ -496,7 +503,7 @@ def _mask_columns(linear: SlicedLinear, start: int, elements: Tensor) -> None:
 
 
 def _with_first(gates: Tensor) -> Tensor:
-    """Gate 0 is always on."""
+    """Prepend gate 0, which is always on."""
     return torch.cat([torch.ones_like(gates[:, :1]) if gates.shape[1] else gates.new_ones(len(gates), 1), gates], dim=1)
 
 

@@ -1,4 +1,4 @@
-"""The dynamic forms of stock networks."""
+"""Dynamic forms of stock networks."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _TIMES = 256
 
 
 class DynamicMixin(VariantMixin):
-    """What the dynamic networks add to the stock ones: the routers, called `dynamic`, and their configuration."""
+    """Mixin that adds routers (`dynamic`) and their configuration to a stock network."""
 
     dynamic: Dynamics
     argument = "dynamic_config"
@@ -39,15 +39,15 @@ class DynamicMixin(VariantMixin):
 
     @classmethod
     def settings_of(cls, given: Any) -> DynamicSettings:
-        """None takes the defaults."""
+        """Return the settings of a configuration entry; None gives the defaults."""
         return DynamicSettings.of(given)
 
     def routing(self) -> list[Tensor]:
-        """Those of the routers: a flipped gate changes the network."""
+        """Return the tensors of the routers, whose precision must be kept: a flipped gate changes the network."""
         return [*self.dynamic.parameters(), *self.dynamic.buffers()]
 
     def install(self, settings: DynamicSettings) -> None:
-        """Add the routers and wire them."""
+        """Add the routers and connect them to the layers."""
         network: Any = self
         network.register_to_config(dynamic_config=asdict(settings))
         network.dynamic = Dynamics(network, settings)
@@ -58,7 +58,7 @@ class DynamicMixin(VariantMixin):
             self.enable_gradient_checkpointing()
 
     def enable_gradient_checkpointing(self, gradient_checkpointing_func: Callable[..., Any] | None = None) -> None:
-        """Compute blocks again during backward instead of keeping what is in them; gates are then what they were.
+        """Recompute blocks in the backward pass instead of storing activations; the gates are those of the forward.
 
         Args:
             gradient_checkpointing_func: `f(block, *args)`; None takes torch's, which is not reentrant. A reentrant one
@@ -69,7 +69,7 @@ class DynamicMixin(VariantMixin):
         network.enable_gradient_checkpointing(functools.partial(self.dynamic.checkpointed, given))
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
-        """As diffusers'.
+        """Save the network as diffusers does.
 
         Raises:
             ValueError: there is a TD-LoRA, whose layers `from_pretrained` would not find.
@@ -84,7 +84,9 @@ class DynamicMixin(VariantMixin):
     def fuse_lora(
         self, lora_scale: float = 1.0, safe_fusing: bool = False, adapter_names: list[str] | None = None
     ) -> None:
-        """As diffusers'. Weights that are shared with the base network change there, too: unfuse before `restore`.
+        """Fuse LoRA weights as diffusers does.
+
+        Weights that are shared with the base network change there, too: unfuse before `restore`.
 
         Raises:
             ValueError: a TD-LoRA is among the adapters, and no time is fixed for it; nothing was fused.
@@ -95,7 +97,7 @@ class DynamicMixin(VariantMixin):
         super().fuse_lora(lora_scale, safe_fusing, adapter_names)  # type: ignore[misc]
 
     def fuse_qkv_projections(self) -> None:
-        """Refused: heads are sliced out of separate projections.
+        """Refuse to fuse the projections, because heads are sliced out of separate ones.
 
         Raises:
             UnsupportedModelError: always.
@@ -107,14 +109,14 @@ class DynamicMixin(VariantMixin):
 
     @classmethod
     def from_base(cls, base: nn.Module, settings: DynamicSettings | dict[str, Any] | None = None) -> Any:
-        """A dynamic network around the very weights of `base`, which stays as it is.
+        """Build a dynamic network that shares the weights of `base`, which is not changed.
 
         Heads and hidden channels are ranked by the size of their weights: the strongest are always on. Everything is
         on at first, so that the result computes what `base` computes.
 
         Args:
             base: a network of the class that this one is a dynamic form of.
-            settings: what is dynamic.
+            settings: settings of the dynamic parts.
 
         Raises:
             UnsupportedModelError: no rules for its class, or layers that cannot be sliced.
@@ -137,7 +139,7 @@ def rank(network: Any) -> None:
 
 
 def measure_time(network: Any) -> None:
-    """Note the mean and the spread of the timestep embedding over all times."""
+    """Store the mean and the spread of the timestep embedding over all times."""
     dynamics = network.dynamic
     embedded = time_embedding(network, torch.linspace(0, dynamics.rule.time_span, _TIMES))
     dynamics.time_mean.copy_(embedded.mean(0))
@@ -161,7 +163,7 @@ class DynamicSiTTransformer2DModel(DynamicMixin, SiTTransformer2DModel):
         tokens are not dynamic.
 
         Args:
-            path_or_state_dict: as `SiTTransformer2DModel.from_official`.
+            path_or_state_dict: as for `SiTTransformer2DModel.from_official`.
             which: take this entry of a training checkpoint.
             overrides: constructor arguments that the weights do not tell: `num_attention_heads` for a width that no
                 published size has, `out_channels` to drop the second half of the channels, and entries of
@@ -177,8 +179,10 @@ class DynamicSiTTransformer2DModel(DynamicMixin, SiTTransformer2DModel):
         return model.eval()
 
     def to_official(self) -> dict[str, Tensor]:
-        """This network's weights under the official key names (a new dict; tensors are shared where they are
-        unchanged). Heads and channels are moved to where groups are contiguous, as that layout has them.
+        """Return this network's weights under the official key names.
+
+        The dict is new; tensors are shared where they are unchanged. Heads and channels are reordered so that groups
+        are contiguous, as that layout has them.
 
         Raises:
             ValueError: `normalise`, or another number of `groups` than heads, which the layout cannot express; or
@@ -216,11 +220,11 @@ DYNAMIC: dict[str, type[DynamicMixin]] = {
         DynamicLatteTransformer3DModel,
     )
 }
-"""By the class name of the stock network."""
+"""Dynamic classes by the class name of the stock network."""
 
 
 def make_dynamic(base: nn.Module, settings: DynamicSettings | dict[str, Any] | None = None) -> Any:
-    """`DynamicMixin.from_base` of the class that fits `base`.
+    """Apply `DynamicMixin.from_base` of the class that fits `base`.
 
     Raises:
         UnsupportedModelError: no rules for its class.
@@ -229,7 +233,7 @@ def make_dynamic(base: nn.Module, settings: DynamicSettings | dict[str, Any] | N
 
 
 def time_embedding(network: Any, times: Tensor) -> Tensor:
-    """Embeddings (T, D) in float32 on the CPU of times (T,), as given to the network's `timestep`."""
+    """Return embeddings (T, D), float32 on the CPU, of times (T,) as given to the network's `timestep`."""
     rule = network.dynamic.rule
     projected = network.get_submodule(rule.time_proj)(rule.time_scale * times.float().cpu())
     embed: nn.Module = network.get_submodule(rule.time_embed)

@@ -1,4 +1,4 @@
-"""Checkpoints in the layout of the official DyDiT repository (arXiv 2410.03456): DiT's, with three routers per block.
+"""Checkpoints in the layout of the official DyDiT repository (arXiv 2410.03456): DiT with three routers per block.
 
 | router | official name | outputs |
 |---|---|---|
@@ -35,13 +35,13 @@ _ROUTERS = {
     "token_selection.mlp_head.2": "tokens.2",
 }
 _NOT_STORED = ("group_of", "correction", "time_mean", "time_std")
-"""What the layout has no name for: the arrangement of units, which is fixed there, and a term of our training alone."""
+"""Entries without a name in the layout: the arrangement of units, which is fixed there, and a term of our training."""
 
 
 def read_dydit(
     source: str | Path | Mapping[str, Any], which: str | None, overrides: Mapping[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Constructor arguments of `DynamicSiTTransformer2DModel`, and its weights but for the arrangement of units.
+    """Read constructor arguments and weights of a `DynamicSiTTransformer2DModel`, without the assignment of units.
 
     Args:
         source, which: as in `load_official_state`.
@@ -78,13 +78,13 @@ def _check_routers(routers: Mapping[str, Tensor], heads: int) -> None:
 
 
 def _router_of(key: str) -> tuple[str, str, str] | None:
-    """Block, official router and `weight` or `bias`."""
+    """Split a key into block, official router name and `weight` or `bias`; None if it is not a router's."""
     match = re.fullmatch(r"blocks\.(\d+)\.(.+)\.(weight|bias)", key)
     return (match[1], match[2], match[3]) if match and match[2] in _ROUTERS else None
 
 
 def dydit_from_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Official DyDiT keys -> `DynamicSiTTransformer2DModel` keys.
+    """Convert official DyDiT keys to `DynamicSiTTransformer2DModel` keys.
 
     Raises:
         CheckpointError: a key that the layout does not have.
@@ -101,7 +101,7 @@ def dydit_from_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def dydit_to_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """`DynamicSiTTransformer2DModel` keys of a network with contiguous groups -> official keys.
+    """Convert the keys of a `DynamicSiTTransformer2DModel` with contiguous groups to official keys.
 
     Raises:
         ValueError: a weight that the layout has no name for, such as an adapter's.
@@ -119,8 +119,9 @@ def dydit_to_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def write_dydit(network: Any) -> dict[str, Tensor]:
-    """The weights of a `DynamicSiTTransformer2DModel` under the official names, units moved to where groups are
-    contiguous; `network` stays as it is.
+    """Return the weights of a `DynamicSiTTransformer2DModel` under the official names, units contiguous by gate.
+
+    `network` is not changed.
 
     Raises:
         ValueError: routers that the layout cannot express, or a weight that it has no name for.
@@ -135,5 +136,5 @@ def write_dydit(network: Any) -> dict[str, Tensor]:
 
 
 def arrangement(network: Any) -> dict[str, Tensor]:
-    """What the layout does not store, as a fresh network has it."""
+    """Return the entries that the layout does not store, as a fresh network has them."""
     return {key: value for key, value in network.state_dict().items() if key.rpartition(".")[2] in _NOT_STORED}

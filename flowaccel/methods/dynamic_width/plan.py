@@ -1,4 +1,4 @@
-"""Which heads and channels are on at which step: fixed before sampling, because routers read nothing but time."""
+"""Width plans: the heads and channels of every step, fixed before sampling because routers read only the time."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _CLOSE = 1e-3
 
 @dataclass(frozen=True, kw_only=True)
 class WidthPlan:
-    """The gates of a dynamic network at every evaluation of a run (T evaluations, G gates).
+    """Gates of a dynamic network at every evaluation of a run (T evaluations, G gates).
 
     Args:
         scheduler: class of the scheduler.
@@ -54,7 +54,7 @@ class WidthPlan:
 
     @classmethod
     def of(cls, network: Any, times: Tensor, *, timesteps: Sequence[float], scheduler: tuple[str, str]) -> WidthPlan:
-        """Ask the routers of a dynamic network, in float32 on the CPU.
+        """Compute the plan with the routers of a dynamic network, in float32 on the CPU.
 
         Args:
             network: the dynamic network.
@@ -76,16 +76,16 @@ class WidthPlan:
 
     @functools.cached_property
     def bits(self) -> tuple[Bits, ...]:
-        """Per evaluation, the units of every gate."""
+        """Units of every gate, per evaluation."""
         return tuple(tuple(width.split(" ")) for width in self.widths)
 
     @functools.cached_property
     def shares(self) -> Tensor:
-        """(T, G) the share of every gate's units that is on."""
+        """(T, G) share of every gate's units that is on."""
         return torch.tensor([[units.count("1") / len(units) for units in row] for row in self.bits])
 
     def ratios(self, costs: Sequence[float]) -> Tensor:
-        """(T,) the share of the multiply-adds that is left at each evaluation.
+        """Return (T,) the share of the multiply-adds that is left at each evaluation.
 
         Args:
             costs: multiply-adds of every gate at full width.
@@ -95,12 +95,14 @@ class WidthPlan:
 
     @property
     def buckets(self) -> int:
-        """How many different widths there are."""
+        """Number of different widths."""
         return len(set(self.widths))
 
     def bucketed(self, count: int, costs: Sequence[float]) -> WidthPlan:
-        """A plan of at most `count` different widths, for compiled networks: neighbouring evaluations share the union
-        of their units, chosen so that the least is computed in all (dynamic programming, exact).
+        """Return a plan of at most `count` different widths, for compiled networks.
+
+        Neighbouring evaluations share the union of their units, chosen so that the total computation is least (exact
+        dynamic programming).
 
         Args:
             count: at least 1.
@@ -145,7 +147,7 @@ class WidthPlan:
         return replace(self, widths=tuple(widths))
 
     def differences(self, *, routers: str, scheduler: tuple[str, str], timesteps: Sequence[float]) -> list[str]:
-        """What differs where a run is not the one that the plan was made for, in words."""
+        """Return in words how a run differs from the one that the plan was made for."""
         found = []
         if routers != self.routers:
             found.append(f"the routers are {routers}, not {self.routers}")
@@ -163,7 +165,7 @@ class WidthPlan:
         return not self.differences(**run)
 
     def check(self, **run: Any) -> None:
-        """Raise a ValueError where it is not."""
+        """Raise a ValueError if the run is not the one that the plan was made for."""
         found = self.differences(**run)
         if found:
             raise ValueError(

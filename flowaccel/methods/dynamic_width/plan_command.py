@@ -1,4 +1,4 @@
-"""`flowaccel plan`: which heads and channels a pipeline's dynamic network computes at which step."""
+"""`flowaccel plan`: the heads and channels that a pipeline's dynamic network computes at each step."""
 
 from __future__ import annotations
 
@@ -105,18 +105,18 @@ def plan(
 
 @dataclass(frozen=True, kw_only=True)
 class Tokens:
-    """How a network's layers leave out tokens, by the path of the layer; empty where they leave out none."""
+    """Token statistics of a network's layers, by path; empty where no layer leaves out tokens."""
 
     kept: dict[str, float]
     """Share of the tokens, on average."""
     relative_time: dict[str, float]
-    """Of gathering those, against computing all and clearing the rest."""
+    """Time of gathering those, relative to computing all and clearing the rest."""
     gather: dict[str, bool]
     capacities: dict[str, float] | None
 
 
 def _tokens(pipeline: Any, seen: TokenCounts, fitted: bool) -> Tokens:
-    """Measured on the pipeline's device, for batches like the one that was made.
+    """Measure the token statistics on the pipeline's device, for batches like the one that was made.
 
     Raises:
         ValueError: capacities are asked for, and nothing leaves out tokens.
@@ -144,7 +144,7 @@ def _tokens(pipeline: Any, seen: TokenCounts, fitted: bool) -> Tokens:
 
 
 def _without_plan(recipe: Recipe, buckets: int | None) -> Recipe:
-    """Ready to make a new plan.
+    """Return the recipe without its width plan, ready for a new one.
 
     Raises:
         ValueError: nothing in it has a width.
@@ -213,7 +213,7 @@ def _shade(share: float) -> str:
 
 
 def draw(found: WidthPlan, path: Path) -> None:
-    """The plan as a heat map, heads and channels side by side."""
+    """Draw the plan as a heat map, heads and channels side by side."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # a second of import that the table does not need
     from matplotlib.figure import Figure
 

@@ -1,4 +1,4 @@
-"""What can be left out of which network: one row per model family.
+"""Rules for dynamic networks: the parts that can be left out, one row per model family.
 
 A gate switches units, attention heads or groups of hidden channels, by the linear layers whose rows make them and whose
 columns read them.
@@ -26,12 +26,12 @@ class GateRule:
     columns: tuple[tuple[str, int], ...]
     """Linear layers whose input columns are the units, and at which multiple of the network's width these begin."""
     everywhere: tuple[str, ...] = ()
-    """Those of `rows` that are computed for all tokens even where tokens are left out."""
+    """Entries of `rows` that are computed for all tokens even where tokens are left out."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenRule:
-    """Where tokens can be left out of a feed-forward."""
+    """Modules at which a feed-forward can leave out tokens."""
 
     norm: str
     """The module that is given the residual stream before the feed-forward."""
@@ -40,7 +40,7 @@ class TokenRule:
 
 @dataclass(frozen=True, kw_only=True)
 class BlockRule:
-    """The blocks of one list."""
+    """Rules for the blocks of one module list."""
 
     path: str
     gates: tuple[GateRule, ...]
@@ -53,7 +53,7 @@ class BlockRule:
 
 @dataclass(frozen=True, kw_only=True)
 class DynamicRule:
-    """One family."""
+    """Rules for one model family."""
 
     family: str
     base: str
@@ -65,7 +65,7 @@ class DynamicRule:
     time_span: float
     """The largest `timestep` argument."""
     time_scale: float = 1.0
-    """What the network multiplies that argument by before `time_proj`."""
+    """Factor that the network applies to that argument before `time_proj`."""
     blocks: tuple[BlockRule, ...]
 
 
@@ -167,7 +167,7 @@ RULES = (
 
 
 def rule_of(network: nn.Module | type) -> DynamicRule:
-    """The rule for a network or its class.
+    """Return the rule for a network or its class.
 
     Raises:
         UnsupportedModelError: there is none; the message names those there are.

@@ -1,4 +1,4 @@
-"""What is dynamic in a network, and how its routers are built."""
+"""Settings of dynamic networks and their routers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from flowaccel.models.settings import settings_from
 
 @dataclass(frozen=True, kw_only=True)
 class DynamicSettings:
-    """What is dynamic, and how its routers are built. The defaults are the published ones."""
+    """Settings of the dynamic parts and their routers. The defaults are the published ones."""
 
     tokens: bool = True
     """Whether feed-forwards leave out tokens."""
@@ -22,9 +22,9 @@ class DynamicSettings:
     start at 0. Embeddings of different times are often nearly parallel, and then routers that read them as they are
     hardly tell times apart; how fast they learn depends on the embedding's size."""
     bias: float = WIDTH_BIAS
-    """What the logits of heads and channels start at."""
+    """Initial logits of heads and channels."""
     token_bias: float = TOKEN_BIAS
-    """What the logits of tokens start at."""
+    """Initial logits of tokens."""
     tau: float = TAU
     """Temperature of the relaxation."""
 
@@ -36,12 +36,12 @@ class DynamicSettings:
 
     @property
     def gain(self) -> float:
-        """Of the routers' first weights."""
+        """Gain of the routers' initial weights."""
         return 0.0 if self.normalise else 1.0
 
     @classmethod
     def of(cls, given: Self | dict[str, Any] | None) -> Self:
-        """From a configuration.
+        """Create the settings from a configuration.
 
         Raises:
             ValueError: an entry that is not known.

@@ -1,4 +1,4 @@
-"""Linear layers of which a part can stand in for the whole, and the cache of those parts."""
+"""Linear layers that can compute with a part of their weights, and the cache of those parts."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ Part = tuple[Tensor, Tensor | None]
 
 
 class SlicedLinear(nn.Linear):
-    """A linear layer that computes with a part of its rows and columns (`part`), or masks them (for training).
+    """Linear layer that computes with a part of its rows and columns (`part`), or masks them (for training).
 
     Every plain `nn.Linear` can become one (`SlicedLinear.take_over`): parameters, hooks and names stay.
     """
 
     part: Part | Callable[[], Part] | None = None
-    """What stands in for weight and bias, or cuts it when it is needed; None computes the whole."""
+    """Part that replaces weight and bias, or a function that cuts it when needed; None computes the whole."""
     row_mask: Tensor | None = None
     """(B, out_features), multiplies the output."""
     column_mask: Tensor | None = None
@@ -26,14 +26,14 @@ class SlicedLinear(nn.Linear):
 
     @staticmethod
     def take_over(linear: nn.Linear) -> SlicedLinear:
-        """Make `linear` itself a `SlicedLinear`, if it is none."""
+        """Convert `linear` to a `SlicedLinear` in place, unless it is one."""
         if not isinstance(linear, SlicedLinear):
             linear.__class__ = SlicedLinear
         assert isinstance(linear, SlicedLinear)
         return linear
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """(B, ..., columns) -> (B, ..., rows)."""
+        """Apply the layer: (B, ..., columns) -> (B, ..., rows)."""
         if self.column_mask is not None:
             hidden_states = hidden_states * spread(self.column_mask, hidden_states)
         output = nn.functional.linear(hidden_states, *self.present)
@@ -48,8 +48,9 @@ class SlicedLinear(nn.Linear):
 
     @property
     def present(self) -> Part:
-        """Weight and bias to compute with, of the type that the whole has now: with layer-wise casting a part may have
-        been cut while the weights were stored in another.
+        """Weight and bias to compute with, in the dtype that the whole weights have now.
+
+        With layer-wise casting a part may have been cut while the weights were stored in another dtype.
         """
         if self.part is None:
             return self.weight, self.bias
@@ -57,12 +58,12 @@ class SlicedLinear(nn.Linear):
         return weight.to(self.weight.dtype), None if bias is None else bias.to(self.weight.dtype)
 
     def clear(self) -> None:
-        """The whole again."""
+        """Restore the whole layer."""
         for name in ("part", "row_mask", "column_mask"):  # three assignments to a module are ten times as slow
             self.__dict__.pop(name, None)
 
     def cut(self, rows: Tensor | None, columns: Tensor | None) -> Part:
-        """Contiguous copies of some rows and columns of weight and bias; None takes all."""
+        """Return contiguous copies of some rows and columns of weight and bias; None takes all."""
         with torch.no_grad():
             weight, bias = self.weight.detach(), None if self.bias is None else self.bias.detach()
             if rows is not None:
@@ -74,14 +75,14 @@ class SlicedLinear(nn.Linear):
 
 
 def spread(mask: Tensor, like: Tensor) -> Tensor:
-    """(B, C) so that it multiplies `like` (B * n, ..., C): video networks fold frames or places into the rows."""
+    """Repeat (B, C) to multiply `like` (B * n, ..., C): video networks fold frames or places into the rows."""
     if len(like) != len(mask):
         mask = mask.repeat_interleave(len(like) // len(mask), dim=0)
     return mask.reshape(len(mask), *[1] * (like.dim() - 2), mask.shape[-1]).to(like.dtype)
 
 
 class SliceCache:
-    """Keeps parts within a bound; what does not fit any more is cut anew each time it is asked for.
+    """Cache of parts of bounded size; what does not fit any more is cut again each time.
 
     Args:
         limit: bytes that may be kept.
@@ -92,11 +93,11 @@ class SliceCache:
         self.held = 0
         """Bytes that are kept."""
         self.passing = 0
-        """How many parts were cut and not kept, because the bound was reached."""
+        """Number of parts that were cut and not kept, because the bound was reached."""
         self._parts: dict[Hashable, tuple[Hashable, Part]] = {}
 
     def get(self, key: Hashable, weight: Tensor, cut: Callable[[], Part]) -> Part:
-        """The part under `key`, cut from `weight` if there is none, or if the weight moved or changed.
+        """Return the part under `key`, cut from `weight` if there is none, or if the weight moved or changed.
 
         What was written through `weight.data` cannot be seen: `clear` then.
         """
@@ -115,18 +116,18 @@ class SliceCache:
         return part
 
     def keep_only(self, keys: set[Hashable]) -> None:
-        """Drop all others."""
+        """Drop all parts but those with these keys."""
         for key in [key for key in self._parts if key not in keys]:
             self._drop(key)
 
     def bound(self, limit: int) -> None:
-        """Set another limit; if more is held, all is dropped."""
+        """Set another limit; if more is held, all parts are dropped."""
         self.limit = limit
         if self.held > limit:
             self.clear()
 
     def clear(self) -> None:
-        """Drop all."""
+        """Drop all parts."""
         self._parts.clear()
         self.held = self.passing = 0
 

@@ -33,7 +33,7 @@ _START = 0.02
 
 @dataclass(frozen=True, kw_only=True)
 class TimedLoraSettings:
-    """The size of a TD-LoRA."""
+    """Size of a TD-LoRA."""
 
     rank: int = 4
     """r, of every expert."""
@@ -52,16 +52,16 @@ class TimedLoraSettings:
 
     @property
     def scale(self) -> float:
-        """s."""
+        """Scale s."""
         return 2.0 * self.rank if self.alpha is None else float(self.alpha)
 
 
 class ExpertLinear(SlicedLinear):
-    """The experts [B_1 ... B_E] side by side, (rows, E r), mixed by time.
+    """Linear layer of experts [B_1 ... B_E] side by side, (rows, E r), mixed by time.
 
     Args:
         rank: r.
-        rows: of each expert.
+        rows: rows of each expert.
         experts: E.
         width: D of the timestep embedding.
     """
@@ -80,18 +80,18 @@ class ExpertLinear(SlicedLinear):
         nn.init.normal_(self.router.weight, std=_START)
 
     def shares(self, time: Tensor | None) -> Tensor:
-        """alpha, (B, E) in float32 for embeddings (B, D); None gives (1, E) equal ones."""
+        """Return the mixing weights alpha, (B, E) in float32, for embeddings (B, D); None gives (1, E) equal ones."""
         if time is None:
             return torch.full((1, self.experts), 1 / self.experts, device=self.weight.device)
         return nn.functional.linear(time.float(), self.router.weight.float()).softmax(-1)
 
     def mixed(self, shares: Tensor) -> Tensor:
-        """B(t), (rows, r), for `shares` (E,): of the rows that are present."""
+        """Return B(t), (rows, r), for `shares` (E,), restricted to the rows that are present."""
         weight, _ = self.present
         return (weight.unflatten(1, (self.experts, self.rank)) * shares.to(weight.dtype)[:, None]).sum(1)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """(B, ..., r) -> (B, ..., rows)."""
+        """Apply the mixed experts: (B, ..., r) -> (B, ..., rows)."""
         shares = self.shares(self.time if self.fixed is None else self.fixed)
         if len(shares) == 1:
             output = nn.functional.linear(hidden_states, self.mixed(shares[0]))
@@ -110,7 +110,7 @@ class TimedLoraLinear(lora.Linear):
 
     @staticmethod
     def take_over(layer: Any, settings: TimedLoraSettings, width: int) -> TimedLoraLinear:
-        """Make PEFT's `layer`, which has an adapter `ADAPTER`, itself a `TimedLoraLinear`."""
+        """Convert PEFT's `layer`, which has an adapter `ADAPTER`, to a `TimedLoraLinear` in place."""
         if type(layer) is not lora.Linear:
             raise UnsupportedModelError(
                 f"TD-LoRA is for plain linear layers, not for a {type(layer).__name__}: quantise afterwards"
@@ -125,24 +125,24 @@ class TimedLoraLinear(lora.Linear):
 
     @property
     def timed(self) -> bool:
-        """Whether the adapter is still there."""
+        """Whether the layer still has the time-dependent adapter."""
         return ADAPTER in self.lora_B
 
     @property
     def experts(self) -> ExpertLinear:
-        """The second factor."""
+        """Second factor of the time-dependent adapter."""
         found = self.lora_B[ADAPTER]
         assert isinstance(found, ExpertLinear)
         return found
 
     def set_adapter(self, adapter_names: str | list[str], *args: Any, **kwargs: Any) -> None:
-        """Choose other adapters, beside this one."""
+        """Activate other adapters, beside this one."""
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
         always = [ADAPTER] if self.timed and ADAPTER not in names else []
         super().set_adapter([*always, *names], *args, **kwargs)
 
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """What `adapter` adds to W.
+        """Return the matrix that `adapter` adds to W.
 
         Raises:
             ValueError: it depends on time, and none is fixed.
@@ -156,7 +156,7 @@ class TimedLoraLinear(lora.Linear):
             return (second.float() @ first.float() * self.scaling[ADAPTER]).to(first.dtype)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Add adapters to W; arguments as PEFT's.
+        """Merge adapters into W; arguments as in PEFT.
 
         Raises:
             ValueError: one of them depends on time, and none is fixed; nothing was merged.
@@ -165,7 +165,7 @@ class TimedLoraLinear(lora.Linear):
         super().merge(safe_merge=safe_merge, adapter_names=adapter_names)
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """(B, ..., columns) -> (B, ..., rows)."""
+        """Apply the layer: (B, ..., columns) -> (B, ..., rows)."""
         output: Tensor = super().forward(hidden_states, *args, **kwargs)
         # PEFT computes no adapter where any is merged
         if self.timed and self.merged and ADAPTER not in self.merged_adapters and not self.disable_adapters:
@@ -186,7 +186,9 @@ class TimedLoraLinear(lora.Linear):
 
 
 def inject_timed_lora(network: nn.Module, paths: list[str], width: int, settings: TimedLoraSettings) -> None:
-    """Put a TD-LoRA on linear layers; what requires a gradient stays, and the new parameters do.
+    """Add a TD-LoRA to linear layers.
+
+    Only the new parameters start to require a gradient; the other flags stay as they are.
 
     Args:
         network: it gets PEFT's layers in their places.
@@ -215,18 +217,18 @@ def inject_timed_lora(network: nn.Module, paths: list[str], width: int, settings
 
 
 def timed_layers(network: nn.Module) -> dict[str, TimedLoraLinear]:
-    """The layers that have a TD-LoRA, by name."""
+    """Return the layers that have a TD-LoRA, by name."""
     found = {name: module for name, module in network.named_modules() if isinstance(module, TimedLoraLinear)}
     return {name: layer for name, layer in found.items() if layer.timed}
 
 
 def experts_of(layers: Iterable[nn.Module]) -> list[ExpertLinear]:
-    """The second factors of the TD-LoRA on those of `layers` that have one."""
+    """Return the second factors of the TD-LoRA of those `layers` that have one."""
     return [layer.experts for layer in layers if isinstance(layer, TimedLoraLinear) and layer.timed]
 
 
 def taken_apart(layer: nn.Module) -> tuple[nn.Module, list[nn.Linear], list[nn.Linear]]:
-    """The layer below LoRAs, and the first and the second factor of each: (r, columns) and (rows, r).
+    """Return the layer below LoRAs, and the first and second factors of each: (r, columns) and (rows, r).
 
     Raises:
         UnsupportedModelError: a form of LoRA whose result is not a sum over parts, such as DoRA.
@@ -244,7 +246,7 @@ def taken_apart(layer: nn.Module) -> tuple[nn.Module, list[nn.Linear], list[nn.L
 
 
 def standing(layer: nn.Module) -> tuple[Any, ...]:
-    """What differs after adapters on `layer` were added, removed, merged, unmerged or switched off."""
+    """Return a value that changes when adapters on `layer` are added, removed, merged, unmerged or disabled."""
     if not isinstance(layer, lora.Linear):
         return (layer,)
     merged = tuple((name, layer.scaling.get(name)) for name in layer.merged_adapters)

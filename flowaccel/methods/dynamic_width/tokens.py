@@ -1,4 +1,4 @@
-"""Modules that compute part of the tokens (DyDiT's spatial-wise dynamic token, arXiv 2410.03456).
+"""Modules that compute a subset of the tokens (DyDiT's spatial-wise dynamic token, arXiv 2410.03456).
 
 Shapes: B rows, N tokens, D width.
 """
@@ -17,7 +17,7 @@ BUCKETS = (0.25, 0.5, 0.75, 1.0)
 
 
 class TokenChoice:
-    """What modules have in common that compute some of the tokens they are given."""
+    """Base class of modules that compute a subset of the tokens they are given."""
 
     keep: Tensor | None = None
     """(B, N, 1): bool, or 0 and 1 with a gradient while training; None computes all tokens."""
@@ -34,12 +34,14 @@ class TokenChoice:
 
     @property
     def dense(self) -> bool:
-        """Whether all tokens are to be computed and those that are left out cleared."""
+        """Whether all tokens are computed and those that are left out are cleared."""
         return not self.gather or self.keep is None or self.keep.dtype != torch.bool or torch.is_grad_enabled()
 
     def places(self) -> tuple[Tensor, Tensor]:
-        """Which tokens to compute, (B, M), and which of these are kept, bool (B, M, 1): M is the capacity, or else the
-        largest number that any row keeps. Every row depends on itself alone."""
+        """Return the tokens to compute, (B, M), and which of these are kept, bool (B, M, 1).
+
+        M is the capacity, or else the largest number that any row keeps. Every row depends on itself alone.
+        """
         assert self.keep is not None
         keep = self.keep.squeeze(-1)
         if self.capacity is None:
@@ -52,14 +54,14 @@ class TokenChoice:
 
 
 class TokenFeedForward(TokenChoice, FeedForward):
-    """A feed-forward that returns 0 for the tokens that are left out.
+    """Feed-forward that returns 0 for the tokens that are left out.
 
     Every diffusers `FeedForward` can become one (`take_over`): parameters, hooks and names stay.
     """
 
     @staticmethod
     def take_over(module: nn.Module) -> TokenFeedForward:
-        """Make `module` itself a `TokenFeedForward`.
+        """Convert `module` to a `TokenFeedForward` in place.
 
         Raises:
             TypeError: it is no diffusers `FeedForward`.
@@ -71,7 +73,7 @@ class TokenFeedForward(TokenChoice, FeedForward):
         return module
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """(B, N, D) -> (B, N, D)."""
+        """Apply the feed-forward to the kept tokens: (B, N, D) -> (B, N, D)."""
         if self.keep is None:
             return super().forward(hidden_states, *args, **kwargs)
         if self.dense:
@@ -84,7 +86,7 @@ class TokenFeedForward(TokenChoice, FeedForward):
         return put_tokens(output, places, computed * kept)
 
     def _packed(self, hidden_states: Tensor, keep: Tensor) -> Tensor:
-        """The kept tokens of all rows as one row: none is computed for nothing."""
+        """Compute the kept tokens of all rows as one row, without padding."""
         places = keep.flatten().nonzero().squeeze(1)
         tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
         computed = super().forward(tokens.index_select(0, places))
@@ -93,7 +95,7 @@ class TokenFeedForward(TokenChoice, FeedForward):
 
 
 def take_tokens(tokens: Tensor, places: Tensor) -> Tensor:
-    """(B, N, D) and places (B, M) -> (B, M, D)."""
+    """Gather tokens (B, N, D) at places (B, M): (B, M, D)."""
     taken = tokens.flatten(0, 1).index_select(0, _flat(places, tokens.shape[1]))
     return taken.view(*places.shape, tokens.shape[-1])
 
@@ -105,19 +107,19 @@ def put_tokens(tokens: Tensor, places: Tensor, values: Tensor) -> Tensor:
 
 
 def _flat(places: Tensor, tokens: int) -> Tensor:
-    """Places of tokens of B rows one after the other."""
+    """Return the places as indices into the tokens of all B rows, flattened."""
     first = torch.arange(len(places), device=places.device).unsqueeze(1) * tokens
     return (places + first).flatten()
 
 
 def fitted_capacity(counts: Tensor, tokens: int, *, quantile: float = 1.0, margin: float = 0.05) -> int:
-    """A capacity that is enough for most of what was observed.
+    """Return a capacity that is enough for most of the observed counts.
 
     Args:
-        counts: how many tokens were kept, any shape.
-        tokens: how many there were.
+        counts: numbers of kept tokens, any shape.
+        tokens: number of all tokens.
         quantile: the share of `counts` that must fit, in (0, 1]; 1 takes the largest.
-        margin: what is added, as a share of all tokens, at least 0.
+        margin: margin to add, as a share of all tokens, at least 0.
 
     Returns:
         A share of `BUCKETS` of all tokens, rounded up.
@@ -133,7 +135,7 @@ def fitted_capacity(counts: Tensor, tokens: int, *, quantile: float = 1.0, margi
         raise ValueError("counts must hold at least one number, got none: run the network on something first")
     if tokens < 1 or int(counts.max()) > tokens:
         raise ValueError(f"tokens must be at least 1 and the largest count, {int(counts.max())}, got {tokens}")
-    fits = math.ceil(quantile * counts.numel() - 1e-9)  # what is a whole number up to rounding is one
+    fits = math.ceil(quantile * counts.numel() - 1e-9)  # a whole number up to rounding counts as one
     needed = int(counts.flatten().sort().values[fits - 1]) / tokens + margin
     bucket = next((share for share in BUCKETS if needed <= share), 1.0)
     return math.ceil(bucket * tokens)

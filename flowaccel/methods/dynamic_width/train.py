@@ -23,7 +23,7 @@ from flowaccel.methods.dynamic_width.td_lora import ADAPTER, timed_layers
 
 STRATA = 4
 _REACH = 0.2
-"""How far a controller may move the target."""
+"""Largest change that a controller may make to the target."""
 
 
 RECOMMENDED: dict[str, dict[str, Any]] = {
@@ -32,13 +32,13 @@ RECOMMENDED: dict[str, dict[str, Any]] = {
 }
 """Arguments of `DynamicSettings` and of `WidthObjective` that are not the published ones, which are their defaults."""
 RECOMMENDED_REST = 0.1
-"""For this last part of the recommended training the routers rest."""
+"""Last share of the recommended training, in which the routers rest."""
 STYLES = ("recommended", "published")
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingPlan:
-    """A style with what was chosen otherwise."""
+    """Arguments of a training style, with overrides applied."""
 
     routers: dict[str, Any]
     objective: dict[str, Any]
@@ -47,14 +47,14 @@ class TrainingPlan:
 def plan_training(
     style: str, *, routers: dict[str, Any], objective: dict[str, Any], rest: float | None, steps: int
 ) -> TrainingPlan:
-    """The arguments of `DynamicSettings` and of `WidthObjective` in a style of training.
+    """Return the arguments of `DynamicSettings` and of `WidthObjective` for a training style.
 
     Args:
         style: one of `STYLES`.
         routers: settings that are chosen otherwise.
         objective: arguments that are chosen otherwise.
         rest: the last part of the training in which routers rest, in [0, 1); None leaves it to the style.
-        steps: of the training.
+        steps: number of steps of the training.
 
     Raises:
         ValueError: an unknown style, or `rest` out of range.
@@ -74,22 +74,22 @@ def plan_training(
 
 @dataclass(frozen=True)
 class MacsCosts:
-    """Multiply-adds per row of what every gate of a network switches, in the order of its wires."""
+    """Multiply-adds per row that every gate of a network switches, in the order of its wires."""
 
     gates: tuple[int, ...]
     everywhere: tuple[int, ...] = ()
-    """Of `gates`, what is done even if all tokens are left out that can be; empty for nothing."""
+    """Part of `gates` that is computed even if all tokens are left out that can be; empty for nothing."""
 
     @classmethod
     def of(cls, network: Any, arguments: dict[str, Any], rows: int) -> MacsCosts:
-        """Counted on one call.
+        """Count the multiply-adds of one call.
 
         A gate is charged with the share of its linear layers that it switches and, if it switches heads, with the
         attention between their tokens. What cannot be switched is charged to nobody.
 
         Args:
             network: a dynamic network.
-            arguments: of a call; nothing is computed.
+            arguments: arguments of a call; nothing is computed.
             rows: rows of that call.
         """
         network.dynamic.clear()  # a training step leaves its masks
@@ -120,7 +120,7 @@ class MacsCosts:
         return cls(tuple(gates), tuple(everywhere))
 
     def ratio(self, dynamics: Dynamics, widths: Sequence[Tensor], tokens: dict[str, Tensor]) -> Tensor:
-        """(B,) the share of these multiply-adds that is done.
+        """Return (B,) the share of these multiply-adds that is computed.
 
         Args:
             dynamics: the network's.
@@ -140,19 +140,19 @@ class MacsCosts:
 
 
 def dynamics_of(network: Any) -> Dynamics:
-    """The routers of a dynamic network, also of one that is called through another module (`network.network`)."""
+    """Return the routers of a dynamic network, also if another module wraps it (`network.network`)."""
     return getattr(network, "network", network).dynamic
 
 
 def _text_share(arguments: dict[str, Any]) -> float:
-    """Of the tokens of a single-stream block, the share that is text."""
+    """Return the share of a single-stream block's tokens that is text."""
     text, image = (arguments[name].shape[1] for name in ("encoder_hidden_states", "hidden_states"))
     return text / (text + image)
 
 
 @dataclass(frozen=True, kw_only=True)
 class WidthObjective:
-    """The objective at every step of the training: `objective.at(step)(network, generator)` -> a scalar.
+    """Training objective of each step: `objective.at(step)(network, generator)` -> a scalar.
 
     The loss is that of the dynamic network, plus `macs_weight` times the squared distance of the batch's mean ratio of
     multiply-adds to the target, plus what anchors the whole network (`complete_steps`) or the dynamic one to a teacher
@@ -163,7 +163,7 @@ class WidthObjective:
     null_label: int
     costs: MacsCosts
     ratio: float = 0.5
-    """The share of the switchable multiply-adds that is aimed at, in (0, 1]; on average over the times of training."""
+    """Target share of the switchable multiply-adds, in (0, 1], on average over the times of training."""
     batch_size: int = 256
     label_drop: float = 0.1
     macs_weight: float = 2.0
@@ -172,16 +172,16 @@ class WidthObjective:
     ramp: int = 1000
     """It reaches `ratio` after this many steps in all."""
     complete_steps: int = 0
-    """For so many steps the whole network is trained beside the dynamic one, as published."""
+    """Number of steps for which the whole network is trained beside the dynamic one, as published."""
     teacher: nn.Module | None = None
-    """If given, the dynamic network also learns to return what this one does: no labels needed, and cheaper."""
+    """Network whose output the dynamic network also learns: no labels needed, and cheaper; None for none."""
     distill_weight: float = 1.0
     density: Literal["stratified", "uniform", "deployment"] = "stratified"
-    """How times are drawn: from `STRATA` equal intervals in turn, at random, or from `times`."""
+    """Distribution of times: from `STRATA` equal intervals in turn, at random, or from `times`."""
     times: tuple[float, ...] = ()
-    """The times at which the network will run, for `deployment`: the ratio is then what those steps cost."""
+    """Times at which the network will run, for `deployment`: the ratio is then what those steps cost."""
     freeze_step: int | None = None
-    """From this step gates are those of evaluation and the routers rest; None: never, as published."""
+    """Step from which gates are those of evaluation and the routers rest; None: never, as published."""
     controller: bool = False
     """Move the target so that the ratio *of evaluation*, without noise, meets `ratio` (an integral controller)."""
     augment: Callable[[Tensor, torch.Generator], Tensor] | None = None
@@ -203,17 +203,17 @@ class WidthObjective:
             )
 
     def prepare(self, network: Any) -> None:
-        """Before training: let the controller's term be trained, where there is one."""
+        """Prepare the network for training: enable gradients of the controller's term, where there is one."""
         dynamics_of(network).correction.requires_grad_(self.controller)
 
     def target(self, step: int) -> float:
-        """The ratio that is aimed at in a step."""
+        """Return the target ratio of a step."""
         if step < self.ramp_start:
             return 1.0
         return self.ratio if step >= self.ramp else 1 - (1 - self.ratio) * step / self.ramp
 
     def at(self, step: int) -> Callable[[nn.Module, torch.Generator], Tensor]:
-        """The loss of one step."""
+        """Return the loss function of one step."""
 
         def loss(network: nn.Module, generator: torch.Generator) -> Tensor:
             return self._loss(network, generator, step)
@@ -230,7 +230,7 @@ class WidthObjective:
 
     @staticmethod
     def example(data: ImageSet, null_label: int, device: Any) -> tuple[Tensor, Tensor, Tensor]:
-        """State, time and label of one row, to count multiply-adds on."""
+        """Return state, time and label of one row, to count multiply-adds on."""
         return (
             torch.zeros_like(data.images[:1]).to(device),
             torch.zeros(1, device=device),
@@ -238,7 +238,7 @@ class WidthObjective:
         )
 
     def draw(self, generator: torch.Generator, device: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """A batch: states, times, labels (none dropped) and velocities."""
+        """Draw a batch: states, times, labels (none dropped) and velocities."""
         index = torch.randint(len(self.data), (self.batch_size,), generator=generator)
         images, labels = self.data.images[index], self.data.labels[index]
         if self.augment is not None:
@@ -287,12 +287,12 @@ class WidthObjective:
         return self.macs_weight * (done - aim).square() + dynamics.correction * off.detach()
 
     def _evaluated(self, dynamics: Dynamics, kept: dict[str, Tensor]) -> Tensor:
-        """The ratio with the gates of evaluation; tokens as they were drawn."""
+        """Return the ratio with the gates of evaluation and the tokens as they were drawn."""
         return self.costs.ratio(dynamics, dynamics.evaluated(dynamics.embedding), kept).mean()
 
 
 def freeze_backbone(network: Any) -> None:
-    """Leave nothing to train but the routers of a dynamic network and, where there is one, its TD-LoRA.
+    """Freeze everything but the routers of a dynamic network and, where there is one, its TD-LoRA.
 
     With a TD-LoRA the loss of the whole network (`WidthObjective.complete_steps`) keeps a meaning, because adapters
     stay on in it. Do this before the network is given to an optimiser; a controller is switched by
@@ -312,13 +312,16 @@ def freeze_backbone(network: Any) -> None:
 
 
 def trainable_share(network: Any) -> float:
-    """The share of the parameters that require a gradient, from 0 to 1."""
+    """Return the share of the parameters that require a gradient, from 0 to 1."""
     counts = [(value.numel(), value.requires_grad) for value in network.parameters()]
     return sum(number for number, trained in counts if trained) / sum(number for number, _ in counts)
 
 
 def call_arguments(network: Any, *args: Tensor) -> dict[str, Any]:
-    """What the dynamic network is called with when `network`, which may surround it, is called with `args`."""
+    """Return the arguments that the dynamic network receives when `network` is called with `args`.
+
+    `network` is the dynamic network or a module that wraps it.
+    """
     inner = getattr(network, "network", network)
     seen: dict[str, Any] = {}
 
@@ -336,10 +339,10 @@ def call_arguments(network: Any, *args: Tensor) -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class LayerRatios:
-    """What a dynamic network does of its work, with the gates of evaluation."""
+    """Shares of a dynamic network's work that are computed with the gates of evaluation."""
 
     ratio: float
-    """Of all switchable multiply-adds."""
+    """Share of all switchable multiply-adds."""
     gates: dict[str, float]
     """Share of the units that is on, by gate, on average over the times of training."""
     tokens: dict[str, float]
@@ -347,7 +350,7 @@ class LayerRatios:
 
 
 def layer_ratios(objective: WidthObjective, network: Any, generator: torch.Generator) -> LayerRatios:
-    """Measured on one batch of the objective's data and times."""
+    """Measure the ratios of all layers on one batch of the objective's data and times."""
     dynamics, training = dynamics_of(network), network.training
     network.train()
     state, t, labels, _ = objective.draw(generator, next(network.parameters()).device)

@@ -179,7 +179,7 @@ def width(
 
 
 def _dynamic_network(base: Any, settings: DynamicSettings, lora: TimedLoraSettings | None) -> Any:
-    """With weights of its own; or around those of `base`, with a TD-LoRA."""
+    """Return a dynamic network with weights of its own, or one that shares those of `base` and has a TD-LoRA."""
     if lora is None:
         return make_dynamic(copy.deepcopy(base), settings)
     network = make_dynamic(base, settings)
@@ -188,7 +188,7 @@ def _dynamic_network(base: Any, settings: DynamicSettings, lora: TimedLoraSettin
 
 
 def deployment_times(pipeline: Any, recipe: str) -> tuple[float, ...]:
-    """Times in SiT's convention (1 data) at which a recipe's sampler calls the network.
+    """Return the times in SiT's convention (1 data) at which a recipe's sampler calls the network.
 
     Raises:
         ValueError: the recipe does not say how many steps.

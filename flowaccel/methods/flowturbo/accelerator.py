@@ -38,7 +38,7 @@ _SHARED = (
 
 @dataclass(frozen=True)
 class VelocityRefiner(Accelerator):
-    """Let a small refiner stand in for the network on the R steps of a `FlowTurboScheduler`.
+    """Accelerator that lets a small refiner replace the network on the R steps of a `FlowTurboScheduler`.
 
     For every row of the batch the accelerated call returns the guided velocity of before plus the refiner's offset for
     that row, so that the pipeline's own guidance yields v + r(null) + s * (r(y) - r(null)), whatever its guidance
@@ -66,7 +66,7 @@ class VelocityRefiner(Accelerator):
         return super().tags | {Tag.REFINER}
 
     def attach(self, pipe: Any) -> Detach:
-        """Surround the network's calls, and tell the scheduler which refiner it has."""
+        """Wrap the network's calls, and pass the refiner to the scheduler."""
         network, scheduler = denoiser(pipe), pipe.scheduler
         _check_scheduler(scheduler)
         refiner = self.resolve(pipe)
@@ -101,7 +101,7 @@ class VelocityRefiner(Accelerator):
         return detach
 
     def resolve(self, pipe: Any = None) -> nn.Module:
-        """The refiner as a module, loaded if a folder was given."""
+        """Return the refiner as a module, loaded if a folder was given."""
         if isinstance(self.refiner, nn.Module):
             return self.refiner
         if self.refiner is not None:
@@ -110,7 +110,7 @@ class VelocityRefiner(Accelerator):
         return load_refiner(beside(pipe, FOLDER, "refiner", advice))
 
     def loaded(self, pipe: Any) -> VelocityRefiner:
-        """With the refiner as a module."""
+        """Return this accelerator with the refiner as a module."""
         return VelocityRefiner(self.resolve(pipe))
 
 
@@ -125,7 +125,7 @@ def _check_scheduler(scheduler: Any) -> None:
 
 
 def new_refiner(network: Any) -> Any:
-    """A fresh refiner for `network`: its own class with one block and doubled input channels, which at first returns 0.
+    """Create a refiner for `network`: its own class with one block and doubled input channels, returning 0 at first.
 
     Args:
         network: a `SiTTransformer2DModel` or a stock diffusers flow transformer (SD3, FLUX and others that have
@@ -174,8 +174,9 @@ def load_refiner(folder: Path) -> nn.Module:
 
 
 def flowturbo(blocks: str, refiner_mode: str = "released") -> list[Accelerator]:
-    """Return what the presets `flowturbo-BLOCKS` and `flowturbo-BLOCKS-MODE` stand for: the sampler, and the refiner
-    where there are R steps.
+    """Return the parts of the presets `flowturbo-BLOCKS` and `flowturbo-BLOCKS-MODE`.
+
+    These are the sampler, and the refiner where there are R steps.
     """
     sampler = Sampler("flowturbo", {"blocks": blocks, "refiner_mode": refiner_mode})
     return [sampler, VelocityRefiner()] if Blocks.parse(blocks).refine else [sampler]

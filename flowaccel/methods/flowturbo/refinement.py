@@ -1,4 +1,4 @@
-"""What a velocity refiner (FlowTurbo, arXiv 2409.18128) makes of a network's arguments."""
+"""Calls of a velocity refiner (FlowTurbo, arXiv 2409.18128) with a network's arguments."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from flowaccel.models.time import FlowConvention
 def refined(
     refiner: Callable[..., Any], convention: FlowConvention, arguments: dict[str, Any], feed: Tensor, base: Tensor
 ) -> Any:
-    """What the network returns where the refiner stands in for it: `base` + refiner([hidden states; `feed`]).
+    """Return the network output on a refiner step: `base` + refiner([hidden states; `feed`]).
 
     Args:
         refiner: the refiner, or its `forward`.
@@ -26,7 +26,7 @@ def refined(
     hidden_states: Tensor = arguments["hidden_states"]
 
     def rows(velocity: Tensor) -> Tensor:
-        """diffusers' velocity (B, ...) -> the network's, for every row of its batch (k * B, ...)."""
+        """Convert diffusers' velocity (B, ...) to the network's, for every row of its batch (k * B, ...)."""
         copies = hidden_states.shape[0] // velocity.shape[0]
         return (convention.velocity_sign * velocity).repeat(copies, *[1] * (velocity.dim() - 1)).to(hidden_states)
 

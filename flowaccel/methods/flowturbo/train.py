@@ -17,16 +17,16 @@ DELTA_MAX = 0.12
 
 @dataclass(frozen=True, kw_only=True)
 class RefinerTerms:
-    """What one evaluation of the objective computes; velocities and offsets are (B, C, S, S)."""
+    """Terms of one evaluation of the objective; velocities and offsets are (B, C, S, S)."""
 
     velocity: Tensor
     """The teacher's velocity at time t, which the refiner is fed."""
     next_state: Tensor
-    """One Euler step of length delta further."""
+    """State after one Euler step of length delta."""
     next_time: Tensor
     """(B,) t + delta."""
     target: Tensor
-    """The teacher's velocity there."""
+    """Teacher's velocity at `next_state`."""
     offset: Tensor
     """The refiner's output."""
     loss: Tensor
@@ -47,7 +47,7 @@ def refiner_terms(
     drop_both: bool = False,
     clamp: bool = False,
 ) -> RefinerTerms:
-    """The objective for given draws.
+    """Compute the terms of the objective for given draws.
 
     Args:
         refiner: the network being trained, called on [state; velocity].
@@ -89,7 +89,7 @@ def _teacher(teacher: nn.Module, state: Tensor, t: Tensor, labels: Tensor, null_
 
 @dataclass(frozen=True, kw_only=True)
 class RefinerObjective:
-    """`objective(refiner, generator)` -> the mean refiner loss of one freshly drawn batch.
+    """Training objective: `objective(refiner, generator)` -> the mean refiner loss of one freshly drawn batch.
 
     The defaults are the published recipe; the options are described in `refiner_terms`.
     """
@@ -113,9 +113,7 @@ class RefinerObjective:
     per_sample_delta: bool = False
     """Draw one step length per image instead of one per batch: the same expectation, less gradient noise."""
     trajectory_steps: int = 0
-    """If positive, states come from the teacher's own guided Euler trajectories of so many steps instead of noised
-    data.
-    """
+    """Number of steps of the teacher's own guided Euler trajectories that states come from; 0 for noised data."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.delta_min < self.delta_max <= 1:
@@ -128,7 +126,7 @@ class RefinerObjective:
             raise ValueError(f"trajectory_steps must not be negative, got {self.trajectory_steps}")
 
     def __call__(self, refiner: nn.Module, generator: torch.Generator) -> Tensor:
-        """A scalar; all randomness comes from `generator`."""
+        """Return the loss, a scalar; all randomness comes from `generator`."""
         batch = self.batch_size
         index = torch.randint(len(self.data), (batch,), generator=generator)
         images, labels = self.data.images[index], self.data.labels[index]
@@ -164,7 +162,7 @@ class RefinerObjective:
 
     @torch.no_grad()
     def _trajectory(self, noise: Tensor, t: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """States of the teacher's Euler solution at the grid points just below `t`, and those times."""
+        """Return states of the teacher's Euler solution at the grid points just below `t`, and those times."""
         steps = self.trajectory_steps
         reached = (t * steps).floor()
         state = noise

@@ -1,4 +1,4 @@
-"""Searched step grids on a pipeline: watch its fine runs, search, and measure the grid on other images."""
+"""Fitting of step grids to a pipeline: record its fine runs, search, and measure the grid on other images."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ def calibrate_grid(
         pipe: a flow pipeline that is not accelerated, whose scheduler takes Euler's steps.
         method: `boss` (arXiv 2312.16414), which needs the fine runs alone, or `oss` (arXiv 2503.21774), which evaluates
             the network at states of its own, fine steps x (steps - 1) times per image.
-        steps: of the grid, at least 1.
+        steps: number of steps of the grid, at least 1.
         sampling: the fine runs.
         held_out: how many images the result is measured on, at least 1: those whose numbers follow `sampling`'s, so
             other seeds, and other conditions where there are more than samples. None takes as many as the search saw.
-        metric: what the search compares, `state` or `x0`; see `Trajectory.errors`.
-        base: what stands under the grid: another Euler sampler, another network; no hooks.
+        metric: quantity that the search compares, `state` or `x0`; see `Trajectory.errors`.
+        base: recipe that the grid is added to: another Euler sampler, another network; no hooks.
         model: the name of the pipeline, for the record.
         notify: called as work proceeds.
 
@@ -79,7 +79,7 @@ def search_grids(
     base: Recipe | None = None,
     notify: Notify = lambda *_: None,
 ) -> tuple[Grid, ...]:
-    """The grids of 1, 2, ..., `steps` steps, for little more than the last of them; see `calibrate_grid`."""
+    """Search grids of 1, 2, ..., `steps` steps, for little more than the cost of the last; see `calibrate_grid`."""
     base = base or Recipe()
     _check(method, metric, steps, sampling.steps)
     _check_base(pipe, method, base)
@@ -101,7 +101,7 @@ def measured_grid(
     model: str | None = None,
     notify: Notify = lambda *_: None,
 ) -> Recipe:
-    """A grid as a recipe, measured on the samples that follow those of the search; see `calibrate_grid`."""
+    """Return a grid as a recipe, measured on the samples that follow those of the search; see `calibrate_grid`."""
     base, steps = base or Recipe(), len(grid) - 1
     count = held_out or sampling.num_samples
     held = replace(sampling, first=sampling.first + sampling.num_samples, num_samples=count)
@@ -126,7 +126,7 @@ def measured_grid(
 
 
 def with_grid(base: Recipe, grid: Sequence[float], calibration: GridCalibration | None = None) -> Recipe:
-    """A recipe whose scheduler takes Euler's steps over a grid."""
+    """Return a recipe whose scheduler takes Euler steps over a grid."""
     kept = [accelerator for accelerator in base.accelerators if accelerator.kind != "scheduler"]
     return Recipe([*kept, Sampler("euler", {"grid": list(grid)}, calibration)], name=base.name)
 
@@ -140,7 +140,7 @@ def _check(method: str, metric: str, steps: int, fine_steps: int) -> None:
 
 
 def _check_base(pipe: Any, method: str, base: Recipe) -> None:
-    """Refuse now what would be refused later, and what cannot be searched for."""
+    """Refuse early a base recipe that would fail later or that a grid cannot be searched for."""
     hooks = [accelerator.name for accelerator in base.accelerators if accelerator.kind == "hook"]
     if hooks:
         raise RecipeConflictError(
@@ -159,7 +159,7 @@ def _check_base(pipe: Any, method: str, base: Recipe) -> None:
 
 
 def _not_euler(scheduler: Any) -> str | None:
-    """Why a scheduler's steps are not x + width * velocity, one evaluation each; None if they are."""
+    """Return why a scheduler's steps are not x + width * velocity with one evaluation each, or None if they are."""
     if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
         return None  # `Sampler` has refused its stochastic form
     if isinstance(scheduler, FlowSDEScheduler):
@@ -214,7 +214,7 @@ def _oss(
 def watch_fine_runs(
     pipe: Any, base: Recipe, sampling: Sampling, take: Callable[[Trajectory], None], notify: Notify = lambda *_: None
 ) -> None:
-    """Make the runs of `sampling` with `base`, and hand over the trajectory of every batch, float32 on the CPU.
+    """Run `sampling` with `base`, and yield the trajectory of every batch, float32 on the CPU.
 
     Raises:
         ValueError: the runs do not begin with pure noise, or not all of their steps were seen.
@@ -246,7 +246,7 @@ def watch_fine_runs(
 
 
 def velocities_at(pipe: Any, base: Recipe, sampling: Sampling, states: Tensor, times: Sequence[float]) -> Tensor:
-    """What the pipeline's guided network says at states of one's own.
+    """Return the velocities of the pipeline's guided network at given states.
 
     The pipeline itself is run, over a grid of these noise levels, and whenever it steps it is handed the next of the
     states in place of the step's result. So text encoding, guidance, two networks and packing are as in any run of it;
@@ -255,8 +255,8 @@ def velocities_at(pipe: Any, base: Recipe, sampling: Sampling, states: Tensor, t
 
     Args:
         pipe: the pipeline.
-        base: what it runs with; its scheduler is exchanged.
-        sampling: whose conditions, seed and batches the images have.
+        base: recipe that it runs with; its scheduler is replaced.
+        sampling: conditions, seed and batches of the images.
         states: (M, B, ...) with B images.
         times: M noise levels, decreasing, below 1 and above 0.
 
@@ -277,7 +277,7 @@ def velocities_at(pipe: Any, base: Recipe, sampling: Sampling, states: Tensor, t
 
 
 class _Asked:
-    """Hands the pipeline one state after the other, and keeps what its network says."""
+    """Callback that hands the pipeline one state after the other and keeps the network's outputs."""
 
     def __init__(self, states: Tensor) -> None:
         self.states, self.answers = states, list[Tensor]()
@@ -293,7 +293,7 @@ def _rounded(value: Any) -> float:
 
 
 def _interval(differences: Tensor) -> tuple[float, float] | None:
-    """95% interval of the mean of (N,) differences: 1.96 standard errors to either side."""
+    """Return the 95% interval of the mean of (N,) differences: 1.96 standard errors to either side."""
     if len(differences) < 2:
         return None
     mean, margin = float(differences.mean()), 1.96 * float(differences.std()) / len(differences) ** 0.5

@@ -1,4 +1,4 @@
-"""Which steps of a fine run to keep: searched step grids for Euler's method on flow models.
+"""Search for step grids, subsets of a fine run's steps, for Euler's method on flow models.
 
 A fine run visits K + 1 noise levels (nodes 0 .. K). A grid of k steps is a path of k edges from node 0 to node K; an
 edge is one Euler step between its nodes. BOSS prices every edge once, from the fine run's own states, and finds the
@@ -50,19 +50,19 @@ class Trajectory:
 
     @property
     def steps(self) -> int:
-        """K."""
+        """Number of steps K."""
         return len(self.times) - 1
 
     @property
     def images(self) -> int:
-        """B."""
+        """Number of images B."""
         return self.states.shape[1]
 
     def errors(self, node: int, state: Tensor, velocity: Tensor, metric: Metric = "state") -> np.ndarray:
-        """How far the end of an Euler step from `node` is from this run, for every later node.
+        """Return the distance from the end of an Euler step from `node` to this run, for every later node.
 
         Args:
-            node: where the step starts.
+            node: node at which the step starts.
             state: (B, ...) there.
             velocity: (B, ...) there.
             metric: `state` compares states; `x0` the clean samples that state and velocity point at, whose errors do
@@ -84,11 +84,11 @@ class Trajectory:
 
 @dataclass(frozen=True, kw_only=True)
 class Path:
-    """A grid, and its price.
+    """Grid with its cost.
 
     Args:
-        nodes: of the fine run, from 0 to K; its steps lie between them.
-        cost: what the search minimised: for BOSS the sum over the steps, for OSS the error at the end.
+        nodes: nodes of the fine run, from 0 to K; its steps lie between them.
+        cost: quantity that the search minimised: for BOSS the sum over the steps, for OSS the error at the end.
     """
 
     nodes: tuple[int, ...]
@@ -96,7 +96,7 @@ class Path:
 
 
 def cost_table(trajectory: Trajectory, metric: Metric = "state") -> np.ndarray:
-    """BOSS's price of every edge: the error of one Euler step that starts at the fine run's own state.
+    """Return BOSS's cost of every edge: the error of one Euler step that starts at the fine run's own state.
 
     BOSS (arXiv 2312.16414), stage 1. It takes no network evaluation beyond those of the fine run.
 
@@ -115,7 +115,7 @@ def cost_table(trajectory: Trajectory, metric: Metric = "state") -> np.ndarray:
 
 
 def boss(cost: Any, k: int) -> tuple[Path, ...]:
-    """The cheapest paths of exactly 1, 2, ..., k edges through a table of prices, in O(k K^2).
+    """Return the cheapest paths of exactly 1, 2, ..., k edges through a cost table, in O(k K^2).
 
     The dynamic programme of BOSS (arXiv 2312.16414, stage 1): J[q, j] = min_i J[q - 1, i] + cost[i, j].
 
@@ -164,7 +164,7 @@ def _check_count(k: int, last: int) -> None:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Reached:
-    """The best way found to a node."""
+    """Best path found to a node."""
 
     nodes: tuple[int, ...]
     state: Tensor
@@ -180,7 +180,7 @@ def oss(
     pin_start: bool = True,
     notify: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[Path, ...]:
-    """Grids of 1, 2, ..., k steps whose Euler runs end near the fine run's end.
+    """Search grids of 1, 2, ..., k steps whose Euler runs end near the fine run's end.
 
     The forward dynamic programme of OSS (arXiv 2503.21774): at every stage each node keeps the one state, of those
     that a step from the stage before leads to, that lies nearest to the fine run. As it keeps one state a node, it is
@@ -225,7 +225,7 @@ def oss(
 def _advanced(
     trajectory: Trajectory, reached: dict[int, _Reached], velocities: Tensor, metric: Metric
 ) -> dict[int, _Reached]:
-    """The best way to every node that one step from `reached` leads to."""
+    """Return the best path to every node that one step from `reached` leads to."""
     errors = np.full((len(reached), trajectory.steps + 1), np.inf)
     parents = list(reached)
     for row, (parent, velocity) in enumerate(zip(parents, velocities, strict=True)):

@@ -1,4 +1,4 @@
-"""Guidance left out: in one part of the run, or where predictions agree (Adaptive Guidance, arXiv 2312.12487)."""
+"""Skipping of guidance: in one part of the run, or where predictions agree (Adaptive Guidance, arXiv 2312.12487)."""
 
 from flowaccel.recipe.registry import Method, Preset
 

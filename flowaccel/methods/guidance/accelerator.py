@@ -1,4 +1,4 @@
-"""Guidance that ends: no unconditional prediction for images that do not need one any more."""
+"""Accelerator that skips the unconditional prediction for images that no longer need it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _PREDICTORS: dict[str, Predictor | None] = {"drop": None, "hold": Hold(), "extra
 
 @dataclass(frozen=True, init=False)
 class GuidanceSkip(Accelerator):
-    """Stop paying for classifier-free guidance, image by image, where it no longer matters.
+    """Accelerator that skips classifier-free guidance, image by image, where it no longer matters.
 
     The unconditional rows of images that are not guided do not go through the network; where all images of a separate
     unconditional call are not guided, the call is not made. What the pipeline gets in their place makes its own
@@ -54,10 +54,10 @@ class GuidanceSkip(Accelerator):
 
     @property
     def tags(self) -> frozenset[str]:
-        """Those of every accelerator, and whether it reckons with the time of a call."""
+        """Tags of every accelerator, and whether this one depends on the time of a call."""
         timed = self.mode == "extrapolate" or getattr(self.when, "space", None) == "x0"
         return super().tags | {Tag.GUIDANCE} | ({Tag.LOOP_TIME} if timed else set())
 
     def attach(self, pipe: Any) -> Detach:
-        """Surround the network's calls."""
+        """Wrap the network's calls."""
         return Guiding(self.when, _PREDICTORS[self.mode], session_of(pipe)).attach()

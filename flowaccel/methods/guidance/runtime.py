@@ -1,4 +1,4 @@
-"""What happens to guidance at a network call: who is guided, which rows run, what stands in for the others."""
+"""Guidance at a network call: the images that are guided, the rows that run, and the substitute for the others."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ SAME = 0.02
 """Part of the largest value by which outputs may differ for being computed in another batch, in half precision."""
 REFINED = "refined"
 UNGUIDED, PARTLY, LEFT_OUT = "unguided", "partly guided", "left out"
-"""What a report says of calls: for the conditional rows alone, for some unconditional rows, not made at all."""
+"""Entries of a report: a call for the conditional rows alone, for some unconditional rows, and one not made."""
 
 
 @dataclass(kw_only=True)
 class Conditional:
-    """The conditional call of a step, where guidance makes two calls."""
+    """Conditional call of a step, where guidance makes two calls."""
 
     step: int
     output: Any
@@ -39,22 +39,22 @@ class Conditional:
 
 @dataclass(kw_only=True)
 class Memory:
-    """Everything that is remembered of one run; dies with the run."""
+    """State that is kept during one run."""
 
     stopped: list[bool]
-    """Per image, whether its guidance ended."""
+    """Whether guidance ended, per image."""
     differences: History | None
-    """Of the conditional and the unconditional output, a row per image; None where nobody will ask."""
+    """Differences of the conditional and unconditional outputs, a row per image; None where they are not needed."""
     measured: Tensor | None = None
     """(images,) cosines of the last step, on the device, until the host reads them."""
     measured_images: list[int] = field(default_factory=list)
-    """The images for which they count."""
+    """Images that the cosines belong to."""
     conditional: Conditional | None = None
     saw_guidance: bool = False
 
 
 class Guiding:
-    """Guidance on a session.
+    """Guidance skipping on a session.
 
     Args:
         when: who is guided.
@@ -64,10 +64,10 @@ class Guiding:
 
     def __init__(self, when: When, predictor: Predictor | None, session: Session) -> None:
         self._when, self._predictor, self._session = when, predictor, session
-        self._alone: dict[Any, bool] = {}  # of networks whose rows nobody wrote down: whether parts of a batch can run
+        self._alone: dict[Any, bool] = {}  # whether parts of a batch can run, for networks without a rule
 
     def attach(self) -> Callable[[], None]:
-        """Surround the network's calls; returns what undoes it."""
+        """Wrap the network's calls, and return a function that undoes it."""
         return self._session.on_call(self._around_call)
 
     def _around_call(self, proceed: Proceed, call: Call) -> Any:
@@ -91,7 +91,7 @@ class Guiding:
     # -- who is guided
 
     def _guided(self, memory: Memory, call: Call) -> tuple[bool, ...]:
-        """Per image, whether it is guided at this step."""
+        """Return per image whether it is guided at this step."""
         if not isinstance(self._when, AdaptiveGuidance):
             return (self._when.guides(call.step, call.run.num_steps),) * call.images
         if memory.measured is not None:
@@ -104,7 +104,7 @@ class Guiding:
         return tuple(not stopped for stopped in memory.stopped)
 
     def _learn(self, call: Call, memory: Memory, images: list[int], cond: Tensor, uncond: Tensor) -> None:
-        """Take note of what the network computed for both branches of these images; both outputs are (images, ...)."""
+        """Record the network's outputs for both branches of these images; both outputs are (images, ...)."""
         if not images:
             return
         if memory.differences is not None:
@@ -116,7 +116,7 @@ class Guiding:
             memory.measured = cosine_similarity(self._compared(call, cond), self._compared(call, uncond))
 
     def _compared(self, call: Call, output: Tensor) -> Tensor:
-        """(images, ...) -> (images, n) float32: what the cosine is taken of."""
+        """Return the values (images, n), float32, whose cosine is taken, from outputs (images, ...)."""
         assert isinstance(self._when, AdaptiveGuidance)
         sample = call.sample[call.rows_of(call.branches[0])]  # the same for both branches
         if output.dim() == sample.dim() and output.shape[1] == 2 * sample.shape[1]:
@@ -128,7 +128,7 @@ class Guiding:
     # -- what runs
 
     def _conditional(self, proceed: Proceed, call: Call, memory: Memory) -> Any:
-        """The conditional call where guidance makes two; always made."""
+        """Make the conditional call where guidance makes two; it is never skipped."""
         if call.step and not memory.saw_guidance:
             warn_once(
                 self._session.pipe,
@@ -142,7 +142,7 @@ class Guiding:
         return output
 
     def _guided_call(self, proceed: Proceed, call: Call, memory: Memory, guided: tuple[bool, ...]) -> Any:
-        """A call with unconditional rows, without those of images that are not guided."""
+        """Make a call with unconditional rows, without those of images that are not guided."""
         split, first = memory.conditional if COND not in call.branches else None, call.rows_of(UNCOND).start
         if COND not in call.branches and (split is None or split.step != call.step):
             return proceed()  # there is no conditional output to stand in
@@ -165,8 +165,9 @@ class Guiding:
         return packer(output)((found.index_copy(0, first + images, stand_in),))
 
     def _may_leave_out(self, call: Call) -> bool:
-        """Whether it is certain which rows are the unconditional ones, and that the others run without them. Where it
-        is not, guidance stays as it is.
+        """Whether the unconditional rows are known for certain and the others run without them.
+
+        Where this is not certain, guidance stays as it is.
         """
         if not call.ordered:
             if call.run.ordered is not None:
@@ -194,7 +195,7 @@ class Guiding:
         )
 
     def _run(self, proceed: Proceed, call: Call, left_out: Sequence[int]) -> Any:
-        """The network's output for all rows; those that are `left_out` hold nothing of use."""
+        """Return the network's output for all rows; those in `left_out` are undefined."""
         if not left_out:
             return proceed()
         kept = torch.tensor(sorted(set(range(call.rows)) - set(left_out)))
@@ -204,7 +205,7 @@ class Guiding:
         return packer(output)((full,))
 
     def _stand_in(self, memory: Memory, call: Call, cond: Tensor, refined: bool) -> Tensor:
-        """(images, ...) for the unconditional output: the conditional one, less the forecast difference.
+        """Return (images, ...) for the unconditional output: the conditional one less the forecast difference.
 
         A refiner adds offsets to velocities that are guided already, so there the difference is left out.
         """
@@ -215,7 +216,7 @@ class Guiding:
 
 
 def _only(call: Call, output: Any) -> Tensor:
-    """The one tensor (rows, ...) that a network returned."""
+    """Return the only tensor (rows, ...) of a network's output."""
     tensors = require_rows(call, output, "guidance skip")
     if len(tensors) > 1:
         raise UnsupportedModelError(
@@ -226,7 +227,7 @@ def _only(call: Call, output: Any) -> Tensor:
 
 
 def _runs_alone(call: Call, chosen: slice) -> bool:
-    """Whether the network makes of some rows alone what it makes of them in the whole batch, tried here and now."""
+    """Whether the network gives the same output for some rows alone as in the whole batch, tried here and now."""
     rows = torch.arange(call.rows)[chosen]
     whole = _only(call, call.forward(**call.arguments))[chosen]
     try:
@@ -240,13 +241,13 @@ def _runs_alone(call: Call, chosen: slice) -> bool:
 
 
 def _computed(records: Sequence[CallRecord], guided: Sequence[bool]) -> list[int]:
-    """The guided images whose outputs the network made, rather than a cache or a refiner."""
+    """Return the guided images whose outputs the network computed, rather than a cache or a refiner."""
     by_network = [record.computed or (record.what == COMPUTED,) * len(guided) for record in records]
     return [image for image, flags in enumerate(zip(guided, *by_network, strict=True)) if all(flags)]
 
 
 def _account(call: Call, left_out: Sequence[int], refined: bool) -> None:
-    """Tell the report what was not run."""
+    """Add the rows that were not run to the report."""
     record, all_rows = call.record, len(left_out) == call.rows
     if not refined:  # what a refiner leaves out is not the network's
         not_run(record, "", len(left_out))
@@ -257,7 +258,7 @@ def _account(call: Call, left_out: Sequence[int], refined: bool) -> None:
 
 
 def clean_sample(config: Any, call: Call, sample: Tensor, output: Tensor) -> Tensor:
-    """The clean sample that the network predicts, up to a positive factor.
+    """Return the clean sample that the network predicts, up to a positive factor.
 
     Args:
         config: the scheduler's, which says what the network predicts.

@@ -1,4 +1,4 @@
-"""At which evaluations of a run an image is guided."""
+"""Rules for the evaluations of a run at which an image is guided."""
 
 from __future__ import annotations
 

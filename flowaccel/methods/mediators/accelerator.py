@@ -1,4 +1,4 @@
-"""Networks whose attention goes through mediators (Attention Mediators, arXiv 2408.05710), as many as a step needs."""
+"""Accelerator for networks with mediator attention (Attention Mediators, arXiv 2408.05710), and its schedule."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _MANY = 16
 
 @dataclass(frozen=True)
 class Mediators(Variant):
-    """Exchange the network for one whose attention goes through mediators (arXiv 2408.05710).
+    """Accelerator that replaces the network by one with mediator attention (arXiv 2408.05710).
 
     What the network was set to before comes back with `restore`. Rows of one call that use different numbers of
     mediators share all of the network but the attention itself.
@@ -47,9 +47,9 @@ class Mediators(Variant):
         network: the network with mediators, or its folder. None takes the folder `mediators` beside the pipeline's
             components. Without `schedule` and `count` it may be the form with full attention, which mediators are
             fairly compared with.
-        schedule: how many mediators at which step.
-        count: how many mediators at all steps. With neither, the most that each layer was made for: its own number in a
-            network with one per layer.
+        schedule: number of mediators at each step.
+        count: number of mediators at all steps. With neither, the most that each layer was made for: its own number in
+            a network with one per layer.
 
     Raises:
         TypeError: a network or schedule that is none.
@@ -82,7 +82,7 @@ class Mediators(Variant):
         return isinstance(network, MediatorSiTTransformer2DModel)
 
     def stand_in(self, pipe: Any) -> Any:
-        """The network with mediators, on the device of the pipeline's own and of its type.
+        """Return the network with mediators, on the device and in the dtype of the pipeline's network.
 
         Raises:
             ValueError: it is a form of another network.
@@ -91,11 +91,11 @@ class Mediators(Variant):
 
     @property
     def tags(self) -> frozenset[str]:
-        """Those of every accelerator, and whether the mediators are of the loop's times."""
+        """Tags of every accelerator, and whether the number of mediators follows the loop's time."""
         return super().tags | ({Tag.LOOP_TIME} if self.schedule is not None else set())
 
     def attach(self, pipe: Any) -> Detach:
-        """Exchange the network; undone by putting back the old object and the old numbers of mediators.
+        """Replace the network; detaching restores the original object and the numbers of mediators.
 
         Raises:
             ValueError: numbers of mediators that the network cannot use, or an attention backend that cannot add its
@@ -130,7 +130,7 @@ class Mediators(Variant):
 
 
 class _Runs:
-    """What stands around the network's calls: sets every row's number of mediators, and watches the steps."""
+    """Wrapper around the network's calls that sets every row's number of mediators, and observes the steps."""
 
     def __init__(
         self,
@@ -140,7 +140,7 @@ class _Runs:
         layers: Mapping[str, MediatorAttention],
     ) -> None:
         self.schedule, self.session, self.network = schedule, session, network
-        self.most = {layer: layer.count for layer in layers.values()}  # what is set between calls, and counted with
+        self.most = {layer: layer.count for layer in layers.values()}  # set between calls, and used for counting
 
     def __call__(self, proceed: Callable[..., Any], call: Call) -> Any:
         if call.module is not self.network or not self.most:
@@ -153,7 +153,7 @@ class _Runs:
         return output
 
     def _counts(self, call: Call) -> tuple[int, ...]:
-        """Per image, or one for all; none where layers keep what is set."""
+        """Return the number of mediators per image, or one for all; empty where layers keep their own."""
         if self.schedule is None:
             return ()
         if self.schedule.fixed is None:
@@ -169,7 +169,7 @@ class _Runs:
         return found
 
     def observe(self, velocity: Tensor, sample: Tensor, result: Tensor) -> None:
-        """See a step of the scheduler. The number that it leads to is that of the next call."""
+        """Observe a step of the scheduler, which decides the number of mediators of the next call."""
         run = self.session.run
         assert run is not None
         if run.steps_done + 1 < run.num_steps and self._switching.observe(velocity, sample, result):
@@ -201,14 +201,14 @@ class _Runs:
 
 @dataclass
 class MediatorStats(CallStats):
-    """Through how many mediators attention went in a network call."""
+    """Numbers of mediators in a network call."""
 
     counts: tuple[float, ...]
-    """Per image of the call; the mean over the network's layers where each has a number of its own."""
+    """Number of mediators per image of the call; the mean over layers where each has a number of its own."""
     compared = "with the most mediators"
 
     def __str__(self) -> str:
-        """Every image's number; where they are many and differ, from how many to how many."""
+        """Return every image's number, or the range where they are many and differ."""
         if len(set(self.counts)) > 1 and len(self.counts) > _MANY:
             return f", {min(self.counts)} to {max(self.counts)} mediators"
         numbers = self.counts if len(set(self.counts)) > 1 else self.counts[:1]
@@ -226,12 +226,12 @@ def mean_mediators(stats: Sequence[MediatorStats]) -> float:
 
 
 def _average(numbers: Collection[int]) -> float:
-    """Their mean, whole where they are equal."""
+    """Return the mean of the numbers, as an integer where they are equal."""
     return next(iter(numbers)) if len(set(numbers)) == 1 else fmean(numbers)
 
 
 def _grouped(rows: Sequence[int], only: tuple[int, ...] | None) -> dict[int, Tensor]:
-    """The indices of rows that use each number of mediators, of those that run."""
+    """Group the indices of the rows that run by their number of mediators."""
     return grouped(rows if only is None else [rows[row] for row in only])
 
 
@@ -241,7 +241,7 @@ def load_mediators(folder: Path) -> nn.Module:
 
 
 def mediators_with(**options: Any) -> Mediators:
-    """Return `Mediators` with the options of a preset: those that are no field of it belong to its schedule."""
+    """Return `Mediators` with the options of a preset: those that are not its fields belong to its schedule."""
     own = {field.name for field in fields(Mediators)}
     given = {name: value for name, value in options.items() if name in own}
     schedule = {name: value for name, value in options.items() if name not in own}

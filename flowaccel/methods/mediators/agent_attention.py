@@ -21,7 +21,9 @@ from flowaccel.recipe.calibration import warn_once
 
 @dataclass(frozen=True)
 class AgentAttention(Accelerator):
-    """Let large self-attentions go through pooled queries in the first steps (Agent Attention, arXiv 2312.08874).
+    """Accelerator that uses agents in large self-attentions in the first steps (Agent Attention, arXiv 2312.08874).
+
+    The agents are pooled queries.
 
     For networks of `BasicTransformerBlock`s (UNets of Stable Diffusion, DiT, PixArt). The released form for Stable
     Diffusion without two of its parts: agents are means over square cells, where it merges similar tokens, and no
@@ -53,7 +55,7 @@ class AgentAttention(Accelerator):
             raise ValueError(f"first must be a share of the steps, from 0 to 1, got {self.first!r}")
 
     def attach(self, pipe: Any) -> Detach:
-        """Put processors in the place of the stock ones; undone by putting those back.
+        """Replace the stock attention processors; detaching restores them.
 
         Raises:
             UnsupportedModelError: a network without such self-attention.
@@ -99,8 +101,9 @@ class AgentAttention(Accelerator):
 
 
 def self_attentions(network: nn.Module) -> dict[str, Attention]:
-    """The self-attentions `attn1` of the transformer blocks of a network whose processors can be exchanged, by name:
-    without norms or a residual of their own.
+    """Return the self-attentions `attn1` of transformer blocks whose processors can be exchanged, by name.
+
+    These have no norms and no residual of their own.
     """
     return {
         f"{path}.attn1": block.attn1
@@ -138,7 +141,7 @@ def _put_back(layer: Attention, ours: AgentAttnProcessor) -> None:
 
 @dataclass
 class AgentStats(CallStats):
-    """Where agents took the place of full attention in a network call."""
+    """Layers that used agent attention in a network call."""
 
     layers: tuple[str, ...]
     """Names in the network of the attention layers that ran with agents."""
@@ -148,6 +151,6 @@ class AgentStats(CallStats):
 
     @classmethod
     def summary(cls, stats: Sequence[AgentStats], calls: int, macs: str) -> str:
-        """Return in how many calls that was so."""
+        """Return the number of calls that used agent attention."""
         left_out = f", {macs} left out" if macs else ""
         return f"Agents in the place of full attention in {len(stats)} of {calls} calls{left_out}."

@@ -22,11 +22,11 @@ from flowaccel.models.stand_in import StandIn
 READING_SHARPNESS = 0.15
 """Queries read agents with logits times d to the power of minus this, the published value; attention has 0.5."""
 SHORTCUT = 0.075
-"""The published share of a token's own value that is added."""
+"""Published share of a token's own value that is added."""
 
 
 def agent_attention(query: Tensor, key: Tensor, value: Tensor, agents: Tensor) -> Tensor:
-    """softmax(d^-0.15 q a^T) softmax(d^-0.5 a k^T) v + 0.075 v, as released for Stable Diffusion.
+    """Compute softmax(d^-0.15 q a^T) softmax(d^-0.5 a k^T) v + 0.075 v, as released for Stable Diffusion.
 
     Args:
         query, key, value: (B, M, N, d).
@@ -41,7 +41,7 @@ def agent_attention(query: Tensor, key: Tensor, value: Tensor, agents: Tensor) -
 
 
 def pooled_queries(query: Tensor, grid: tuple[int, int], stride: int) -> Tensor:
-    """Means of the queries (B, N, D) over cells of stride x stride places, smaller at the far edges: (B, A, D).
+    """Average the queries (B, N, D) over cells of stride x stride places, smaller at the far edges: (B, A, D).
 
     A projection without anything but a matrix and a bias gives the same of the pooled input, so that nothing is
     projected twice.
@@ -50,8 +50,9 @@ def pooled_queries(query: Tensor, grid: tuple[int, int], stride: int) -> Tensor:
 
 
 def grid_of(tokens: int, size: tuple[int, int]) -> tuple[int, int] | None:
-    """(H, W) of so many tokens of an image of that size, made smaller by a whole number, rounded up; None if none
-    fits.
+    """Return the grid (H, W) of `tokens` tokens of an image of that size, downscaled by an integer; None if none fits.
+
+    Sides are rounded up.
     """
     for factor in range(1, max(size) + 1):
         grid = (-(-size[0] // factor), -(-size[1] // factor))
@@ -62,30 +63,30 @@ def grid_of(tokens: int, size: tuple[int, int]) -> tuple[int, int] | None:
 
 @dataclass(frozen=True)
 class AgentLayer:
-    """A layer that ran with agents."""
+    """Layer that ran with agents."""
 
     path: str
     rows: int
     macs_spared: int
-    """Multiply-adds of all rows that full attention would have done besides."""
+    """Multiply-adds saved against full attention, of all rows."""
 
 
 @dataclass
 class AgentSwitch:
-    """What the processors of one network share: whether agents are on, and for which image."""
+    """Shared state of a network's processors: whether agents are on, and for which image size."""
 
     stride: int
     min_tokens: int
     size: tuple[int, int] | None = None
-    """Of the image in the present call; None while agents are off."""
+    """Size of the image in the current call; None while agents are off."""
     applies: Callable[[], bool] = field(default=lambda: True)
-    """Whether `size` is of what runs now, rather than of what another thread or pipeline runs meanwhile."""
+    """Whether `size` belongs to the call that runs now, rather than to that of another thread or pipeline."""
     ran: list[AgentLayer] = field(default_factory=list)
     largest: int = 0
-    """The most tokens that a layer had since agents were last switched on."""
+    """Largest number of tokens that a layer had since agents were last switched on."""
 
     def grid(self, tokens: int) -> tuple[int, int] | None:
-        """Of a layer where agents are to be used; None for full attention."""
+        """Return the grid of a layer where agents are to be used, or None for full attention."""
         if self.size is None or not (torch.compiler.is_compiling() or self.applies()):
             return None
         self.largest = max(self.largest, tokens)
@@ -93,7 +94,7 @@ class AgentSwitch:
 
 
 class AgentAttnProcessor(StandIn):
-    """Attention of a diffusers `Attention` with agents where `switch` says so; else what `stock` computes.
+    """Processor of a diffusers `Attention` with agents where `switch` says so; else it calls `stock`.
 
     Args:
         stock: the processor in whose place it stands.
@@ -114,7 +115,7 @@ class AgentAttnProcessor(StandIn):
         *args: Any,
         **kwargs: Any,
     ) -> Tensor:
-        """`hidden_states` (B, N, D) -> (B, N, D), with the output projection."""
+        """Compute attention and the output projection: `hidden_states` (B, N, D) -> (B, N, D)."""
         plain = encoder_hidden_states is None and attention_mask is None and hidden_states.ndim == 3
         grid = self.switch.grid(hidden_states.shape[1]) if plain else None
         if grid is None:

@@ -31,13 +31,13 @@ Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 TAKES_BIAS = ("native", "_native_math", "_native_efficient", "_native_cudnn", "flex", "xformers")
 """diffusers' attention backends that add a mask of numbers to the logits; others refuse it, or leave it out."""
 UNLESS_TOLD = "native"
-"""The one of them that a layer takes which was not told, whatever diffusers' default is."""
+"""Backend of a layer for which none was set, whatever diffusers' default is."""
 ALIGNMENT = 8
 """Numbers: xformers refuses masks whose rows begin elsewhere than at multiples of 16 bytes."""
 
 
 def mediator_side(count: int, grid: tuple[int, int]) -> int:
-    """Side p of the square of `count` mediators.
+    """Return the side p of the square of `count` mediators.
 
     Raises:
         ValueError: no square, or more than there are tokens.
@@ -53,8 +53,9 @@ def mediator_side(count: int, grid: tuple[int, int]) -> int:
 
 
 class PlaceBiases(nn.Module):
-    """How much each of n things looks at every place: a coarse table, interpolated to the grid, plus a term for rows
-    and one for columns.
+    """Learned attention biases between n tokens and every place of the grid.
+
+    Each is a coarse table, interpolated to the grid, plus a term for rows and one for columns.
 
     Args:
         heads: M.
@@ -70,12 +71,12 @@ class PlaceBiases(nn.Module):
         self.columns = _normal(heads, count, grid[1])
 
     def forward(self) -> Tensor:
-        """(1, M, n, N)."""
+        """Return the biases (1, M, n, N)."""
         coarse = functional.interpolate(self.table, self.grid, mode="bilinear", align_corners=False)
         return (coarse + (self.rows.unsqueeze(3) + self.columns.unsqueeze(2))).flatten(2).unsqueeze(0)
 
     def resized(self, grid: tuple[int, int]) -> PlaceBiases:
-        """The same for another grid: rows and columns are interpolated so that their ends stay, the table is copied."""
+        """Return a copy for another grid: rows and columns are interpolated with fixed ends, the table is copied."""
         heads, count = self.table.shape[:2]
         other = PlaceBiases(heads, count, grid).to(self.table.device, self.table.dtype)
         with torch.no_grad():
@@ -86,14 +87,14 @@ class PlaceBiases(nn.Module):
 
 
 class MediatorBiases(nn.Module):
-    """What is learned for one number of mediators: how much each looks at every place, and every place at it."""
+    """Learned biases for one number of mediators, from mediators to places and from places to mediators."""
 
     def __init__(self, heads: int, count: int, grid: tuple[int, int]) -> None:
         super().__init__()
         self.reading, self.asking = PlaceBiases(heads, count, grid), PlaceBiases(heads, count, grid)
 
     def forward(self) -> tuple[Tensor, Tensor]:
-        """(1, M, n, N) and (1, M, N, n)."""
+        """Return the biases (1, M, n, N) of mediators and (1, M, N, n) of places."""
         return self.reading(), self.asking().transpose(2, 3)
 
 
@@ -104,29 +105,29 @@ def _normal(*shape: int) -> nn.Parameter:
 
 
 def _version(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version  # which those of inference mode do not count
+    return 0 if tensor.is_inference() else tensor._version  # tensors of inference mode have no version
 
 
 def _aligned(bias: Tensor) -> Tensor:
-    """`bias` in memory whose rows begin at multiples of `ALIGNMENT`."""
+    """Return `bias` in memory whose rows begin at multiples of `ALIGNMENT`."""
     keys = bias.shape[-1]
     return functional.pad(bias, (0, -keys % ALIGNMENT)).contiguous()[..., :keys]
 
 
 class GridAttnProcessor:
-    """Attention of a `GridAttention` through diffusers' attention backends."""
+    """Processor of a `GridAttention` that uses diffusers' attention backends."""
 
     _attention_backend = None
     _parallel_config = None
 
     def __call__(self, attn: GridAttention, hidden_states: Tensor) -> Tensor:
-        """`hidden_states` (B, E + N, D) -> (B, E + N, D), before the output projection."""
+        """Compute attention before the output projection: `hidden_states` (B, E + N, D) -> (B, E + N, D)."""
         query, key, value = (layer(hidden_states) for layer in (attn.to_q, attn.to_k, attn.to_v))
         attended = attn.attend(query, key, value, self.attend)
         return attended if attn.dwc is None else attended + attn.local(value)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
-        """One attention: (B, Q, M, d), twice (B, K, M, d) and a bias (1, M, Q, K) -> (B, Q, M, d)."""
+        """Compute one attention: (B, Q, M, d), twice (B, K, M, d) and a bias (1, M, Q, K) -> (B, Q, M, d)."""
         # diffusers' default changes with other networks' choices, to backends that leave a bias out without a word
         backend: Any = self._attention_backend or (None if bias is None else UNLESS_TOLD)
         return dispatch_attention_fn(
@@ -135,8 +136,9 @@ class GridAttnProcessor:
 
 
 class GridAttention(nn.Module, AttentionModuleMixin, ABC):
-    """Multi-head self-attention over an image's grid, with learned position biases and a depthwise 3x3 convolution of
-    the values.
+    """Multi-head self-attention over an image's grid, with position biases and a convolution.
+
+    The position biases are learned; the convolution of the values is depthwise, 3x3.
 
     Args:
         dim: D.
@@ -166,7 +168,7 @@ class GridAttention(nn.Module, AttentionModuleMixin, ABC):
         self._folded: dict[Any, tuple[Any, tuple[Tensor, ...]]] = {}
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """(B, E + N, D) -> (B, E + N, D).
+        """Apply the attention: (B, E + N, D) -> (B, E + N, D).
 
         Raises:
             ValueError: another number of tokens; or an attention backend that would leave the biases out.
@@ -182,7 +184,7 @@ class GridAttention(nn.Module, AttentionModuleMixin, ABC):
         return self.to_out[0](attended)
 
     def set_processor(self, processor: Any) -> None:
-        """Set what computes the attention.
+        """Set the attention processor.
 
         Raises:
             TypeError: no `GridAttnProcessor`: it would leave biases, convolution and mediators out.
@@ -195,7 +197,7 @@ class GridAttention(nn.Module, AttentionModuleMixin, ABC):
         super().set_processor(processor)
 
     def train(self, mode: bool = True) -> Self:
-        """As of a module; what was held is made anew."""
+        """Set the training mode as `nn.Module` does, and drop the cached biases."""
         self._folded.clear()  # averaged weights are put in place by ways that tensors do not note
         return super().train(mode)
 
@@ -208,29 +210,32 @@ class GridAttention(nn.Module, AttentionModuleMixin, ABC):
 
     @abstractmethod
     def attend(self, query: Tensor, key: Tensor, value: Tensor, attend: Attend) -> Tensor:
-        """What the projections (B, E + N, D) each become, (B, E + N, D), by means of `attend`."""
+        """Compute attention (B, E + N, D) from the projections (B, E + N, D) each, by means of `attend`."""
 
     @property
     @abstractmethod
     def tables(self) -> nn.Module | None:
-        """The biases in use: called, it returns them without the extra tokens."""
+        """Module of the biases in use: called, it returns them without the extra tokens."""
 
     def split(self, *parts: Tensor) -> list[Tensor]:
-        """(B, K, D) -> (B, K, M, d) each."""
+        """Split parts into heads: (B, K, D) -> (B, K, M, d) each."""
         return [part.unflatten(-1, (self.heads, -1)) for part in parts]
 
     def local(self, value: Tensor) -> Tensor:
-        """(B, E + N, D): every token's 3x3 neighbourhood, nothing for extra tokens."""
+        """Convolve the 3x3 neighbourhood of every token, (B, E + N, D); extra tokens get 0."""
         assert self.dwc is not None
         blurred = as_tokens(self.dwc(self.image(value)))
         return functional.pad(blurred, (0, 0, self.extra, 0))
 
     def image(self, tokens: Tensor) -> Tensor:
-        """(B, E + N, D) -> (B, D, H, W) without the extra tokens."""
+        """Return the tokens without the extra ones as an image: (B, E + N, D) -> (B, D, H, W)."""
         return as_image(tokens[:, self.extra :], self.grid)
 
     def biases(self, like: Tensor) -> tuple[Tensor, ...] | None:
-        """Those in use, (1, M, ...) with places for the extra tokens, in the type of `like`; held unless they learn."""
+        """Return the biases in use, (1, M, ...) including extra tokens, in the dtype of `like`.
+
+        They are cached unless they are being trained.
+        """
         tables: Any = self.tables
         if tables is None:
             return None
@@ -248,7 +253,7 @@ class GridAttention(nn.Module, AttentionModuleMixin, ABC):
 
     @abstractmethod
     def padded(self, found: Any) -> tuple[Tensor, ...]:
-        """What `tables` returned, with 0 for the extra tokens."""
+        """Pad the biases that `tables` returned with 0 for the extra tokens."""
 
     def check_backend(self, backend: Any = None) -> None:
         """Raise a ValueError if an attention backend, by default the one that is set, would leave the biases out."""
@@ -261,7 +266,7 @@ class GridAttention(nn.Module, AttentionModuleMixin, ABC):
             )
 
     def try_backend(self, backend: Any) -> None:
-        """Compute one small attention with biases by an attention backend, if the layer has any.
+        """Compute one small attention with biases by an attention backend, if the layer has biases.
 
         Raises:
             ValueError: the backend would leave them out, or its kernel cannot add them on this device.
@@ -283,10 +288,10 @@ class GridAttention(nn.Module, AttentionModuleMixin, ABC):
 
 
 class SoftmaxGridAttention(GridAttention):
-    """Full attention with the biases and the convolution that mediator attention has: what it is fairly compared with.
+    """Full attention with the biases and the convolution of mediator attention, its fair baseline.
 
     Args:
-        dim, heads, grid, extra, use_dwc, bias: as of `GridAttention`.
+        dim, heads, grid, extra, use_dwc, bias: as for `GridAttention`.
         use_bias: whether there are position biases, as for as many mediators as tokens.
     """
 
@@ -296,17 +301,17 @@ class SoftmaxGridAttention(GridAttention):
 
     @property
     def tables(self) -> nn.Module | None:
-        """As of `GridAttention`."""
+        """See `GridAttention.tables`."""
         return self.place_biases
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, attend: Attend) -> Tensor:
-        """As of `GridAttention`."""
+        """See `GridAttention.attend`."""
         found = self.biases(query)
         query, key, value = self.split(query, key, value)
         return attend(query, key, value, None if found is None else found[0]).flatten(2)
 
     def padded(self, found: Tensor) -> tuple[Tensor, ...]:
-        """As of `GridAttention`."""
+        """See `GridAttention.padded`."""
         return (functional.pad(found, (self.extra, 0, self.extra, 0)),)
 
 
@@ -316,7 +321,7 @@ class MediatorAttention(GridAttention):
     One set of projections serves several numbers of mediators; only the biases differ. Which is used is `count`.
 
     Args:
-        dim, heads, grid, extra, use_dwc, bias: as of `GridAttention`.
+        dim, heads, grid, extra, use_dwc, bias: as for `GridAttention`.
         counts: the numbers of mediators that there are biases for, squares.
         use_bias: whether there are biases.
 
@@ -344,18 +349,18 @@ class MediatorAttention(GridAttention):
         self.count = self.counts[-1]
 
     count: int
-    """How many mediators are used."""
+    """Number of mediators in use."""
     groups: Callable[[], Mapping[int, Tensor]] | None = None
-    """Where rows use different numbers: gives the indices of the input's rows that use each, all rows in all."""
+    """Function that returns the input rows of each number of mediators, where rows use different numbers."""
     ran: list[tuple[int, int]] | None = None
-    """Where it is a list: gets (mediators, rows) of all that is computed."""
+    """Record of (mediators, rows) of all that is computed; None records nothing."""
 
     def attention_macs(self, count: int) -> int:
-        """Multiply-adds of a row's two attentions with so many mediators: what depends on their number."""
+        """Return the multiply-adds of a row's two attentions with `count` mediators."""
         return 4 * count * (self.extra + self.grid[0] * self.grid[1]) * self.heads * self.head_dim
 
     def use(self, count: int) -> None:
-        """Set how many mediators are used.
+        """Set the number of mediators.
 
         Raises:
             ValueError: a number that there are no biases for; without biases, no square or too many.
@@ -364,18 +369,18 @@ class MediatorAttention(GridAttention):
         self.count = count
 
     def check(self, count: int) -> None:
-        """Raise the ValueError of `use`, if it would."""
+        """Raise the ValueError that `use` would raise."""
         mediator_side(count, self.grid)
         if self.mediator_biases is not None and count not in self.counts:
             raise ValueError(f"there are biases for {list(self.counts)} mediators, got {count}")
 
     @property
     def tables(self) -> nn.Module | None:
-        """As of `GridAttention`."""
+        """See `GridAttention.tables`."""
         return None if self.mediator_biases is None else self.mediator_biases[str(self.count)]
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, attend: Attend) -> Tensor:
-        """Mediators read the values, and queries read what they read."""
+        """Attend from mediators to the values, then from queries to the mediators."""
         if self.groups is None:
             return self._through(query, key, value, attend)
         groups, count = self.groups(), self.count
@@ -396,11 +401,11 @@ class MediatorAttention(GridAttention):
         return attend(query, mediators, read, asking).flatten(2)
 
     def padded(self, found: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
-        """As of `GridAttention`."""
+        """See `GridAttention.padded`."""
         reading, asking = found
         return functional.pad(reading, (self.extra, 0)), functional.pad(asking, (0, 0, self.extra, 0))
 
     def pooled(self, query: Tensor) -> Tensor:
-        """The mediators (B, n, D): means of the queries (B, E + N, D) over cells of the image."""
+        """Return the mediators (B, n, D): means of the queries (B, E + N, D) over cells of the image."""
         side = mediator_side(self.count, self.grid)
         return as_tokens(functional.adaptive_avg_pool2d(self.image(query), side))

@@ -1,4 +1,4 @@
-"""Tokens of an image, row by row, and the image that they are."""
+"""Conversion between image tokens, in row-major order, and images."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 def as_image(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
-    """(B, H * W, D) -> (B, D, H, W), a view that is channels-last in memory, for one row as for many.
+    """Return tokens (B, H * W, D) as (B, D, H, W), a view that is channels-last in memory for any batch size.
 
     A transposition that is unflattened is not: for one row torch then sees another layout, copies in pooling and
     convolution, and what comes out has channels that are far apart, which fused attention does not take.
@@ -15,5 +15,5 @@ def as_image(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
 
 
 def as_tokens(image: Tensor) -> Tensor:
-    """(B, D, H, W) -> (B, H * W, D)."""
+    """Return an image (B, D, H, W) as tokens (B, H * W, D)."""
     return image.flatten(2).transpose(1, 2)

@@ -19,8 +19,9 @@ from flowaccel.models.variants import VariantMixin
 
 
 class MediatorSiTTransformer2DModel(VariantMixin, SiTTransformer2DModel):
-    """`SiTTransformer2DModel` whose attention goes through mediators, as `mediator_config` says (entries of
-    `MediatorSettings`); None is the stock network.
+    """`SiTTransformer2DModel` with mediator attention.
+
+    `mediator_config` has the entries of `MediatorSettings`; None is the stock network.
     """
 
     argument = "mediator_config"
@@ -33,11 +34,11 @@ class MediatorSiTTransformer2DModel(VariantMixin, SiTTransformer2DModel):
 
     @classmethod
     def settings_of(cls, given: Any) -> MediatorSettings | None:
-        """None stays None."""
+        """Return the settings of a configuration entry; None stays None."""
         return None if given is None else MediatorSettings.of(given)
 
     def install(self, settings: MediatorSettings | None) -> None:
-        """Put mediator attention around the projections of the stock one."""
+        """Replace the stock attention by mediator attention that keeps its projections."""
         self.register_to_config(mediator_config=None if settings is None else asdict(settings))
         if settings is None:
             return
@@ -46,7 +47,7 @@ class MediatorSiTTransformer2DModel(VariantMixin, SiTTransformer2DModel):
             blocks[index].attn = mediated(blocks[index].attn, (self.grid_size, self.grid_size), counts, settings)
 
     def set_attention_backend(self, backend: str) -> None:
-        """As diffusers'.
+        """Set the attention backend as diffusers does.
 
         Raises:
             ValueError: a backend that cannot add the position biases.
@@ -57,18 +58,18 @@ class MediatorSiTTransformer2DModel(VariantMixin, SiTTransformer2DModel):
         super().set_attention_backend(backend)
 
     def routing(self) -> list[Tensor]:
-        """Nothing that decides has weights."""
+        """Return an empty list, since no weights take part in decisions."""
         return []
 
     @classmethod
     def from_base(cls, base: nn.Module, settings: MediatorSettings | dict[str, Any] | None = None) -> Any:
-        """A network with mediators around the weights of a softmax network, which stays as it is.
+        """Build a network with mediators that shares the weights of a softmax network, which is not changed.
 
         It does not compute what `base` computes and has to be trained: biases and the convolution start at 0.
 
         Args:
             base: a `SiTTransformer2DModel`.
-            settings: which attention, and how many mediators.
+            settings: settings of the mediators.
 
         Raises:
             UnsupportedModelError: another network, or another form of it.
@@ -88,8 +89,9 @@ class MediatorSiTTransformer2DModel(VariantMixin, SiTTransformer2DModel):
         return network
 
     def resized(self, sample_size: int) -> Self:
-        """This network for images of another size, to be trained on: a fresh position table, columns of the biases
-        interpolated, all else copied.
+        """Return this network for images of another size, as a start for training.
+
+        The position table is new, the bias columns are interpolated, and all else is copied.
 
         Raises:
             ValueError: a size that the patch size does not divide, with fewer tokens than mediators, or a network with
@@ -114,7 +116,7 @@ class MediatorSiTTransformer2DModel(VariantMixin, SiTTransformer2DModel):
         """Load a checkpoint in the layout of the official Attention-Mediators repository.
 
         Args:
-            path_or_state_dict: as `SiTTransformer2DModel.from_official`.
+            path_or_state_dict: as for `SiTTransformer2DModel.from_official`.
             which: take this entry of a training checkpoint.
             overrides: constructor arguments that the weights do not tell, such as `num_attention_heads`.
 
@@ -128,7 +130,7 @@ class MediatorSiTTransformer2DModel(VariantMixin, SiTTransformer2DModel):
         return model.eval()
 
     def to_official(self) -> dict[str, Tensor]:
-        """This network's weights under the official key names.
+        """Return this network's weights under the official key names.
 
         Raises:
             ValueError: different numbers of mediators, or parts left out that the layout has.
@@ -139,7 +141,7 @@ class MediatorSiTTransformer2DModel(VariantMixin, SiTTransformer2DModel):
 def mediated(
     attention: Any, grid: tuple[int, int], counts: tuple[int, ...] | None, settings: MediatorSettings
 ) -> GridAttention:
-    """Mediator attention around the projections of a stock one."""
+    """Return mediator attention that keeps the projections of a stock one."""
     weight, bias = attention.to_q.weight, attention.to_q.bias is not None
     options = {"use_bias": settings.use_bias, "use_dwc": settings.use_dwc, "bias": bias}
     width, heads = attention.to_q.in_features, attention.heads
@@ -155,12 +157,12 @@ def mediated(
 
 
 def mediator_layers(network: nn.Module) -> dict[str, MediatorAttention]:
-    """The attention of a network that goes through mediators, by its names in it."""
+    """Return the mediator attention layers of a network, by name."""
     return {path: module for path, module in network.named_modules() if isinstance(module, MediatorAttention)}
 
 
 def check_mediators(network: nn.Module, count: int) -> None:
-    """See whether all layers can use so many mediators.
+    """Raise unless all layers can use `count` mediators.
 
     Raises:
         ValueError: one cannot.
@@ -179,7 +181,9 @@ def check_mediators(network: nn.Module, count: int) -> None:
 
 
 def set_mediators(network: nn.Module, count: int | None) -> None:
-    """Set how many mediators the layers use: all the same number, or, with None, each the most that it was made for.
+    """Set how many mediators the layers use.
+
+    All use the same number or, with None, each the most that it was made for.
 
     Raises:
         ValueError: a number that a layer cannot use; nothing is changed.

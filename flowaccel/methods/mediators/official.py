@@ -1,5 +1,6 @@
-"""Checkpoints in the layout of the official Attention-Mediators repository (arXiv 2408.05710): SiT's, with a
-convolution and six tables in every attention.
+"""Checkpoints in the layout of the official Attention-Mediators repository (arXiv 2408.05710).
+
+The layout is SiT's, with a convolution and six tables in every attention.
 
 | ours, below `mediator_biases.N` | official name | official shape (heads M, mediators n, grid H x W) |
 |---|---|---|
@@ -33,7 +34,7 @@ _OURS = re.compile(r"transformer_blocks\.(\d+)\.attn\.(?:mediator_biases\.\d+\.)
 
 
 def _from_official(name: str, table: Tensor) -> Tensor:
-    """(M, n, size) of what spreads it over five axes."""
+    """Reshape an official table, which has five axes, to (M, n, size)."""
     if name in ("ah_bias", "aw_bias"):
         return table.flatten(3).squeeze(0)
     return table.flatten(2, 3).squeeze(0).transpose(1, 2) if name in ("ha_bias", "wa_bias") else table
@@ -50,7 +51,7 @@ def _to_official(name: str, table: Tensor) -> Tensor:
 def read_mediators(
     source: str | Path | Mapping[str, Any], which: str | None, overrides: Mapping[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Constructor arguments of `MediatorSiTTransformer2DModel`, and its weights.
+    """Read constructor arguments and weights of a `MediatorSiTTransformer2DModel`.
 
     Raises:
         CheckpointError: unreadable, another layout, or without mediators.
@@ -82,7 +83,7 @@ def read_mediators(
 
 
 def write_mediators(network: Any) -> dict[str, Tensor]:
-    """The weights of a `MediatorSiTTransformer2DModel` under the official names.
+    """Return the weights of a `MediatorSiTTransformer2DModel` under the official names.
 
     Raises:
         ValueError: what the layout cannot express.

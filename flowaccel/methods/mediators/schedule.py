@@ -1,4 +1,4 @@
-"""How many mediators attention goes through, over the steps of a run (Attention Mediators, arXiv 2408.05710)."""
+"""Number of mediators over the steps of a run (Attention Mediators, arXiv 2408.05710)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from flowaccel.caching.gates.base import mean_abs, mean_square, relative_change
 Levels = tuple[tuple[float, int], ...]
 METRICS, DECIDES = ("mae", "mse"), ("image", "batch")
 _ROUNDING = 1e-6
-"""Of schedulers that keep times in float32."""
+"""Rounding error of schedulers that keep times in float32."""
 
 
 class _Rule(NamedTuple):
@@ -34,8 +34,10 @@ _RULES = {
 
 @dataclass(frozen=True, kw_only=True)
 class MediatorSchedule:
-    """A growing number of mediators: early steps, whose images are noise, can do with fewer than late ones. One of
-    `fixed`, `distance` and `change` says when it grows; after `distance` and `change` it never shrinks again in a run.
+    """Growing number of mediators: early steps, whose images are noise, can do with fewer than late ones.
+
+    One of `fixed`, `distance` and `change` says when it grows; after `distance` and `change` it never shrinks again in
+    a run.
 
     Args:
         fixed: pairs of a time and a number, such as ((0.0, 4), (0.4, 16)): 4 mediators from the start and 16 from time
@@ -53,7 +55,7 @@ class MediatorSchedule:
             Thresholds do not fall.
         start: the number of mediators in the beginning, with `distance` and `change`.
         first: how many steps `distance` compares with; the very first one is not among them.
-        metric: what moved means: `mae`, the mean absolute difference, or `mse`, the mean squared one.
+        metric: meaning of a move: `mae`, the mean absolute difference, or `mse`, the mean squared one.
         decide: `image`, each for itself, so that it does not depend on what it is batched with; or `batch`, all in one,
             which is the paper's protocol.
 
@@ -108,40 +110,43 @@ class MediatorSchedule:
 
     @property
     def levels(self) -> Levels:
-        """The pairs that were given."""
+        """The (threshold, number) pairs that were given."""
         return next(levels for levels in (self.fixed, self.distance, self.change) if levels is not None)
 
     @property
     def counts(self) -> tuple[int, ...]:
-        """The numbers of mediators, in the order of their use."""
+        """Numbers of mediators, in the order of their use."""
         numbers = tuple(count for _, count in self.levels)
         return numbers if self.start is None else (self.start, *numbers)
 
     def at(self, time: float) -> int:
-        """The number of mediators at a time from 0 to 1, where it is `fixed`."""
+        """Return the number of mediators at a time from 0 to 1, where it is `fixed`."""
         return [count for begins, count in self.levels if begins <= time + _ROUNDING or not begins][-1]
 
 
 @dataclass
 class Switching:
-    """What a schedule that measures knows in a run, of U images or of the batch as one."""
+    """State of a measuring schedule in a run, for U images or for the batch as one."""
 
     schedule: MediatorSchedule
     places: list[int] = field(default_factory=list)
-    """Per unit, how many levels were passed; empty before the first step."""
+    """Number of levels that each unit passed; empty before the first step."""
     steps: int = 0
-    """How many were seen."""
+    """Number of observed steps."""
     _average: Tensor | None = None
     _velocity: Tensor | None = None
 
     @property
     def counts(self) -> tuple[int, ...]:
-        """Per unit, the number of mediators of the next step; one for all before the first."""
+        """Number of mediators of the next step, per unit; one for all before the first."""
         numbers = self.schedule.counts
         return tuple(numbers[place] for place in self.places) or numbers[:1]
 
     def observe(self, velocity: Tensor, sample: Tensor, result: Tensor) -> bool:
-        """Take note of a step from `sample` to `result`, (images, ...) each; whether the host waited for the device."""
+        """Observe a step from `sample` to `result`, (images, ...) each.
+
+        Returns whether the host waited for the device.
+        """
         velocity, sample, result = (self._units(tensor) for tensor in (velocity, sample, result))
         self.places = self.places or [0] * len(sample)
         decided = min(self.places) == len(self.schedule.levels)
@@ -158,7 +163,7 @@ class Switching:
         return tensor.flatten(0, 1)[None] if self.schedule.decide == "batch" else tensor
 
     def _passed(self, velocity: Tensor, sample: Tensor, result: Tensor) -> Tensor | None:
-        """(levels, U) whether each is passed, never by what is not a number; None where it is too early to tell."""
+        """Return (levels, U) whether each threshold is passed (NaN never is), or None if it is too early to tell."""
         if self.schedule.distance is None:
             before, self._velocity = self._velocity, velocity
             change = None if before is None else relative_change(before, velocity)
@@ -176,12 +181,12 @@ class Switching:
 
 
 def measured(before: Tensor, after: Tensor, metric: str) -> Tensor:
-    """(units, ...) twice -> (units,) how far apart they are, see `MediatorSchedule.metric`."""
+    """Return the distance (units,) of two tensors (units, ...), see `MediatorSchedule.metric`."""
     return (mean_abs if metric == "mae" else mean_square)(after - before)
 
 
 def _levels(name: str, given: Any) -> Levels:
-    """As tuples.
+    """Convert the pairs to tuples.
 
     Raises:
         ValueError: no such pairs, or thresholds out of order.

@@ -1,4 +1,4 @@
-"""Which attention of a network goes through mediators, as plain data."""
+"""Settings of mediator attention, as plain data."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from flowaccel.models.settings import settings_from
 
 @dataclass(frozen=True, kw_only=True)
 class MediatorSettings:
-    """How mediators are built (Attention Mediators, arXiv 2408.05710).
+    """Settings of mediator attention (Attention Mediators, arXiv 2408.05710).
 
     Raises:
         ValueError: a value out of its range.
     """
 
     counts: tuple[int, ...] | None = (16,)
-    """The numbers of mediators that one network can run with, squares. None is full attention with the same biases and
-    convolution, which mediators are fairly compared with."""
+    """Numbers of mediators that one network can run with, squares. None is full attention with the same biases and
+    convolution, the fair baseline of mediators."""
     layers: tuple[int, ...] | None = None
     """Blocks whose attention goes through mediators, by index from 0; None for all."""
     per_layer: bool = False
@@ -48,7 +48,7 @@ class MediatorSettings:
             raise ValueError("per_layer is for numbers of mediators, got counts=None; leave it out")
 
     def blocks(self, count: int) -> dict[int, tuple[int, ...] | None]:
-        """Which of `count` blocks have mediators, and the numbers that each can run with; None as of `counts`.
+        """Return which of `count` blocks have mediators, and the numbers that each can run with; None as in `counts`.
 
         Raises:
             ValueError: an index that is not there; with `per_layer`, not as many numbers as layers.
@@ -67,7 +67,7 @@ class MediatorSettings:
 
     @classmethod
     def of(cls, given: Self | dict[str, Any] | None) -> Self:
-        """From a configuration.
+        """Create the settings from a configuration.
 
         Raises:
             ValueError: an entry that is not known.

@@ -1,5 +1,6 @@
-"""Training networks with mediator attention (arXiv 2408.05710): several numbers of mediators in one network, and
-softmax networks made over.
+"""Training of networks with mediator attention (arXiv 2408.05710).
+
+One network is trained with several numbers of mediators, from scratch or converted from a softmax network.
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ from flowaccel.training.labelled import LabelledBatch, LabelledObjective
 
 @dataclass(frozen=True, kw_only=True)
 class MediatorObjective:
-    """A stock network's objective, for one that runs with several numbers of mediators: every batch is shared out among
-    all of them, so that a step costs what it costs with one.
+    """Objective of a stock network, adapted to one that runs with several numbers of mediators.
+
+    Every batch is divided among all of them, so that a step costs what it costs with one.
 
     With a teacher, the softmax network that was made over, what every block returns is drawn to what the teacher's
     does.
@@ -27,10 +29,10 @@ class MediatorObjective:
 
     objective: LabelledObjective
     counts: tuple[int, ...] | None
-    """The numbers of mediators that are trained, in turn. None is for layers that have a number each."""
+    """Numbers of mediators that are trained, in turn. None is for layers that have a number each."""
     teacher: nn.Module | None = None
     feature_weight: float = 0.5
-    """Of the mean squared error to the teacher's blocks."""
+    """Weight of the mean squared error to the teacher's blocks."""
     blocks: str = "transformer_blocks"
 
     def __post_init__(self) -> None:
@@ -44,11 +46,11 @@ class MediatorObjective:
 
     @property
     def _turns(self) -> tuple[int | None, ...]:
-        """What the layers are set to, one after the other."""
+        """Numbers of mediators that the layers are set to in turn."""
         return (None,) if self.counts is None else self.counts
 
     def __call__(self, network: nn.Module, generator: torch.Generator) -> Tensor:
-        """A scalar.
+        """Return the loss, a scalar.
 
         Raises:
             ValueError: gradient checkpointing with several numbers, where backward would compute with the last one.
@@ -81,7 +83,7 @@ class MediatorObjective:
 
 
 def _part(batch: LabelledBatch, place: int, parts: int) -> LabelledBatch:
-    """Every so many rows of a batch."""
+    """Return every `parts`-th row of a batch."""
     rows = slice(place, None, parts)
     return replace(
         batch, images=batch.images[rows], noise=batch.noise[rows], t=batch.t[rows], labels=batch.labels[rows]
@@ -90,7 +92,7 @@ def _part(batch: LabelledBatch, place: int, parts: int) -> LabelledBatch:
 
 @contextmanager
 def features(network: nn.Module, blocks: str) -> Iterator[list[Tensor]]:
-    """What the blocks of a list return in the calls within, in their order."""
+    """Collect the outputs of the blocks of a list in the calls inside the context, in order."""
     found: list[Tensor] = []
     listed: Any = getattr(network, "module", network).get_submodule(blocks)
 

@@ -129,7 +129,10 @@ def mediators(
 
 
 def _feature_weight(method: str, given: float | None) -> float:
-    """Raises ValueError for an unknown method, or a weight of features that nothing is compared with."""
+    """Return the weight of the feature loss.
+
+    Raises ValueError for an unknown method, or for a weight without features to compare with.
+    """
     if method not in METHODS:
         raise ValueError(f"--method must be one of {', '.join(METHODS)}, got {method!r}")
     if method == "scratch":
@@ -142,7 +145,7 @@ def _feature_weight(method: str, given: float | None) -> float:
 
 
 def _mediated_network(base: Any, settings: MediatorSettings, method: str) -> Any:
-    """With weights of its own, from those of `base` or anew."""
+    """Return a network with weights of its own, copied from `base` or new."""
     if method == "retrofit":
         network: Any = MediatorSiTTransformer2DModel.from_base(copy.deepcopy(base), settings)
     else:

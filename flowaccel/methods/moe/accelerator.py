@@ -1,4 +1,4 @@
-"""Networks with experts: DiffMoE (arXiv 2503.14487) and its rivals, with as many experts a token as is asked for."""
+"""Accelerator for networks with experts (DiffMoE, arXiv 2503.14487, and its rivals), at a chosen capacity."""
 
 from __future__ import annotations
 
@@ -38,7 +38,9 @@ SELECTIONS = ("predictor_mask", "gate_threshold")
 
 @dataclass(frozen=True)
 class MixtureOfExperts(Variant):
-    """Exchange the network for one with experts in the place of feed-forwards (DiffMoE, arXiv 2503.14487).
+    """Accelerator that replaces the network by one with experts (DiffMoE, arXiv 2503.14487).
+
+    The experts take the place of feed-forwards.
 
     All settings are those of this accelerator while it is attached, also where they are None; what the network was set
     to before comes back with `restore`.
@@ -49,7 +51,7 @@ class MixtureOfExperts(Variant):
             were fitted for it; less is faster and further from what was trained. None: that of the training.
         selection: how the router `diffmoe` chooses: `predictor_mask` asks its capacity predictor, `gate_threshold` its
             gate; None takes what the network was saved with.
-        backend: how experts are run: `loop`, `bmm` or `grouped_mm`, or `auto`, what is fastest here.
+        backend: how experts are run: `loop`, `bmm` or `grouped_mm`, or `auto`, the fastest here.
         budget: let an expert take at most so many times its even share of an image's tokens. Shapes are then known
             beforehand and nothing waits for the device, but the whole budget is computed, also where there are fewer
             tokens for it, and pairs that do not fit are left out; the report counts them. None: no bound.
@@ -84,11 +86,13 @@ class MixtureOfExperts(Variant):
 
     @staticmethod
     def is_form(network: nn.Module) -> bool:
-        """Whether a network is a form with experts, and has some."""
+        """Whether a network is of a class with experts, and has some."""
         return isinstance(network, MoEMixin) and bool(moe_layers(network))
 
     def stand_in(self, pipe: Any) -> Any:
-        """The network with experts, on the device of the pipeline's own and of its type; what decides keeps its own.
+        """Return the network with experts, on the device and in the dtype of the pipeline's network.
+
+        The tensors that take part in routing keep their dtype.
 
         Raises:
             ValueError: it is a form of another network.
@@ -96,7 +100,7 @@ class MixtureOfExperts(Variant):
         return self.fitted_to(self.resolve(pipe), denoiser(pipe))
 
     def attach(self, pipe: Any) -> Detach:
-        """Exchange the network and set its experts; undone by putting back the old object and the old settings.
+        """Replace the network and set its experts; detaching restores the original object and settings.
 
         Raises:
             ValueError: a network or settings that do not fit, or thresholds that were never fitted.
@@ -142,7 +146,7 @@ def _by_batch(selection: str) -> str:
 
 
 def _put_back(layer: MoEFeedForward) -> Detach:
-    """What sets a layer to what it is set to now."""
+    """Return a function that restores a layer's current settings."""
     experts, backend = layer.experts, layer.experts.backend
     selection, budget, capacity = layer.selection, layer.budget, layer.thresholds.capacity
 
@@ -154,7 +158,7 @@ def _put_back(layer: MoEFeedForward) -> Detach:
 
 
 class _Runs:
-    """What stands around the network's calls: writes down what experts were given."""
+    """Wrapper around the network's calls that records the experts' load."""
 
     def __init__(self, network: nn.Module, layers: dict[str, MoEFeedForward], budget: float | None) -> None:
         self.network, self.layers, self.budget = network, layers, budget
@@ -185,8 +189,10 @@ class _Runs:
             self._overflow(call.run).append((record, torch.stack(overflow).sum()))
 
     def _overflow(self, run: Run) -> list[tuple[CallRecord, Tensor]]:
-        """The run's calls and what they left out, a scalar on the device each; read when it ends, so that no step waits
-        for the device."""
+        """Return the run's calls with their overflow, a scalar on the device each.
+
+        They are read when the run ends, so that no step waits for the device.
+        """
         if self not in run.state:
             found: list[tuple[CallRecord, Tensor]] = []
             run.state[self] = found

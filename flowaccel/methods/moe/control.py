@@ -1,4 +1,4 @@
-"""Setting what can be set of a network's experts, after it was built."""
+"""Settings of a network's experts that can be changed after it was built."""
 
 from __future__ import annotations
 
@@ -9,13 +9,15 @@ from flowaccel.methods.moe.feed_forward import MoEFeedForward
 
 
 def moe_layers(network: nn.Module) -> dict[str, MoEFeedForward]:
-    """The feed-forwards of a network that have experts, by their names in it."""
+    """Return the feed-forwards of a network that have experts, by name."""
     return {path: module for path, module in network.named_modules() if isinstance(module, MoEFeedForward)}
 
 
 def set_experts_backend(network: nn.Module, name: str) -> None:
-    """Set how experts are run: `auto`, one after the other (`loop`), at once where all have equally many tokens
-    (`bmm`), or at once with torch's `grouped_mm`. What does not run on given types and shapes falls back to `loop`.
+    """Set how experts are run.
+
+    `auto` chooses; `loop` runs one after the other, `bmm` all at once where they have equally many tokens, `grouped_mm`
+    all at once with torch's `grouped_mm`. What does not run on given types and shapes falls back to `loop`.
 
     Raises:
         ValueError: an unknown name.
@@ -27,7 +29,7 @@ def set_experts_backend(network: nn.Module, name: str) -> None:
 
 
 def set_moe_capacity(network: nn.Module, capacity: float | None) -> None:
-    """Set how many experts a token takes on average in use; None goes back to the capacity of the training.
+    """Set how many experts a token takes on average in inference; None restores the capacity of the training.
 
     Raises:
         ValueError: a router without thresholds; nothing was fitted for other capacities yet; or a capacity out of
@@ -45,7 +47,7 @@ def set_moe_capacity(network: nn.Module, capacity: float | None) -> None:
 
 
 def set_moe_selection(network: nn.Module, selection: str) -> None:
-    """Set how the `diffmoe` router chooses in use, see `MoESettings.inference_selection`.
+    """Set how the `diffmoe` router chooses in inference, see `MoESettings.inference_selection`.
 
     Raises:
         ValueError: another router, or an unknown way.
@@ -55,8 +57,9 @@ def set_moe_selection(network: nn.Module, selection: str) -> None:
 
 
 def set_moe_budget(network: nn.Module, budget: float | None) -> None:
-    """Let an expert take at most `budget * L / E` of the L tokens of a sample in use, so that shapes are known
-    beforehand: for compiled networks and CUDA graphs. None sets no bound.
+    """Limit an expert to `budget * L / E` of the L tokens of a sample in inference; None removes the limit.
+
+    Shapes are then static, as compiled networks and CUDA graphs need.
 
     Raises:
         ValueError: a budget that is not positive.
@@ -68,8 +71,9 @@ def set_moe_budget(network: nn.Module, budget: float | None) -> None:
 
 
 def set_aux_loss_scale(network: nn.Module, scale: float) -> None:
-    """Set the factor on the gradients of the routers' own losses: 1 / N where the rest of the loss is divided by N
-    accumulation steps, times the scale of a gradient scaler.
+    """Set the factor on the gradients of the routers' own losses.
+
+    It is 1 / N where the rest of the loss is divided by N accumulation steps, times the scale of a gradient scaler.
 
     Raises:
         ValueError: a scale that is not positive.
@@ -81,8 +85,9 @@ def set_aux_loss_scale(network: nn.Module, scale: float) -> None:
 
 
 def unpack_experts(network: nn.Module) -> None:
-    """Make experts modules with `nn.Linear` layers, `experts.E.proj_in` and `.proj_out`, which LoRA and quantisers
-    find. They share the packed weights until they are moved.
+    """Convert experts to modules with `nn.Linear` layers, which LoRA and quantisers find.
+
+    The layers are `experts.E.proj_in` and `.proj_out`. They share the packed weights until they are moved.
     """
     for layer in moe_layers(network).values():
         if isinstance(layer.experts, Experts):
@@ -90,7 +95,7 @@ def unpack_experts(network: nn.Module) -> None:
 
 
 def pack_experts(network: nn.Module) -> None:
-    """Undo `unpack_experts`, with the weights as they are now.
+    """Undo `unpack_experts`, with the current weights.
 
     Raises:
         ValueError: layers that are no plain `nn.Linear` any more; nothing is changed.

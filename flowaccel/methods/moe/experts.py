@@ -1,4 +1,4 @@
-"""Feed-forwards side by side, with their weights in one tensor per layer, and the ways to run them.
+"""Expert feed-forwards, with their weights packed into one tensor per layer, and the backends that run them.
 
 Shapes: S tokens in a pool, D width, H hidden width of an expert, E experts, P pairs of a token and an expert.
 """
@@ -33,7 +33,7 @@ _ALIGNMENT = 16
 
 @dataclass(frozen=True, kw_only=True)
 class ExpertShape:
-    """What one expert looks like."""
+    """Shape of one expert."""
 
     dim: int
     inner_dim: int
@@ -46,16 +46,16 @@ class ExpertShape:
 
     @property
     def rows(self) -> int:
-        """Of the first layer: twice the hidden width where one half gates the other."""
+        """Output rows of the first layer: twice the hidden width for gated activations."""
         return self.inner_dim * (2 if self.activation_fn in GATED else 1)
 
     @property
     def macs(self) -> int:
-        """Multiply-adds of its matrix products for one token."""
+        """Multiply-adds of an expert's matrix products for one token."""
         return self.rows * self.dim + self.dim * self.inner_dim
 
     def activate(self, hidden: Tensor) -> Tensor:
-        """(..., rows) -> (..., H); of gated ones the first half is the value, as in diffusers."""
+        """Apply the activation: (..., rows) -> (..., H); if gated, the first half is the value, as in diffusers."""
         if self.activation_fn in PLAIN:
             return PLAIN[self.activation_fn](hidden)
         value, gate = hidden.chunk(2, dim=-1)
@@ -63,7 +63,7 @@ class ExpertShape:
 
     @classmethod
     def of(cls, dense: FeedForward) -> ExpertShape:
-        """That of a diffusers feed-forward.
+        """Return the shape of a diffusers feed-forward.
 
         Raises:
             ValueError: an activation or layers that experts do not have.
@@ -106,7 +106,7 @@ class Experts(nn.Module):
 
     Args:
         count: E, at least 1.
-        shape: of every expert.
+        shape: shape of every expert.
     """
 
     def __init__(self, count: int, shape: ExpertShape) -> None:
@@ -124,14 +124,14 @@ class Experts(nn.Module):
         return len(self.w_in)
 
     def forward(self, pool: Tensor, plan: ExpertPlan) -> Tensor:
-        """Weighted sums over every token's experts: (S, D) -> (S, D), of the type of the plan's weights."""
+        """Return weighted sums over every token's experts, (S, D) -> (S, D), in the dtype of the plan's weights."""
         output = pool.new_zeros(pool.shape, dtype=plan.weights.dtype)
         if not plan.pairs:
             return output
         return _RUN[self._backend(pool, plan)](self, pool, plan, output)
 
     def copy_(self, expert: int, dense: FeedForward) -> None:
-        """Give an expert the weights of a feed-forward of its shape."""
+        """Copy the weights of a feed-forward of the same shape into an expert."""
         first, last = _first_linear(dense), dense.net[2]
         with torch.no_grad():
             self.w_in[expert].copy_(first.weight)
@@ -141,8 +141,11 @@ class Experts(nn.Module):
                     packed[expert].copy_(linear.bias)
 
     def alone(self) -> list[Callable[[Tensor], Tensor]]:
-        """Every expert as a function, (n, D) -> (n, D). Weights are taken apart once for all: each time that a packed
-        tensor is indexed would cost a gradient of its whole size."""
+        """Return every expert as a function, (n, D) -> (n, D).
+
+        The weights are unbound once for all experts, because every indexing of a packed tensor would cost a gradient of
+        its whole size.
+        """
         weights = [[None] * len(self) if packed is None else packed.unbind() for packed in self._packed]
         return [partial(self._alone, *parts) for parts in zip(*weights, strict=True)]
 
@@ -160,24 +163,24 @@ class Experts(nn.Module):
 
 
 class ExpertModules(nn.ModuleList):
-    """The same experts as modules with `nn.Linear` layers, `proj_in` and `proj_out`, for LoRA and quantisers."""
+    """Experts as modules with `nn.Linear` layers, `proj_in` and `proj_out`, for LoRA and quantisers."""
 
     def __init__(self, packed: Experts) -> None:
         super().__init__(ExpertModule(packed, index) for index in range(len(packed)))
         self.shape = packed.shape
         self.backend = packed.backend
-        """For when they are packed again; modules run one after the other."""
+        """Backend for when they are packed again; modules run one after the other."""
 
     def forward(self, pool: Tensor, plan: ExpertPlan) -> Tensor:
-        """As `Experts.forward`."""
+        """See `Experts.forward`."""
         return _loop(self, pool, plan, pool.new_zeros(pool.shape, dtype=plan.weights.dtype))
 
     def alone(self) -> list[Any]:
-        """Every expert as a function."""
+        """Return every expert as a function."""
         return list(self)
 
     def packed(self) -> Experts:
-        """The packed form, with the weights as they are now.
+        """Return the packed form, with the current weights.
 
         Raises:
             ValueError: layers that are no plain `nn.Linear` any more, such as an adapter's or a quantiser's.
@@ -207,7 +210,7 @@ def _stacked(layers: list[nn.Linear], name: str) -> nn.Parameter:
 
 
 class ExpertModule(nn.Module):
-    """One expert of `Experts`, whose weights it shares until they are moved."""
+    """Expert of `Experts` as a module, which shares its weights until they are moved."""
 
     def __init__(self, packed: Experts, index: int) -> None:
         super().__init__()
@@ -216,7 +219,7 @@ class ExpertModule(nn.Module):
         self.proj_out = _linear(packed.w_out, packed.b_out, index)
 
     def forward(self, rows: Tensor) -> Tensor:
-        """(n, D) -> (n, D)."""
+        """Apply the expert: (n, D) -> (n, D)."""
         found: Tensor = self.proj_out(self.shape.activate(self.proj_in(rows)))
         return found
 
@@ -232,7 +235,7 @@ def _linear(weight: nn.Parameter, bias: nn.Parameter | None, index: int) -> nn.L
 
 
 def _loop(experts: Experts | ExpertModules, pool: Tensor, plan: ExpertPlan, output: Tensor) -> Tensor:
-    """One expert after the other, on its tokens."""
+    """Run one expert after the other, on its tokens."""
     first = 0
     for expert, size in zip(experts.alone(), plan.sizes(), strict=True):
         if size:
@@ -245,7 +248,7 @@ def _loop(experts: Experts | ExpertModules, pool: Tensor, plan: ExpertPlan, outp
 
 
 def _bmm(experts: Experts, pool: Tensor, plan: ExpertPlan, output: Tensor) -> Tensor:
-    """All experts at once, for equally many tokens each."""
+    """Run all experts at once, for equally many tokens each."""
     rows = pool.index_select(0, plan.tokens).unflatten(0, (len(experts), -1))
     hidden = experts.shape.activate(_batched(rows, experts.w_in, experts.b_in))
     computed = _batched(hidden, experts.w_out, experts.b_out).flatten(0, 1)
@@ -253,14 +256,14 @@ def _bmm(experts: Experts, pool: Tensor, plan: ExpertPlan, output: Tensor) -> Te
 
 
 def _batched(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """(E, k, in) -> (E, k, out)."""
+    """Apply one linear layer per expert: (E, k, in) -> (E, k, out)."""
     if bias is None:
         return torch.bmm(rows, weight.transpose(1, 2))
     return torch.baddbmm(bias.unsqueeze(1), rows, weight.transpose(1, 2))
 
 
 def _grouped(experts: Experts, pool: Tensor, plan: ExpertPlan, output: Tensor) -> Tensor:
-    """All experts at once, for any numbers of tokens."""
+    """Run all experts at once, for any numbers of tokens."""
     rows = pool.index_select(0, plan.tokens).to(_operand_dtype(pool))
     hidden = _groups(rows, experts.w_in, experts.b_in, plan)
     computed = _groups(experts.shape.activate(hidden), experts.w_out, experts.b_out, plan)
@@ -280,7 +283,7 @@ _RUN: dict[str, Callable[[Any, Tensor, ExpertPlan, Tensor], Tensor]] = {
 
 
 def fastest(pool: Tensor, plan: ExpertPlan) -> str:
-    """What `auto` takes, of `BACKENDS`; what does not run here becomes `loop` afterwards.
+    """Return the entry of `BACKENDS` that `auto` takes; what does not run here becomes `loop` afterwards.
 
     `grouped_mm` is one kernel for all groups only in bfloat16 on these GPUs; elsewhere torch runs them one by one, too.
     On the CPU the hidden layer of one expert stays in the cache, that of all does not (`benchmarks/moe_layer.py`).
@@ -292,8 +295,10 @@ def fastest(pool: Tensor, plan: ExpertPlan) -> str:
 
 
 def grouped_runs(shape: ExpertShape, pool: Tensor) -> bool:
-    """Whether this torch has `grouped_mm` and it takes these shapes and types; compiled it takes bfloat16 only. Without
-    data there is nothing to run, and torch would not count it."""
+    """Whether this torch has `grouped_mm` and it takes these shapes and dtypes; compiled, it takes bfloat16 only.
+
+    Without data there is nothing to run, and torch would not count it.
+    """
     if pool.is_meta or not hasattr(functional, "grouped_mm"):
         return False
     dtype = _operand_dtype(pool)
@@ -302,7 +307,7 @@ def grouped_runs(shape: ExpertShape, pool: Tensor) -> bool:
 
 
 def _operand_dtype(pool: Tensor) -> torch.dtype:
-    """Of matrix products: autocast's type where it is on, which leaves float64 alone."""
+    """Return the dtype of matrix products: autocast's where it is on, which leaves float64 alone."""
     device = pool.device.type
     casts = torch.is_autocast_enabled(device) and pool.dtype != torch.float64
     return torch.get_autocast_dtype(device) if casts else pool.dtype

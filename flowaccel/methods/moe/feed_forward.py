@@ -1,4 +1,4 @@
-"""A feed-forward of experts (DiffMoE, arXiv 2503.14487), in the place of a dense one.
+"""Feed-forward of experts (DiffMoE, arXiv 2503.14487), in place of a dense one.
 
 Shapes: B samples of L tokens, S = B * L tokens in the pool, D width, E experts.
 """
@@ -24,7 +24,7 @@ _PREDICTOR_STD = 0.02
 
 
 class MoEFeedForward(nn.Module):
-    """Experts in the place of a dense feed-forward: sends every token through some of E feed-forwards.
+    """Mixture-of-experts feed-forward: sends every token through some of E feed-forwards.
 
     While training, the router chooses within the pool of all tokens of the call, and its own loss is added to the
     gradient of whatever is made of the output. Call `flowaccel.methods.moe.train.moe_step` after every optimiser step.
@@ -35,7 +35,7 @@ class MoEFeedForward(nn.Module):
     Args:
         settings: how many experts, and how they are chosen. What it leaves to the dense feed-forward (`inner_dim`,
             `activation_fn`, `bias`) is as in `shape`.
-        shape: of the dense feed-forward.
+        shape: shape of the dense feed-forward.
     """
 
     def __init__(self, settings: MoESettings, shape: ExpertShape) -> None:
@@ -80,25 +80,25 @@ class MoEFeedForward(nn.Module):
     selection_bias: Tensor
     """(E,): what `deepseek` adds to the scores for its choice."""
     capacity: float
-    """How many experts a token takes on average while training; a schedule may move it."""
+    """Number of experts that a token takes on average in training; a schedule may change it."""
     selection: str
-    """One of `SELECTIONS`: how the `diffmoe` router chooses in use."""
+    """Selection of the `diffmoe` router in inference, one of `SELECTIONS`."""
     budget: float | None
-    """In use, an expert takes at most `budget * L / E` tokens of a sample, so that shapes are known beforehand and
-    nothing waits for the device; None sets no bound. Not for `gate_topk_count`."""
+    """Limit of an expert in inference, `budget * L / E` tokens of a sample, so that shapes are static and nothing waits
+    for the device; None sets no limit. Not for `gate_topk_count`."""
     aux_loss_scale: float
     """Factor on the gradient of the router's own loss: that which the rest of the loss is divided by."""
     plan: ExpertPlan | None
-    """What the last call chose, without gradients."""
+    """Plan of the last call, without gradients."""
     pooled: tuple[int, int] | None
     """(B, L) of the last call."""
     aux_loss: Tensor | None
-    """The router's own loss in the last call while training, with its weight and without gradient."""
+    """Router's own loss in the last training call, with its weight and without gradient."""
     overflow: Tensor | None
-    """How many pairs the last call left out for the budget, a scalar on the device."""
+    """Number of pairs that the last call left out for the budget, a scalar on the device."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MoEFeedForward:
-        """Move, but what decides never to a narrower type, because another choice changes the output."""
+        """Move as `nn.Module` does, but keep the router's precision, because another choice changes the output."""
         wide = never_narrower(fn)
         if recurse:
             for name, child in self.named_children():
@@ -106,7 +106,7 @@ class MoEFeedForward(nn.Module):
         return super()._apply(wide, recurse=False)
 
     def reset_router(self) -> None:
-        """First weights: a narrow gate, and a capacity predictor that says of every pair what share is taken."""
+        """Initialise the router: a gate of small weights, and a predictor of the capacity's share for every pair."""
         nn.init.normal_(self.gate.weight, std=self.settings.gate_init_std)
         if self.capacity_predictor is not None:
             first, last = self.capacity_predictor[0], self.capacity_predictor[2]
@@ -118,8 +118,7 @@ class MoEFeedForward(nn.Module):
 
     @property
     def invariance(self) -> str:
-        """What an output depends on in use beside its own token: nothing more (`token`), the rest of the `sample`, or
-        the whole `batch`."""
+        """What an output depends on in inference: its own `token` only, its `sample`, or the whole `batch`."""
         return invariance(self.settings.router, self.selection)
 
     def forward(self, hidden_states: Tensor, *args: Any, token_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
@@ -193,7 +192,10 @@ class MoEFeedForward(nn.Module):
         return self.capacity_predictor is not None and not unread
 
     def _threshold(self, choosing: bool) -> Tensor | None:
-        """In use: that of the scores that decide. While training: that of `expert_threshold`, once it is warm."""
+        """Return the threshold of the scores that decide, or None.
+
+        In training it is that of `expert_threshold`, once it is warm.
+        """
         if not self.settings.thresholded:
             return None
         if choosing:
@@ -204,7 +206,7 @@ class MoEFeedForward(nn.Module):
 
     @property
     def score_kind(self) -> str:
-        """Whose scores are compared with a threshold in use."""
+        """Kind of the scores that are compared with a threshold in inference."""
         return GATE if self.settings.router != "diffmoe" or self.selection == "gate_threshold" else PREDICTOR
 
     def _budget(self, length: int) -> int | None:
@@ -224,14 +226,17 @@ class MoEFeedForward(nn.Module):
 
     @torch.no_grad()
     def commit(self) -> None:
-        """Take over what was observed since the last time; see `flowaccel.methods.moe.train.moe_step`."""
+        """Update thresholds and biases from the observations since the last call.
+
+        See `flowaccel.methods.moe.train.moe_step`.
+        """
         found = self.thresholds.commit()
         if LOAD in found:
             load = found[LOAD]
             self.selection_bias += self.settings.bias_rate * torch.sign(load.mean() - load)
 
     def choose_by(self, selection: str) -> None:
-        """Set how the `diffmoe` router chooses in use.
+        """Set how the `diffmoe` router chooses in inference.
 
         Raises:
             ValueError: another router, or an unknown way.
@@ -245,7 +250,7 @@ class MoEFeedForward(nn.Module):
 
     @classmethod
     def of(cls, dense: FeedForward, settings: MoESettings | dict[str, Any] | None = None) -> MoEFeedForward:
-        """Fresh experts of the shape of a dense feed-forward, on its device and of its type; what decides is float32.
+        """Create experts of the shape of a dense feed-forward, on its device and in its dtype; the router is float32.
 
         Raises:
             ValueError: settings that are not known, or an activation that experts do not have.
@@ -259,7 +264,7 @@ class MoEFeedForward(nn.Module):
 
 
 def observed(settings: MoESettings) -> tuple[str, ...]:
-    """What a router observes while training."""
+    """Return the kinds of scores that a router observes in training."""
     kinds = {
         "diffmoe": (PREDICTOR, GATE),
         "expert_race": (GATE,),
@@ -270,7 +275,7 @@ def observed(settings: MoESettings) -> tuple[str, ...]:
 
 
 class _Injected(torch.autograd.Function):
-    """The identity, whose gradient also reaches a loss: it needs nobody to add that up, and outlives checkpointing."""
+    """Identity function that adds a loss to the gradient, also under gradient checkpointing."""
 
     @staticmethod
     def forward(ctx: Any, output: Tensor, loss: Tensor, scale: float) -> Tensor:
@@ -283,7 +288,7 @@ class _Injected(torch.autograd.Function):
 
 
 def _linear(layer: nn.Linear, given: Tensor) -> Tensor:
-    """In the type of what is given, whatever that of the weights."""
+    """Apply a linear layer in the dtype of the input, whatever that of the weights."""
     if layer.weight.dtype == given.dtype:
         found: Tensor = layer(given)  # a call, so that offloading brings the weights
         return found

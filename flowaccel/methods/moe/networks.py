@@ -1,4 +1,4 @@
-"""Stock networks with experts in the place of feed-forwards (DiffMoE, arXiv 2503.14487)."""
+"""Stock networks with experts in place of feed-forwards (DiffMoE, arXiv 2503.14487)."""
 
 from __future__ import annotations
 
@@ -22,13 +22,14 @@ from flowaccel.models.sit import SiTTransformer2DModel
 from flowaccel.models.variants import VariantMixin
 
 BLOCKS, FEED_FORWARD = "transformer_blocks", "ff"
-"""Where the feed-forwards are that can have experts: those of blocks that modulate what they read. FLUX's single-stream
+"""Names of the feed-forwards that can have experts: those of blocks that modulate what they read. FLUX's single-stream
 blocks have none of their own, and those of text stay dense."""
 
 
 class MoEMixin(VariantMixin):
-    """What the networks with experts add to the stock ones: the argument `moe_config`, entries of `MoESettings`. None
-    is the stock network.
+    """Mixin that adds experts to a stock network.
+
+    The argument `moe_config` has the entries of `MoESettings`; None is the stock network.
     """
 
     argument = "moe_config"
@@ -42,11 +43,11 @@ class MoEMixin(VariantMixin):
 
     @classmethod
     def settings_of(cls, given: Any) -> MoESettings | None:
-        """None stays None."""
+        """Return the settings of a configuration entry; None stays None."""
         return None if given is None else MoESettings.of(given)
 
     def install(self, settings: MoESettings | None) -> None:
-        """Put fresh experts in the place of feed-forwards."""
+        """Replace feed-forwards by new experts."""
         network: Any = self
         network.register_to_config(moe_config=None if settings is None else asdict(settings))
         if settings is None:
@@ -57,7 +58,7 @@ class MoEMixin(VariantMixin):
             setattr(blocks[index], FEED_FORWARD, MoEFeedForward.of(dense, settings))
 
     def routing(self) -> list[Tensor]:
-        """Those of gates, capacity predictors and thresholds, and selection biases."""
+        """Return the tensors of gates, capacity predictors, thresholds and selection biases."""
         network: Any = self
         return [
             tensor
@@ -67,7 +68,7 @@ class MoEMixin(VariantMixin):
         ]
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
-        """As diffusers'.
+        """Save the network as diffusers does.
 
         Raises:
             ValueError: the experts are unpacked, and `from_pretrained` would not find them.
@@ -84,7 +85,7 @@ class MoEMixin(VariantMixin):
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """As diffusers'.
+        """Load a network as diffusers does.
 
         Raises:
             CheckpointError: weights of other shapes than the configuration says, such as those of another number of
@@ -104,11 +105,11 @@ class MoEMixin(VariantMixin):
 
     @classmethod
     def from_base(cls, base: nn.Module, settings: MoESettings | dict[str, Any]) -> Any:
-        """A network with fresh experts around the other weights of `base`, which stays as it is.
+        """Build a network with new experts that shares the other weights of `base`, which is not changed.
 
         Args:
             base: a network of the class that this one is a form of.
-            settings: how the experts are built.
+            settings: settings of the experts.
 
         Raises:
             ValueError: settings that are not known or do not fit.
@@ -136,7 +137,7 @@ class MoESiTTransformer2DModel(MoEMixin, SiTTransformer2DModel):
         again with `flowaccel.methods.moe.train.calibrate_thresholds`.
 
         Args:
-            path_or_state_dict: as `SiTTransformer2DModel.from_official`.
+            path_or_state_dict: as for `SiTTransformer2DModel.from_official`.
             which: take this entry of a training checkpoint.
             overrides: constructor arguments that the weights do not tell: `num_attention_heads` for a width that no
                 published size has, `out_channels`, and entries of `moe_config` such as `capacity`.
@@ -151,8 +152,9 @@ class MoESiTTransformer2DModel(MoEMixin, SiTTransformer2DModel):
         return model.eval()
 
     def to_official(self) -> dict[str, Tensor]:
-        """This network's weights under the official key names (a new dict; tensors are shared where they are
-        unchanged).
+        """Return this network's weights under the official key names.
+
+        The dict is new; tensors are shared where they are unchanged.
 
         Raises:
             ValueError: a router other than `diffmoe`, or parts that the layout has no name for.
@@ -181,11 +183,11 @@ MOE: dict[str, type[MoEMixin]] = {
         MoEFluxTransformer2DModel,
     )
 }
-"""By the class name of the stock network."""
+"""Classes with experts by the class name of the stock network."""
 
 
 def moe_class(base: nn.Module) -> type[MoEMixin]:
-    """The form with experts of a stock network's class.
+    """Return the class with experts that corresponds to a stock network's class.
 
     Raises:
         UnsupportedModelError: there is none.
@@ -200,7 +202,7 @@ def moe_class(base: nn.Module) -> type[MoEMixin]:
 
 
 def upcycle_to_moe(base: nn.Module, settings: MoESettings | dict[str, Any], method: str = "copies") -> Any:
-    """A network with experts that computes what a dense one computes, to train it on from there.
+    """Return a network with experts that computes the same as a dense one, as a start for further training.
 
     - `copies`: every expert is a copy of the dense feed-forward. Exact where the weights of a token sum to 1: with
       `token_choice`, `dit_moe` and `deepseek` they are normalised; the others start at a capacity of all experts
@@ -210,7 +212,7 @@ def upcycle_to_moe(base: nn.Module, settings: MoESettings | dict[str, Any], meth
 
     Args:
         base: a dense network; it stays as it is, and its other weights are shared.
-        settings: how the experts are built. `shared_inner_dim` is set by the method `shared`; `inner_dim` may then be
+        settings: settings of the experts. `shared_inner_dim` is set by the method `shared`; `inner_dim` may then be
             less than that of the dense feed-forward.
         method: `copies` or `shared`.
 

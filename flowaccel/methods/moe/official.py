@@ -69,7 +69,7 @@ _NOT_STORED = ("thresholds.updates", f"thresholds.{GATE}", f"thresholds.{GATE}_c
 def read_diffmoe(
     source: str | Path | Mapping[str, Any], which: str | None, overrides: Mapping[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Constructor arguments of `MoESiTTransformer2DModel`, and its weights.
+    """Read constructor arguments and weights of a `MoESiTTransformer2DModel`.
 
     Thresholds that are all 0 count as never fitted. There are none for the gate's scores, and none for other
     capacities.
@@ -105,7 +105,7 @@ def read_diffmoe(
 
 
 def write_diffmoe(network: Any) -> dict[str, Tensor]:
-    """The weights of a `MoESiTTransformer2DModel` under the official names; `network` stays as it is.
+    """Return the weights of a `MoESiTTransformer2DModel` under the official names; `network` is not changed.
 
     Raises:
         ValueError: settings that the layout cannot express, experts that are unpacked, or a weight that it has no name
@@ -120,7 +120,9 @@ def write_diffmoe(network: Any) -> dict[str, Tensor]:
 
 
 def diffmoe_to_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What of the state of a `MoESiTTransformer2DModel`, or of its gradients, has a name in the official layout.
+    """Convert the state of a `MoESiTTransformer2DModel`, or its gradients, to the official layout.
+
+    Entries without a name in that layout are left out.
 
     Raises:
         ValueError: a weight that the layout has no name for, such as an adapter's.
@@ -134,11 +136,11 @@ def diffmoe_to_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def layer_from_official(layer: Mapping[str, Tensor], where: str = "") -> dict[str, Tensor]:
-    """The official state dict of one layer of experts -> that of `MoEFeedForward`.
+    """Convert the official state dict of one layer of experts to that of `MoEFeedForward`.
 
     Args:
         layer: `gate_weight`, `experts.0.fc1.weight` and so on.
-        where: what precedes its keys, for messages.
+        where: prefix of its keys, for messages.
 
     Raises:
         CheckpointError: a key that the layout does not have, or experts that are missing or differ.
@@ -161,7 +163,9 @@ def layer_from_official(layer: Mapping[str, Tensor], where: str = "") -> dict[st
 
 
 def layer_to_official(layer: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What of `MoEFeedForward.state_dict()`, or of its gradients, has a name in the official layout.
+    """Convert `MoEFeedForward.state_dict()`, or its gradients, to the official layout.
+
+    Entries without a name in that layout are left out.
 
     Raises:
         ValueError: a weight that the layout has no name for, such as an adapter's.
@@ -184,7 +188,7 @@ def layer_to_official(layer: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _split(
     state: Mapping[str, Tensor], block: str, taken: Callable[[str], bool]
 ) -> tuple[dict[int, dict[str, Tensor]], dict[str, Tensor]]:
-    """What lies below `block` and is `taken` by its name there, by block, and the rest."""
+    """Split a state dict into the entries below `block` whose name is `taken`, by block, and the rest."""
     layers: dict[int, dict[str, Tensor]] = defaultdict(dict)
     rest: dict[str, Tensor] = {}
     for key, value in state.items():
@@ -201,7 +205,7 @@ def _of_experts(name: str) -> bool:
 
 
 def _packed(experts: Mapping[int, Mapping[str, Tensor]], where: str) -> dict[str, Tensor]:
-    """The experts' weights, one tensor of each kind."""
+    """Pack the experts' weights into one tensor of each kind."""
     missing = sorted(set(range(len(experts))) - experts.keys())
     if missing or not experts:
         raise CheckpointError(f"{where}experts: expert {missing[0] if missing else 0} is missing; there are "
@@ -225,7 +229,10 @@ def _packed(experts: Mapping[int, Mapping[str, Tensor]], where: str) -> dict[str
 def _check_shapes(
     parts: Mapping[str, tuple[str, ...]], weights: Mapping[str, Tensor], first: Mapping[str, Tensor], where: str
 ) -> None:
-    """Those of an expert must be the first expert's, and those of parts that are packed into one tensor the same."""
+    """Raise unless an expert's weights have the shapes of the first expert's.
+
+    Parts that are packed into one tensor must have equal shapes.
+    """
     for pieces in parts.values():
         wanted = tuple(first[pieces[0]].shape)
         for part in pieces:
@@ -238,7 +245,10 @@ def _check_shapes(
 
 
 def _fresh(threshold: Tensor) -> dict[str, Tensor]:
-    """What thresholds hold beside those of the predictor's scores. The gate's were never followed, nor any curve."""
+    """Return the entries of `Thresholds` that the layout does not store.
+
+    The gate's thresholds were never followed, nor any curve.
+    """
     fresh = Thresholds(threshold.numel(), (PREDICTOR, GATE), 0.0).state_dict()
     fresh[GATE].fill_(torch.nan)
     fresh["updates"].fill_(bool(threshold.any()))
@@ -246,7 +256,7 @@ def _fresh(threshold: Tensor) -> dict[str, Tensor]:
 
 
 def _alike(layers: Mapping[int, Mapping[str, Tensor]]) -> int:
-    """Hidden width of the experts, which are everywhere as many and of one kind."""
+    """Return the hidden width of the experts, after checking that all layers have as many and of one kind."""
     kinds = {block: (*layer["experts.w_out"].shape[::2], _is_gated(layer), _shared_width(layer))
              for block, layer in layers.items()}  # fmt: skip
     (first, kind), *_ = kinds.items()
@@ -271,7 +281,7 @@ def _shared_width(layer: Mapping[str, Tensor]) -> int | None:
 
 
 def _settings(layer: Mapping[str, Tensor], hidden: int, dense: int) -> dict[str, Any]:
-    """Entries of `MoESettings` that the weights tell; `dense` is the hidden width of a dense feed-forward."""
+    """Infer entries of `MoESettings` from the weights; `dense` is the hidden width of a dense feed-forward."""
     gated = {"activation_fn": "swiglu", "bias": False} if _is_gated(layer) else {}
     return {
         "num_experts": len(layer["experts.w_out"]),
@@ -282,7 +292,7 @@ def _settings(layer: Mapping[str, Tensor], hidden: int, dense: int) -> dict[str,
 
 
 def _named(blocks: tuple[int, ...], depth: int) -> str | tuple[int, ...]:
-    """The name of a choice of blocks, or their indices."""
+    """Return the name of a choice of blocks, or their indices."""
     return next((name for name in LAYERS if named_blocks(name, depth) == blocks), blocks)
 
 

@@ -1,4 +1,4 @@
-"""Which token goes through which expert: plans, and the ways to choose one.
+"""Expert plans, the assignment of tokens to experts, and functions that create them.
 
 Shapes: S tokens in a pool of B samples of L tokens, E experts, P pairs of a token and an expert. Scores are float32, or
 float64 for inputs of float64. Ties are broken arbitrarily.
@@ -25,21 +25,23 @@ class ExpertPlan:
     counts: Tensor
     """(E,) int32: pairs of every expert."""
     each: int | None = None
-    """How many pairs every expert has, where all have equally many and the host knows it without asking the device."""
+    """Number of pairs of every expert, where it is the same for all and known without asking the device."""
 
     @property
     def pairs(self) -> int:
-        """P."""
+        """Number of pairs P."""
         return len(self.tokens)
 
     @property
     def ends(self) -> Tensor:
-        """(E,) int32: where the pairs of every expert end."""
+        """(E,) int32: end index of every expert's pairs."""
         return self.counts.cumsum(0).to(torch.int32)
 
     def sizes(self) -> list[int]:
-        """`counts` on the host, which waits for the device unless `each` is known. Tensors that hold no data are taken
-        to be shared out evenly."""
+        """Return `counts` on the host, which waits for the device unless `each` is known.
+
+        Meta tensors are taken to be shared out evenly.
+        """
         if self.each is not None:
             return [self.each] * len(self.counts)
         if self.counts.is_meta:
@@ -49,14 +51,14 @@ class ExpertPlan:
         return found
 
     def mask(self, pool: int) -> Tensor:
-        """Which pairs there are, bool (S, E), for a pool of S tokens."""
+        """Return a mask of the pairs, bool (S, E), for a pool of S tokens."""
         chosen = torch.zeros(pool, len(self.counts), dtype=torch.bool, device=self.tokens.device)
         chosen[self.tokens, self.experts] = True
         return chosen
 
 
 def _even(weights: Tensor, tokens: Tensor) -> ExpertPlan:
-    """`tokens` (E, k) for every expert, with weights from `weights` (S, E)."""
+    """Return a plan of `tokens` (E, k) for every expert, with weights from `weights` (S, E)."""
     experts, each = tokens.shape
     ids = torch.arange(experts, device=tokens.device)
     return ExpertPlan(
@@ -69,7 +71,7 @@ def _even(weights: Tensor, tokens: Tensor) -> ExpertPlan:
 
 
 def _sorted(tokens: Tensor, experts: Tensor, weights: Tensor, count: int) -> ExpertPlan:
-    """Any pairs, sorted stably, so that tokens are gathered in the same order every time."""
+    """Return a plan of any pairs, sorted stably, so that tokens are gathered in the same order every time."""
     order = experts.argsort(stable=True)
     experts = experts[order]
     counts = torch.zeros(count, dtype=torch.int32, device=experts.device)
@@ -78,7 +80,7 @@ def _sorted(tokens: Tensor, experts: Tensor, weights: Tensor, count: int) -> Exp
 
 
 def best_tokens(weights: Tensor, rank: Tensor, each: int) -> ExpertPlan:
-    """Every expert takes the `each` tokens of the pool that rank highest.
+    """Assign to every expert the `each` tokens of the pool that rank highest.
 
     Args:
         weights: (S, E).
@@ -89,7 +91,7 @@ def best_tokens(weights: Tensor, rank: Tensor, each: int) -> ExpertPlan:
 
 
 def best_tokens_per_sample(weights: Tensor, rank: Tensor, samples: int, each: int) -> ExpertPlan:
-    """Every expert takes the `each` tokens of every sample that rank highest.
+    """Assign to every expert the `each` tokens of every sample that rank highest.
 
     Args:
         weights: (S, E).
@@ -106,7 +108,7 @@ def best_tokens_per_sample(weights: Tensor, rank: Tensor, samples: int, each: in
 def best_experts(
     weights: Tensor, rank: Tensor, each: int, valid: Tensor | None = None, *, normalised: bool = False
 ) -> ExpertPlan:
-    """Every token takes the `each` experts that rank highest.
+    """Assign to every token the `each` experts that rank highest.
 
     Args:
         weights: (S, E).
@@ -127,7 +129,7 @@ def best_experts(
 
 
 def best_pairs(weights: Tensor, rank: Tensor, pairs: int) -> ExpertPlan:
-    """The `pairs` pairs of the whole pool that rank highest.
+    """Select the `pairs` pairs of the whole pool that rank highest.
 
     Args:
         weights: (S, E).
@@ -140,7 +142,7 @@ def best_pairs(weights: Tensor, rank: Tensor, pairs: int) -> ExpertPlan:
 
 
 def most_tokens(weights: Tensor, rank: Tensor, counts: Tensor) -> ExpertPlan:
-    """Every expert takes as many tokens of every sample as `counts` (B, E) says, those that rank highest.
+    """Assign to every expert the highest-ranked tokens of every sample, as many as `counts` (B, E) says.
 
     Args:
         weights: (S, E).
@@ -154,13 +156,16 @@ def most_tokens(weights: Tensor, rank: Tensor, counts: Tensor) -> ExpertPlan:
 
 
 def chosen_pairs(weights: Tensor, chosen: Tensor) -> ExpertPlan:
-    """The pairs that `chosen`, bool (S, E), says; `weights` are (S, E). Waits for the device to learn how many."""
+    """Return a plan of the pairs in `chosen`, bool (S, E); `weights` are (S, E).
+
+    Waits for the device to learn how many there are.
+    """
     experts, tokens = chosen.t().nonzero(as_tuple=True)
     return ExpertPlan(tokens, experts, weights[tokens, experts], chosen.sum(0, dtype=torch.int32))
 
 
 def within_budget(weights: Tensor, rank: Tensor, chosen: Tensor, samples: int, each: int) -> tuple[ExpertPlan, Tensor]:
-    """The pairs that `chosen` says, as far as every expert takes no more than `each` tokens of a sample.
+    """Return a plan of the pairs in `chosen`, with at most `each` tokens of a sample per expert.
 
     Shapes are known beforehand, so nothing waits for the device: places that are left over hold tokens of weight 0.
     What an expert does not get depends on the sample alone.

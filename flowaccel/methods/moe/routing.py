@@ -1,4 +1,4 @@
-"""The routers: from a gate's logits to a plan, one pure function each.
+"""Routers: pure functions from a gate's logits to an expert plan.
 
 DiffMoE (arXiv 2503.14487), token choice with a balance loss (arXiv 2407.11633), expert choice (arXiv 2410.02098),
 Expert Race (arXiv 2503.16057), the sigmoid router with selection biases of DSMoE (arXiv 2512.01252), and thresholds
@@ -28,13 +28,12 @@ from flowaccel.methods.moe.plans import (
 from flowaccel.methods.moe.settings import MoESettings
 
 PREDICTOR, GATE, LOAD = "predictor", "gate", "load"
-"""What is observed while training: the threshold of the capacity predictor's scores, that of the gate's, and how many
-tokens every expert has."""
+"""Observations in training: thresholds of the capacity predictor's and of the gate's scores, and tokens per expert."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Asked:
-    """What a router is asked."""
+    """Inputs of a router."""
 
     settings: MoESettings
     logits: Tensor
@@ -54,34 +53,34 @@ class Asked:
     bias: Tensor | None = None
     """(E,): added to the scores for the choice, not for the weights."""
     budget: int | None = None
-    """In use: how many tokens of a sample an expert takes at most; shapes are then known beforehand."""
+    """Largest number of tokens of a sample that an expert takes in inference; shapes are then static."""
 
     @property
     def tokens(self) -> int:
-        """How many tokens exist; waits for the device where some do not."""
+        """Number of tokens that are not padding; waits for the device where there is padding."""
         return len(self.logits) if self.valid is None else int(self.valid.sum())
 
     @property
     def each(self) -> int:
-        """How many tokens an expert takes of the whole pool: the capacity's share, at least 1."""
+        """Number of tokens that an expert takes of the whole pool: the capacity's share, at least 1."""
         share = int(self.tokens * self.capacity / self.settings.num_experts + 1e-9)
         return min(max(1, share), self.tokens)
 
     def scores(self) -> Tensor:
-        """(S, E): what the gate's logits become."""
+        """Return the scores (S, E) of the gate's logits."""
         kind = self.settings.scores
         if kind == "softmax":
             return self.logits.softmax(-1)
         return self.logits.sigmoid() if kind == "sigmoid" else self.logits
 
     def existing(self, rank: Tensor) -> Tensor:
-        """`rank` (S, E), lowest for tokens that do not exist."""
+        """Return `rank` (S, E) with padding tokens ranked lowest."""
         return rank if self.valid is None else rank.masked_fill(~self.valid.unsqueeze(1), -torch.inf)
 
 
 @dataclass(frozen=True)
 class Routed:
-    """What a router answers."""
+    """Output of a router."""
 
     plan: ExpertPlan
     loss: Tensor | None = None
@@ -89,11 +88,11 @@ class Routed:
     observed: dict[str, Tensor] = field(default_factory=dict)
     """(E,) each, by what is observed; without gradient."""
     overflow: Tensor | None = None
-    """How many chosen pairs did not fit the budget, a scalar."""
+    """Number of chosen pairs that did not fit the budget, a scalar."""
 
 
 def diffmoe(asked: Asked) -> Routed:
-    """Every expert takes the best tokens of the whole pool while training; in use, a threshold decides."""
+    """Give every expert the best tokens of the whole pool in training; use a threshold in inference."""
     scores = asked.scores()
     if not asked.training:
         return _diffmoe_in_use(asked, scores)
@@ -116,14 +115,14 @@ def _diffmoe_in_use(asked: Asked, scores: Tensor) -> Routed:
 
 
 def token_choice(asked: Asked) -> Routed:
-    """Every token takes its best experts."""
+    """Give every token its best experts."""
     scores = asked.scores()
     plan = _by_token(scores, scores, asked)
     return Routed(plan, balance_loss(scores, plan, asked) if asked.training else None)
 
 
 def deepseek(asked: Asked) -> Routed:
-    """Every token takes its best experts, those with little load being favoured."""
+    """Give every token its best experts, favouring those with little load."""
     scores = asked.scores()
     rank = scores if asked.bias is None else scores + asked.bias
     groups = asked.settings.expert_groups
@@ -137,7 +136,7 @@ def deepseek(asked: Asked) -> Routed:
 
 
 def expert_choice(asked: Asked) -> Routed:
-    """Every expert takes the best tokens of every sample."""
+    """Give every expert the best tokens of every sample."""
     scores = asked.scores()
     share = asked.capacity / asked.settings.num_experts
     if asked.valid is None:
@@ -149,7 +148,7 @@ def expert_choice(asked: Asked) -> Routed:
 
 
 def expert_race(asked: Asked) -> Routed:
-    """The best pairs of all tokens and experts of the pool; in use, one threshold for all decides."""
+    """Take the best token-expert pairs of the pool in training; use one threshold for all in inference."""
     scores = asked.scores()
     if not asked.training:
         return _above(asked, scores, scores)
@@ -162,7 +161,7 @@ def expert_race(asked: Asked) -> Routed:
 
 
 def expert_threshold(asked: Asked) -> Routed:
-    """Scores above a threshold; until there is one, every expert takes the best tokens of the pool."""
+    """Take the scores above a threshold; until there is one, give every expert the best tokens of the pool."""
     scores = asked.scores()
     if not asked.training:
         return _above(asked, scores, scores)
@@ -184,19 +183,19 @@ ROUTING: dict[str, Callable[[Asked], Routed]] = {
 
 
 def invariance(router: str, selection: str) -> str:
-    """What a decision depends on in use: `token`, `sample` or `batch`."""
+    """Return what a decision depends on in inference: `token`, `sample` or `batch`."""
     if router == "expert_choice":
         return "sample"
     return "batch" if router == "diffmoe" and selection == "gate_topk_count" else "token"
 
 
 def lowest_taken(scores: Tensor, each: int) -> Tensor:
-    """(E,): the lowest score among the `each` best of every expert, `scores` (S, E); without gradient."""
+    """Return (E,) the lowest of each expert's `each` best `scores` (S, E), without gradient."""
     return scores.detach().topk(each, dim=0).values[-1]
 
 
 def predictor_loss(predicted: Tensor, plan: ExpertPlan, valid: Tensor | None = None) -> Tensor:
-    """Mean binary cross-entropy of the capacity predictor's logits (S, E) against which pairs were taken."""
+    """Return the mean binary cross-entropy between the capacity predictor's logits (S, E) and the pairs taken."""
     target = plan.mask(len(predicted))
     if valid is not None:
         predicted, target = predicted[valid], target[valid]
@@ -204,16 +203,20 @@ def predictor_loss(predicted: Tensor, plan: ExpertPlan, valid: Tensor | None = N
 
 
 def balance_loss(scores: Tensor, plan: ExpertPlan, asked: Asked) -> Tensor:
-    """Sum over experts of the share of pairs that it has, in units of an even share, times its mean score; 1 when all
-    is even. `scores` (S, E) sum to 1 over experts."""
+    """Return the load-balancing loss, which is 1 for an even load; `scores` (S, E) sum to 1 over experts.
+
+    It is the sum over experts of the share of pairs, in units of an even share, times the mean score.
+    """
     share = plan.counts.to(scores.dtype) * (len(plan.counts) / max(1, plan.pairs))
     existing = scores if asked.valid is None else scores[asked.valid]
     return (share * existing.mean(0)).sum()
 
 
 def similarity_loss(logits: Tensor, plan: ExpertPlan, valid: Tensor | None = None) -> Tensor:
-    """Expert Race's router similarity (arXiv 2503.16057): scores of experts that are chosen for the same tokens should
-    differ. `logits` (S, E)."""
+    """Return Expert Race's router similarity loss (arXiv 2503.16057); `logits` are (S, E).
+
+    Scores of experts that are chosen for the same tokens should differ.
+    """
     scores, chosen = logits.softmax(-1), plan.mask(len(logits)).to(logits.dtype)
     if valid is not None:
         scores, chosen = scores[valid], chosen[valid]
@@ -235,7 +238,7 @@ def _threshold(asked: Asked) -> Tensor:
 
 
 def _above(asked: Asked, weights: Tensor, scores: Tensor) -> Routed:
-    """Pairs whose score (S, E) is above the threshold."""
+    """Take the pairs whose score (S, E) is above the threshold."""
     chosen = asked.existing(scores) > _threshold(asked)
     if asked.budget is None:
         return Routed(chosen_pairs(weights, chosen))

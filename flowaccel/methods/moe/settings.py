@@ -1,4 +1,4 @@
-"""How a mixture-of-experts feed-forward is built, as plain data."""
+"""Settings of mixture-of-experts feed-forwards, as plain data."""
 
 from __future__ import annotations
 
@@ -21,30 +21,30 @@ BY_TOKEN = ("token_choice", "dit_moe", "deepseek")
 """Routers with which every token takes the same number of experts."""
 SCORES = {"expert_race": "identity", "deepseek": "sigmoid"}
 AUX_WEIGHTS = {"diffmoe": 1.0, "token_choice": 0.01, "dit_moe": 0.01, "expert_race": 1e-4}
-"""Of the routers that have a loss of their own; arXiv 2503.14487, 2407.11633, 2503.16057."""
+"""Loss weights of the routers that have a loss of their own; arXiv 2503.14487, 2407.11633, 2503.16057."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MoESettings:
-    """How the experts of a network are built and chosen. The defaults are those of DiffMoE (arXiv 2503.14487).
+    """Settings of a network's experts and their router. The defaults are those of DiffMoE (arXiv 2503.14487).
 
     Raises:
         ValueError: a value out of its range.
     """
 
     router: str = "diffmoe"
-    """One of `ROUTERS`; docs/moe.md compares them."""
+    """Router, one of `ROUTERS`; docs/moe.md compares them."""
     num_experts: int = 16
     """E, at least 1."""
     capacity: float = 1.0
-    """How many experts a token takes on average, above 0 and at most E; a whole number where every token takes equally
-    many."""
+    """Number of experts that a token takes on average, above 0 and at most E; a whole number where every token takes
+    equally many."""
     layers: str | tuple[int, ...] = "odd"
-    """Which blocks have experts: one of `LAYERS`, or their indices from 0."""
+    """Blocks that have experts: one of `LAYERS`, or their indices from 0."""
     inner_dim: int | None = None
     """Hidden width of an expert; None takes that of the dense feed-forward."""
     activation_fn: str | None = None
-    """As diffusers' `FeedForward` names it; None takes the dense feed-forward's."""
+    """Activation, as diffusers' `FeedForward` names it; None takes the dense feed-forward's."""
     bias: bool | None = None
     """Whether the experts' linear layers have one; None does as the dense feed-forward."""
     score_fn: str | None = None
@@ -62,13 +62,13 @@ class MoESettings:
     same with the gate's score. `gate_topk_count`: as published, the predictor says how many tokens an expert takes, and
     those of the whole batch with the best gate scores are taken: an image then depends on what it is batched with."""
     threshold_momentum: float = 0.95
-    """Of the thresholds' running average, in [0, 1)."""
+    """Momentum of the thresholds' running average, in [0, 1)."""
     threshold_warmup: int = 100
     """Updates of the threshold before `expert_threshold` trains with it."""
     aux_loss_weight: float | None = None
     """Weight of the router's own loss; None takes the published one."""
     bias_rate: float = 1e-3
-    """By how much `deepseek` moves an expert's selection bias with every step, against its load."""
+    """Change of an expert's selection bias per step, against its load (`deepseek`)."""
     expert_groups: int = 1
     """`deepseek` chooses among the experts of the best groups only: into how many groups they are divided,"""
     top_groups: int = 1
@@ -140,7 +140,7 @@ class MoESettings:
 
     @property
     def scores(self) -> str:
-        """What the gate's logits become."""
+        """Function that turns the gate's logits into scores."""
         return self.score_fn or SCORES.get(self.router, "softmax")
 
     @property
@@ -156,11 +156,11 @@ class MoESettings:
 
     @property
     def thresholded(self) -> bool:
-        """Whether it chooses by thresholds that training has to find."""
+        """Whether the router uses thresholds, which training has to find."""
         return self.router in ("diffmoe", "expert_race", "expert_threshold")
 
     def blocks(self, count: int) -> tuple[int, ...]:
-        """Which of `count` blocks have experts, at least one.
+        """Return which of `count` blocks have experts, at least one.
 
         Raises:
             ValueError: an index that is not there, or a choice that is none.
@@ -176,7 +176,7 @@ class MoESettings:
 
     @classmethod
     def of(cls, given: Self | dict[str, Any] | None) -> Self:
-        """From a configuration.
+        """Create the settings from a configuration.
 
         Raises:
             ValueError: an entry that is not known.
@@ -185,7 +185,7 @@ class MoESettings:
 
 
 def named_blocks(layers: str, count: int) -> tuple[int, ...]:
-    """Which of `count` blocks one of `LAYERS` means."""
+    """Return the indices, of `count` blocks, that an entry of `LAYERS` stands for."""
     named = {
         "odd": range(1, count, 2),
         "even": range(0, count, 2),

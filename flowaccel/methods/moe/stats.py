@@ -1,4 +1,4 @@
-"""What experts were given in a network call."""
+"""Statistics of the experts' load in a network call."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from flowaccel.hooks import CallStats
 
 @dataclass(frozen=True)
 class Given:
-    """Tokens that came to the experts of a layer, and pairs of a token and an expert. Places that a budget keeps for
-    them and that hold no token count as pairs: they are computed."""
+    """Numbers of tokens and of token-expert pairs that a layer's experts received.
+
+    Places that a budget reserves and that hold no token count as pairs: they are computed.
+    """
 
     tokens: int
     pairs: int
@@ -22,10 +24,10 @@ class Given:
 
 @dataclass
 class ExpertStats(CallStats):
-    """What experts were given in a network call."""
+    """Statistics of the experts' load in a network call."""
 
     given: dict[str, Given] = field(default_factory=dict)
-    """By layer; those that did not run are not there."""
+    """Load by layer; layers that did not run are missing."""
     overflow: int | None = None
     """Pairs of a token and an expert that were chosen and left out for a budget, counted when the run has ended; None
     without a budget."""
@@ -33,7 +35,7 @@ class ExpertStats(CallStats):
 
     @property
     def capacity(self) -> float | None:
-        """Experts that a token was given on average; None where none ran."""
+        """Experts per token on average; None where none ran."""
         return mean_capacity([self])
 
     def __str__(self) -> str:
@@ -50,23 +52,23 @@ class ExpertStats(CallStats):
 
     @classmethod
     def notes(cls, stats: Sequence[ExpertStats]) -> list[str]:
-        """Return what did not fit the budget."""
+        """Return the pairs that exceeded the budget, in words."""
         overflow = total_overflow(stats)
         return [] if overflow is None else [f"Left out for the budget: {overflow} pairs of a token and an expert."]
 
 
 def mean_capacity(stats: Sequence[ExpertStats]) -> float | None:
-    """Return how many experts a token was given on average in these calls; None where none ran."""
+    """Return the number of experts per token on average in these calls; None where none ran."""
     given = [layer for found in stats for layer in found.given.values()]
     return sum(layer.pairs for layer in given) / sum(layer.tokens for layer in given) if given else None
 
 
 def total_overflow(stats: Sequence[ExpertStats]) -> int | None:
-    """Return the pairs that were chosen and did not fit the budget; None without one."""
+    """Return the number of chosen pairs that did not fit the budget; None without one."""
     found = [each.overflow for each in stats if each.overflow is not None]
     return sum(found) if found else None
 
 
 def _experts(capacity: float, overflow: int | None) -> str:
-    """Return what was computed: with a budget, that is room for as many, whether it was taken or not."""
+    """Return the number of pairs that were computed; with a budget, unused places count, too."""
     return f"{'' if overflow is None else 'room for '}{capacity:.2f} experts a token"

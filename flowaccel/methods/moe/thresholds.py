@@ -1,4 +1,4 @@
-"""Thresholds that experts are chosen by: followed while training, or fitted afterwards for any capacity."""
+"""Thresholds for selecting experts: tracked in training, or fitted afterwards for any capacity."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MOST_COLLECTED = 4096
 
 
 class Thresholds(nn.Module):
-    """The thresholds of one layer, one per expert, for every kind of score that can be compared with them.
+    """Thresholds of one layer, one per expert, for every kind of score that can be compared with them.
 
     Buffers, of every kind: `KIND` (E,) the threshold, NaN where only other kinds were ever set, `KIND_curve`
     (points, E) those of a row of capacities, NaN until they are fitted; and `updates`, how often a threshold was set.
@@ -26,7 +26,7 @@ class Thresholds(nn.Module):
     Args:
         experts: E.
         observed: kinds of what training observes: scores, or `load`, which has no threshold.
-        momentum: of the running average over training steps.
+        momentum: momentum of the running average over training steps.
         joint: whether all experts have the same threshold.
     """
 
@@ -52,7 +52,7 @@ class Thresholds(nn.Module):
     """Whether scores are kept for `fit`."""
 
     def forward(self, kind: str) -> Tensor:
-        """(E,): the threshold in use. It is a call, so that offloading brings the buffers.
+        """Return the threshold in use, (E,). It is a call, so that offloading brings the buffers.
 
         Raises:
             ValueError: there is none.
@@ -72,8 +72,9 @@ class Thresholds(nn.Module):
         return threshold
 
     def use(self, capacity: float | None) -> None:
-        """Take the fitted thresholds of a capacity; None takes those that training followed, or that were fitted for
-        the capacity of the training.
+        """Use the fitted thresholds of a capacity.
+
+        None takes those that training tracked, or that were fitted for the capacity of the training.
 
         Raises:
             ValueError: nothing was fitted, or a capacity that no curve holds.
@@ -85,11 +86,11 @@ class Thresholds(nn.Module):
 
     @property
     def capacity(self) -> float | None:
-        """What `use` took last."""
+        """Capacity that `use` set last."""
         return self._capacity
 
     def fitted(self, kind: str) -> bool:
-        """Whether there are thresholds of a kind; asks the device until there are."""
+        """Whether there are thresholds of a kind; synchronises with the device until there are."""
         if kind in self._fitted or kind not in self.kinds or self.updates.is_meta:
             return kind in self._fitted
         if int(self.updates) > 0 and not bool(getattr(self, kind).isnan().any()):
@@ -97,7 +98,10 @@ class Thresholds(nn.Module):
         return kind in self._fitted
 
     def train(self, mode: bool = True) -> Thresholds:
-        """As of every module; before use it asks the device whether there are thresholds."""
+        """Set the training mode as `nn.Module` does.
+
+        In evaluation mode, the device is asked whether there are thresholds.
+        """
         super().train(mode)
         if not mode:
             for kind in self.kinds:
@@ -109,18 +113,20 @@ class Thresholds(nn.Module):
         self._fitted, self._held = set(), {}
 
     def warm(self, updates: int) -> bool:
-        """Whether they were set at least so many times; waits for the device."""
+        """Whether the thresholds were set at least so many times; waits for the device."""
         return int(self.updates) >= updates
 
     def observe(self, found: dict[str, Tensor]) -> None:
-        """Remember what a call found, (E,) by kind, until `commit`. A call that checkpointing repeats counts twice,
-        which leaves the mean as it is."""
+        """Accumulate the thresholds of a call, (E,) by kind, until `commit`.
+
+        A call that checkpointing repeats counts twice, which leaves the mean as it is.
+        """
         for kind, value in found.items():
             total, count = self._pending.get(kind, (torch.zeros_like(value), 0))
             self._pending[kind] = (total + value.detach(), count + 1)
 
     def commit(self) -> dict[str, Tensor]:
-        """The mean of what was observed since the last time, over all processes, taken into the running averages.
+        """Return the mean of the observations since the last call, over all processes, and update the running averages.
 
         Every process must have observed something, or none.
         """
@@ -142,7 +148,7 @@ class Thresholds(nn.Module):
         return means
 
     def collect(self, asked: Asked, valid: Tensor | None) -> None:
-        """Keep the scores (S, E) of a call for `fit`; of at most `MOST_COLLECTED` tokens, drawn at random."""
+        """Keep the scores (S, E) of a call for `fit`, a random subset of at most `MOST_COLLECTED` tokens."""
         scores = {"gate": asked.scores()}
         if asked.predicted is not None:
             scores["predictor"] = asked.predicted.sigmoid()
@@ -155,7 +161,7 @@ class Thresholds(nn.Module):
             self._collected.setdefault(kind, []).append(found)
 
     def discard(self) -> None:
-        """Forget scores that were collected, and not fitted because something failed."""
+        """Drop scores that were collected but not fitted because something failed."""
         self._collected = {}
 
     def fit(self, capacity: float) -> None:
@@ -182,12 +188,12 @@ class Thresholds(nn.Module):
         self.updates += 1
 
     def capacities(self) -> Tensor:
-        """The capacities of the curve, ascending."""
+        """Return the capacities of the curve, ascending."""
         top = math.log(self.experts)
         return torch.linspace(math.log(LOWEST_CAPACITY), top, CURVE_POINTS, dtype=torch.float64).exp()
 
     def at(self, kind: str, capacity: float) -> Tensor:
-        """(E,): the fitted threshold of a capacity, between those of its neighbours; -inf where all are wanted.
+        """Return the fitted threshold (E,) of a capacity, interpolated; -inf where all experts are wanted.
 
         Raises:
             ValueError: nothing was fitted, or a capacity that no curve holds.
@@ -212,8 +218,10 @@ class Thresholds(nn.Module):
 
 
 def _at_share(ranked: Tensor, share: float) -> Tensor:
-    """(E,): the value that so great a share of `ranked` (N, E), descending, lies above; finite, so that there are
-    values between it and others."""
+    """Return (E,) the values above which a share of `ranked` (N, E), descending, lies.
+
+    They are finite, so that there are values between them and others.
+    """
     place = round(share * len(ranked))
     if place >= len(ranked):
         return ranked[-1].nextafter(torch.full_like(ranked[0], -torch.inf))

@@ -1,4 +1,4 @@
-"""Training networks with experts (DiffMoE, arXiv 2503.14487), and fitting their thresholds.
+"""Training of networks with experts (DiffMoE, arXiv 2503.14487), and fitting of their thresholds.
 
 The order of a step: forward, backward, optimiser, then `moe_step`. Averaged weights take the buffers as they are
 (`copy_moe_buffers`), and at the end `settle` fits the thresholds to them.
@@ -23,35 +23,39 @@ from flowaccel.training.labelled import LabelledObjective
 EXPERTS = "ff.experts"
 """Part of the names of experts' parameters."""
 PREDICTOR = "capacity_predictor"
-"""The same of capacity predictors'."""
+"""Part of the names of capacity predictors' parameters."""
 
 
 def expert_rates(backbone: float) -> dict[str, float]:
-    """`LoopConfig.rate_scales` of experts in a network that is trained already, whose other weights learn at so many
-    times the rate of experts, gates and predictors.
+    """Return `LoopConfig.rate_scales` for adding experts to a trained network.
+
+    The other weights learn at `backbone` times the rate of experts, gates and predictors.
     """
     return {EXPERTS: 1.0, "ff.gate": 1.0, PREDICTOR: 1.0, "": backbone}
 
 
 def moe_step(network: nn.Module) -> None:
-    """Let thresholds and selection biases follow what was observed since the last time; once after every optimiser
-    step. Where torch.distributed is initialised, all processes must call it: it takes their mean.
+    """Update thresholds and selection biases from the observations since the last call, once per optimiser step.
+
+    Where torch.distributed is initialised, all processes must call it: it takes their mean.
     """
     for layer in moe_layers(network).values():
         layer.commit()
 
 
 def moe_losses(network: nn.Module) -> dict[str, Tensor]:
-    """The routers' own losses in the last call while training, scalars without gradients by layer; they are part of
-    the gradient already.
+    """Return the routers' own losses in the last training call, scalars without gradients by layer.
+
+    They are part of the gradient already.
     """
     found = {path: layer.aux_loss for path, layer in moe_layers(network).items()}
     return {path: loss for path, loss in found.items() if loss is not None}
 
 
 def copy_moe_buffers(source: nn.Module, target: nn.Module) -> None:
-    """Give `target`, such as a network of averaged weights, the thresholds and biases of `source`. An average of them
-    would lag behind and let too many experts run.
+    """Copy the thresholds and biases of `source` to `target`, such as a network of averaged weights.
+
+    An average of them would lag behind and let too many experts run.
     """
     to = moe_layers(target)
     for path, layer in moe_layers(source).items():
@@ -69,15 +73,16 @@ def calibrate_thresholds(
     call: Any = None,
     passes: int = 2,
 ) -> None:
-    """Fit all thresholds to exact quantiles, so that experts run at a capacity on average, and can be set to others
-    afterwards (`flowaccel.methods.moe.control.set_moe_capacity`). Needed after fine-tuning, quantisation or another
-    resolution, too.
+    """Fit all thresholds to exact quantiles, so that experts run at a capacity on average.
+
+    Other capacities can be set afterwards (`flowaccel.methods.moe.control.set_moe_capacity`). Needed after fine-tuning,
+    quantisation or another resolution, too.
 
     Args:
         network: with experts whose router has thresholds; it is left in evaluation.
-        batches: what it is called with, over the times and conditions of use.
+        batches: arguments of its calls, over the times and conditions of use.
         capacity: how many experts a token takes on average; None takes that of the training.
-        call: what is called in its place, such as a wrapper around it.
+        call: module to call in its place, such as a wrapper around it.
         passes: how often all batches are run; what a layer reads depends on what those before it chose.
 
     Raises:
@@ -105,12 +110,14 @@ def calibrate_thresholds(
 def realised_capacity(
     network: nn.Module, batches: Sequence[tuple[Tensor, ...]], *, call: Any = None
 ) -> dict[str, float]:
-    """How many experts a token takes on average in use, by layer; neither thresholds nor modes of `network` change.
+    """Return how many experts a token takes on average in inference, by layer.
+
+    Neither thresholds nor modes of `network` change.
 
     Args:
         network: with experts.
-        batches: what it is called with.
-        call: what is called in its place, such as a wrapper around it.
+        batches: arguments of its calls.
+        call: module to call in its place, such as a wrapper around it.
 
     Raises:
         ValueError: no batches, no experts, or thresholds that were never fitted.
@@ -159,21 +166,22 @@ def _collecting(layers: list[MoEFeedForward]) -> Iterator[None]:
 def drawn_batches(
     objective: LabelledObjective, count: int, seed: int, device: torch.device | str = "cpu"
 ) -> list[tuple[Tensor, ...]]:
-    """So many batches of an objective's inputs for `calibrate_thresholds`."""
+    """Draw `count` batches of an objective's inputs for `calibrate_thresholds`."""
     generator = torch.Generator().manual_seed(seed)
     return [objective.arguments(objective.draw(generator, device)) for _ in range(count)]
 
 
 def settle(network: nn.Module, objective: LabelledObjective, *, batches: int, seed: int, call: Any = None) -> None:
-    """End a training: tokens take as many experts as the settings say, and the thresholds, where there are any, are
-    fitted to the averaged weights that `network` holds now. It is left in evaluation.
+    """Finish a training: set the capacity of the settings and fit the thresholds, where there are any.
+
+    They are fitted to the averaged weights that `network` holds now. It is left in evaluation mode.
 
     Args:
         network: with experts.
-        objective: what it was trained on.
-        batches: how many of it to fit thresholds to.
-        seed: of these.
-        call: as of `calibrate_thresholds`.
+        objective: objective that it was trained with.
+        batches: number of its batches to fit thresholds to.
+        seed: seed of these batches.
+        call: as for `calibrate_thresholds`.
     """
     network.eval()
     layers = _layers(network).values()
@@ -186,8 +194,10 @@ def settle(network: nn.Module, objective: LabelledObjective, *, batches: int, se
 
 @dataclass(frozen=True, kw_only=True)
 class MoEObjective:
-    """A dense network's objective, for one with experts: moves their capacity while training, and their thresholds
-    after every step. The routers' own losses reach the gradient by themselves.
+    """Objective of a dense network, adapted to one with experts.
+
+    It changes their capacity during training, and updates their thresholds after every step. The routers' own losses
+    reach the gradient by themselves.
 
     Upcycled networks start with all experts and come down to the capacity of the training.
     """
@@ -203,7 +213,7 @@ class MoEObjective:
             raise ValueError(f"full_steps and ramp must not be negative, got {self.full_steps} and {self.ramp}")
 
     def capacity_at(self, step: int, layer: MoEFeedForward) -> float:
-        """How many experts a token takes on average at optimiser step `step` (0-based)."""
+        """Return how many experts a token takes on average at optimiser step `step` (0-based)."""
         goal, everything = layer.settings.capacity, float(layer.settings.num_experts)
         if step < self.full_steps:
             return everything
@@ -211,7 +221,7 @@ class MoEObjective:
         return max(goal, everything + done * (goal - everything))
 
     def at(self, step: int) -> Any:
-        """The loss of an optimiser step."""
+        """Return the loss function of an optimiser step."""
         return partial(self._loss, step)
 
     def _loss(self, step: int, network: nn.Module, generator: torch.Generator) -> Tensor:
@@ -220,13 +230,14 @@ class MoEObjective:
         return self.objective(network, generator)
 
     def stepped(self, network: nn.Module) -> None:
-        """Commit what the step observed."""
+        """Commit the observations of the step."""
         moe_step(network)
 
 
 def prepare_training(network: nn.Module) -> None:
-    """Let gradients reach every weight but fixed position tables, and leave it to the objective to drop labels, which
-    diffusers' DiT otherwise does in every block anew.
+    """Enable gradients of every weight but fixed position tables, and disable the network's label dropout.
+
+    The objective drops labels; diffusers' DiT would do so in every block anew.
     """
     network.requires_grad_(True)
     for name, parameter in network.named_parameters():

@@ -49,7 +49,7 @@ from flowaccel.training.loop import train as run_training
 
 MOE_METHODS = ("copies", "shared", "scratch")
 FULL_SHARE, RAMP_SHARE = 0.02, 0.1
-"""Of the steps: how long copies run all experts, and how long their capacity falls from there."""
+"""Shares of the steps in which copies run all experts, and in which their capacity falls from there."""
 BACKBONE_RATE = 0.1
 
 
@@ -160,7 +160,7 @@ def moe(
 
 
 def _blocks(text: str | None) -> str | tuple[int, ...] | None:
-    """A name, or indices between commas."""
+    """Parse a name, or indices between commas."""
     if text is None:
         return None
     parts = [part.strip() for part in text.split(",")]
@@ -168,7 +168,7 @@ def _blocks(text: str | None) -> str | tuple[int, ...] | None:
 
 
 def _moe_settings(named: dict[str, Any], entries: list[str] | None) -> MoESettings:
-    """From the options that are given and those of --moe.
+    """Create the settings from the options that are given and those of --moe.
 
     Raises:
         ValueError: an entry that is not known or out of its range, or given twice.
@@ -180,7 +180,7 @@ def _moe_settings(named: dict[str, Any], entries: list[str] | None) -> MoESettin
 
 
 def _sparse_network(base: Any, settings: MoESettings, method: str) -> Any:
-    """With weights of its own, from those of `base` or anew."""
+    """Return a network with experts and weights of its own, copied from `base` or new."""
     if method not in MOE_METHODS:
         raise ValueError(f"--method must be one of {', '.join(MOE_METHODS)}, got {method!r}")
     if method != "scratch":
@@ -191,12 +191,12 @@ def _sparse_network(base: Any, settings: MoESettings, method: str) -> Any:
 
 
 def _built(network: Any) -> MoESettings:
-    """The settings as a method completed them."""
+    """Return the settings of the network's experts, as completed by the method."""
     return next(iter(moe_layers(network).values())).settings
 
 
 def _own_objective(pipeline: Any, asked: str | None, **drawn: Any) -> LabelledObjective:
-    """What the pipeline's network is trained on.
+    """Return the objective that the pipeline's network is trained on.
 
     Raises:
         ValueError: another one was asked for, or its scheduler is not for networks that tell the noise.
@@ -221,7 +221,9 @@ def _own_objective(pipeline: Any, asked: str | None, **drawn: Any) -> LabelledOb
 def _annealed(
     network: Any, drawn: LabelledObjective, full_steps: int | None, ramp: int | None, steps: int
 ) -> MoEObjective:
-    """From all experts down to the capacity of the settings, if asked to or the network starts with all of them.
+    """Return an objective that goes from all experts down to the capacity of the settings.
+
+    It does so if asked to, or if the network starts with all experts.
 
     Raises:
         ValueError: a schedule for a router that gives every token equally many experts.
@@ -245,8 +247,9 @@ def _or(given: Any, otherwise: Any) -> Any:
 
 
 def log_capacities(path: Path, state: Progress, drawn: LabelledObjective, network: Any, wrapped: Any) -> None:
-    """Append the routers' losses of this step, and the capacities of all layers in use, with the weights of this step
-    and the thresholds that follow them, on a batch drawn for this, to a file.
+    """Append the routers' losses and the inference capacities of all layers at this step to a file.
+
+    They are measured with the weights of this step and the thresholds that follow them, on a batch drawn for this.
     """
     batches = drawn_batches(drawn, 1, state.step, network.device)
     entry = {

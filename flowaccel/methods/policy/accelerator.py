@@ -1,5 +1,7 @@
-"""Learned policies: heads that decide per image and step what is computed (RAPID3, arXiv 2509.22323), or once per image
-how many steps it takes (after AdaDiff)."""
+"""Learned policies, which decide per image and step what is computed (RAPID3, arXiv 2509.22323).
+
+After AdaDiff, they can also decide once per image how many steps it takes.
+"""
 
 from __future__ import annotations
 
@@ -29,15 +31,16 @@ FOLDER = "policy"
 
 @dataclass(frozen=True)
 class LearnedPolicy(Accelerator):
-    """Let the heads of a policy decide, for every image on its own, where in time to go next, or once for all how many
-    steps to take, and whether blocks run.
+    """Accelerator that lets a learned policy decide, image by image, what is computed.
+
+    Its heads decide where in time to go next, or once for all how many steps to take, and whether blocks run.
 
     `num_inference_steps` of the pipeline is then the most steps that an image takes.
 
     Args:
         policy: the heads, or the folder they were saved to; None takes the folder `policy` beside the pipeline's
             components.
-        levels: which of them are used; None for all that there are.
+        levels: heads that are used; None for all that there are.
 
     Raises:
         TypeError: `policy` is none of these.
@@ -60,15 +63,16 @@ class LearnedPolicy(Accelerator):
 
     @property
     def tags(self) -> frozenset[str]:
-        """Those of every accelerator, and of a cache and of a scheduler, because it is both; and whether images have
-        times of their own, as far as that is known before it is loaded.
+        """Tags of every accelerator, of a cache and of a scheduler, since it is both.
+
+        Also whether images have times of their own, as far as that is known before it is loaded.
         """
         known = self.policy.levels if isinstance(self.policy, AccelerationPolicy) else tuple(TIMED)
         timed = TIMED & set(self.levels or known)
         return super().tags | {Tag.CACHE, Tag.SCHEDULER} | ({Tag.TIMES_PER_IMAGE} if timed else set())
 
     def attach(self, pipe: Any) -> Detach:
-        """Surround the network's calls and exchange the scheduler, where the policy has a head that chooses times.
+        """Wrap the network's calls, and replace the scheduler where the policy has a head that chooses times.
 
         Raises:
             RecipeConflictError: a policy for another network or another scale of time.
@@ -79,7 +83,7 @@ class LearnedPolicy(Accelerator):
         return attach_policy(pipe, policy, HeadSource(policy), self.levels)
 
     def resolve(self, pipe: Any = None) -> AccelerationPolicy:
-        """The policy as a module, loaded if a folder was given."""
+        """Return the policy as a module, loaded if a folder was given."""
         if isinstance(self.policy, AccelerationPolicy):
             return self.policy
         advice = "train one with `flowaccel train policy`, or pass LearnedPolicy(policy=FOLDER)"
@@ -87,7 +91,7 @@ class LearnedPolicy(Accelerator):
         return load_policy(folder)
 
     def loaded(self, pipe: Any) -> LearnedPolicy:
-        """With the policy as a module."""
+        """Return this accelerator with the policy as a module."""
         return LearnedPolicy(self.resolve(pipe), self.levels)
 
 
@@ -97,11 +101,11 @@ def attach_policy(
     source: Source,
     levels: Sequence[str] | None = None,
 ) -> Detach:
-    """Let `source` decide what a policy could decide; what `LearnedPolicy` does with the policy's own heads.
+    """Attach a policy whose decisions come from `source`, as `LearnedPolicy` does with its own heads.
 
     Args:
         pipe: a pipeline with a session.
-        policy: for its configuration.
+        policy: the policy, of which only the configuration is used.
         source: who decides.
         levels: about what; None for all that the policy can.
 
@@ -147,7 +151,10 @@ def _check(pipe: Any, policy: AccelerationPolicy, levels: Sequence[str]) -> None
 
 
 def base_of(network: nn.Module) -> str:
-    """What a policy is bound to: the class of a network, or the stock class of a variant, and its configuration."""
+    """Return the identity that a policy is bound to: the class of a network, and its configuration.
+
+    Of a variant it is the stock class.
+    """
     return str(Identity.of(network))
 
 

@@ -1,4 +1,4 @@
-"""The small heads of a learned acceleration policy (RAPID3, arXiv 2509.22323), and what their numbers mean.
+"""Small heads of a learned acceleration policy (RAPID3, arXiv 2509.22323), and their output distributions.
 
 The paper's heads project a feature map, are modulated by the time and prompt embedding, pool, and end in a linear
 layer; their sizes are a reconstruction after TPDM (arXiv 2412.01243), which comes to the parameter counts that the
@@ -28,13 +28,13 @@ JUMP_MARGIN = 1e-3
 
 
 class DecisionHead(nn.Module):
-    """A feature map and a condition to a few numbers, in float32.
+    """Network from a feature map and a condition to a few numbers, in float32.
 
     Args:
         in_channels: C of the map.
         condition_dim: D of the condition.
-        bias: what it returns at first, up to the small random weights before it; one entry per number.
-        width: of its layers.
+        bias: initial output, up to the small random weights before it; one entry per number.
+        width: width of its layers.
     """
 
     def __init__(self, in_channels: int, condition_dim: int, bias: Sequence[float], width: int = 128) -> None:
@@ -53,11 +53,11 @@ class DecisionHead(nn.Module):
             self.fc2.bias.copy_(torch.tensor(bias))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DecisionHead:
-        """Move, but never to a narrower type, because another decision changes the image."""
+        """Move as `nn.Module` does, but never to a narrower dtype, because another decision changes the image."""
         return super()._apply(never_narrower(fn), recurse)
 
     def forward(self, features: Tensor, condition: Tensor) -> Tensor:
-        """(R, C, H, W) and (R, D) -> (R, outputs)."""
+        """Apply the head: (R, C, H, W) and (R, D) -> (R, outputs)."""
         shift, scale = self.modulation(functional.silu(condition.float())).unsqueeze(-1).unsqueeze(-1).chunk(2, dim=1)
         hidden = functional.silu(self.norm(self.conv1(features.float())) * (1 + scale) + shift)
         hidden = functional.adaptive_avg_pool2d(self.conv2(hidden), POOL).amax(dim=(2, 3))
@@ -66,7 +66,9 @@ class DecisionHead(nn.Module):
 
 
 def jump_distribution(raw: Tensor) -> Beta:
-    """Of the share of the present time that a step leaves: Beta(1 + e^a, 1 + e^b), which has one peak.
+    """Return the distribution of the share of the present time that a step leaves.
+
+    It is Beta(1 + e^a, 1 + e^b), which has one peak.
 
     Args:
         raw: (R, 2).
@@ -76,16 +78,16 @@ def jump_distribution(raw: Tensor) -> Beta:
 
 
 def jump_mode(raw: Tensor) -> Tensor:
-    """(R, 2) -> (R,): where that density is highest."""
+    """Return the mode of that distribution: (R, 2) -> (R,)."""
     above = raw.clamp(-_RAW, _RAW).exp()
     return above[:, 0] / above.sum(dim=1)
 
 
 def choice_distribution(raw: Tensor) -> Categorical:
-    """Of one of several choices; `raw` (R, choices) are logits."""
+    """Return the distribution of one of several choices; `raw` (R, choices) are logits."""
     return Categorical(logits=raw, validate_args=False)
 
 
 def logits_of(*shares: float) -> tuple[float, ...]:
-    """Logits of choices that are made with these shares."""
+    """Return the logits of choices that are made with these probabilities."""
     return tuple(math.log(share) for share in shares)

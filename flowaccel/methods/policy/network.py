@@ -1,5 +1,7 @@
-"""A learned acceleration policy: which heads it has, what they see, and how likely they find what was chosen (RAPID3,
-arXiv 2509.22323; its step head alone is TPDM, arXiv 2412.01243; one number of steps per image is AdaDiff's idea).
+"""Learned acceleration policy: its heads, their inputs, and the likelihood of their choices (RAPID3).
+
+RAPID3 is arXiv 2509.22323; its step head alone is TPDM, arXiv 2412.01243; one number of steps per image is AdaDiff's
+idea.
 """
 
 from __future__ import annotations
@@ -19,13 +21,12 @@ from flowaccel.methods.policy.heads import JUMP_MARGIN, DecisionHead, choice_dis
 
 STEP, CACHE, SPARSE, COUNT = "step", "cache", "sparse", "count"
 LEVELS = (STEP, CACHE, SPARSE, COUNT)
-"""Where a policy saves: jumps in time; blocks whose residual is reused; query-key pairs of attention; steps, by their
-number."""
+"""Heads of a policy: jumps in time; blocks whose residual is reused; query-key pairs of attention; number of steps."""
 TIMED = frozenset((STEP, COUNT))
-"""Those that choose the times of an image, of which there can be one."""
+"""Heads that choose the times of an image, of which there can be one."""
 COMPUTE, REUSE = 0, 1
-"""The choices of the cache head. Of the sparse head, 0 is dense and the others are its levels; of the count head, they
-are the indices of `counts`."""
+"""Choices of the cache head. Of the sparse head, 0 is dense and the others are its levels; of the count head, they are
+the indices of `counts`."""
 _JUMP_BIAS = (2.5, 1.0)
 _AT_ONCE = 2**25
 """Numbers of a head's first layer that are held at once where likelihoods are taken: 128 MiB of float32."""
@@ -34,7 +35,7 @@ _REUSE_SHARE, _DENSE_SHARE = 0.1, 0.85
 
 @dataclass(frozen=True)
 class Choices:
-    """What one head saw and chose, of R pairs of an image and a step. What was forced is not among them."""
+    """Inputs and choices of one head, for R pairs of an image and a step. Forced decisions are not among them."""
 
     image: Tensor
     """(R,) which image of a rollout, from 0."""
@@ -49,17 +50,17 @@ class Choices:
         return len(self.image)
 
     def take(self, rows: Tensor | slice) -> Choices:
-        """Some of the pairs, by their indices."""
+        """Return some of the pairs, by their indices."""
         return Choices(self.image[rows], self.features[rows], self.condition[rows], self.action[rows])
 
     def to(self, device: torch.device) -> Choices:
-        """The same elsewhere."""
+        """Return the choices on another device."""
         parts = (self.image, self.features, self.condition, self.action)
         return Choices(*(part.to(device) for part in parts))
 
 
 class AccelerationPolicy(ModelMixin, ConfigMixin):
-    """Up to three heads that watch a run and decide, per image, what is computed; the network stays frozen.
+    """Policy of up to three heads that decide, per image, what is computed; the network stays frozen.
 
     - `step` sees the predicted velocity and says which share of the time that is left the next step keeps.
     - `cache` sees how far the image has moved since its blocks were last computed and says whether what they added is
@@ -74,19 +75,19 @@ class AccelerationPolicy(ModelMixin, ConfigMixin):
     Args:
         in_channels: C of what the network takes and returns, as a map: 64 for FLUX, whose latents are packed.
         condition_dim: D of the embedding that modulates the blocks.
-        levels: which heads there are.
+        levels: names of the heads.
         sparsity: the shares of key blocks that the levels of the sparse head keep, falling; needs the head.
         counts: the numbers of steps that the count head chooses from, whole and rising; needs the head. One that is
             above the number of steps of a run is cut to it.
-        width: of the heads.
+        width: width of the heads.
         num_train_timesteps: the scale of time.
         max_steps: the most steps it was trained with; None for any number.
         max_reuse: the most steps in a row that blocks are not computed.
         smallest: times below this are taken for 0 by the step head, or its last steps would be tiny.
         sparse_tokens: the fewest tokens of an image whose attention is made sparse; below 4096 it does not pay.
         dense_blocks: so many of the network's first blocks, and of its last, keep full attention.
-        solver_order: of the steps between chosen times: 1 for Euler's, as in the papers, 2 for Adams-Bashforth's.
-        costs: what decisions cost, in computed dense steps: `reuse`, and `sparse`, one per level; measured by the
+        solver_order: order of the steps between chosen times: 1 for Euler's, as in the papers, 2 for Adams-Bashforth's.
+        costs: costs of decisions, in computed dense steps: `reuse`, and `sparse`, one per level; measured by the
             training.
         base: the network that it was trained for, by class and a hash of its configuration; None for any.
 
@@ -147,23 +148,22 @@ class AccelerationPolicy(ModelMixin, ConfigMixin):
 
     @property
     def levels(self) -> tuple[str, ...]:
-        """The heads that there are."""
+        """Names of the heads."""
         return tuple(self.heads)
 
     def forward(self, level: str, features: Tensor, condition: Tensor) -> Tensor:
-        """The numbers of one head, (R, C, H, W) and (R, D) -> (R, outputs) in float32, see `policy_heads`."""
+        """Return the outputs of one head, (R, C, H, W) and (R, D) -> (R, outputs) in float32, see `policy_heads`."""
         with torch.autocast(features.device.type, enabled=False):
             numbers: Tensor = self.heads[level](features, condition)
         return numbers
 
     def distribution(self, level: str, features: Tensor, condition: Tensor) -> Any:
-        """Of a head's decision, as of torch.distributions."""
+        """Return the distribution of a head's decision, as in torch.distributions."""
         raw = self(level, features, condition)
         return jump_distribution(raw) if level == STEP else choice_distribution(raw)
 
     def weigh(self, level: str, choices: Choices) -> tuple[Tensor, Tensor]:
-        """Of what was chosen, wherever it lies, (R,) logarithms of the likelihood, and (R,) entropies of the
-        distributions in nats.
+        """Return (R,) log-likelihoods of the choices, and (R,) entropies of the distributions in nats.
 
         Where there are many large maps, heads see some at a time, and see them again when gradients are taken.
         """
@@ -184,7 +184,7 @@ class AccelerationPolicy(ModelMixin, ConfigMixin):
 
 
 def check_levels(levels: Sequence[str]) -> None:
-    """Raise a ValueError unless there is at least one, all are known, and at most one of them chooses times."""
+    """Raise a ValueError unless there is at least one level, all are known, and at most one of them chooses times."""
     if isinstance(levels, str) or not levels or set(levels) - set(LEVELS):
         raise ValueError(f"levels must hold at least one of {', '.join(LEVELS)}, got {levels!r}")
     if set(levels) >= TIMED:

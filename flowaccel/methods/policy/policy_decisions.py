@@ -1,4 +1,4 @@
-"""Who takes the decisions of a policy: its heads, or a script."""
+"""Sources of a policy's decisions: its heads, or a script."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from flowaccel.methods.policy.network import STEP, AccelerationPolicy, Choices
 
 @dataclass(frozen=True)
 class Sight:
-    """What a decision is taken from, of some images of a batch."""
+    """Inputs of a decision, for some images of a batch."""
 
     step: int
     """Index of the network evaluation in the run."""
     images: Sequence[int]
-    """Which images; R of them."""
+    """Indices of the R images."""
     features: Tensor
     """(R, C, H, W) what the head sees."""
     condition: Tensor
@@ -30,25 +30,25 @@ class Sight:
 
 
 class Source(Protocol):
-    """Takes decisions."""
+    """Source of decisions."""
 
     def jump(self, sight: Sight, levels: Sequence[float]) -> list[float]:
-        """The noise level in [0, 1] that each image goes to next, below its present one in `levels`."""
+        """Return the noise level in [0, 1] that each image goes to next, below its present one in `levels`."""
 
     def choose(self, level: str, sight: Sight) -> list[int]:
-        """A choice for each image, of the head `cache`, `sparse` or `count`."""
+        """Return a choice for each image, of the head `cache`, `sparse` or `count`."""
 
 
 @dataclass
 class HeadSource:
-    """The heads: their likeliest decisions, or sampled ones.
+    """Decisions of the heads: the likeliest ones, or sampled ones.
 
     Args:
         policy: the heads.
         generators: one per image of the batch, to sample with, so that a rollout depends on its own alone; None takes
             the mode of the jump's density, and the likeliest choice.
         limits: the least and the largest share of its time that a step keeps.
-        log: where it is a dictionary, it gets all that was decided, on the CPU.
+        log: dictionary that receives all decisions, on the CPU; None keeps no log.
     """
 
     policy: AccelerationPolicy
@@ -57,7 +57,7 @@ class HeadSource:
     log: dict[str, list[Choices]] | None = None
 
     def jump(self, sight: Sight, levels: Sequence[float]) -> list[float]:
-        """As of `Source`: floor(time * share), on the scale of the policy."""
+        """Return floor(time * share), on the scale of the policy; see `Source.jump`."""
         raw = self._raw(STEP, sight)
         if self.generators is None:
             shares: list[float] = jump_mode(raw).tolist()
@@ -74,7 +74,7 @@ class HeadSource:
         return 0.0 if time < config.smallest else time / config.num_train_timesteps
 
     def choose(self, level: str, sight: Sight) -> list[int]:
-        """As of `Source`."""
+        """See `Source.choose`."""
         raw = self._raw(level, sight)
         if self.generators is None:
             chosen: list[int] = raw.argmax(dim=1).tolist()
@@ -100,8 +100,9 @@ class HeadSource:
 
 @dataclass(frozen=True)
 class ScriptSource:
-    """Decisions that were written down, per image of the batch (one entry: the same for all) and step; past its end
-    the last one is repeated.
+    """Decisions from a script, per image of the batch (one entry: the same for all) and step.
+
+    Past its end the last one is repeated.
 
     Args:
         levels: noise levels to go to.
@@ -112,11 +113,11 @@ class ScriptSource:
     choices: dict[str, Sequence[Sequence[int]]] | None = None
 
     def jump(self, sight: Sight, levels: Sequence[float]) -> list[float]:
-        """As of `Source`."""
+        """See `Source.jump`."""
         return self._written(self.levels, sight)
 
     def choose(self, level: str, sight: Sight) -> list[int]:
-        """As of `Source`."""
+        """See `Source.choose`."""
         return self._written((self.choices or {}).get(level, ((0,),)), sight)
 
     def _written(self, rows: Sequence[Sequence[Any]], sight: Sight) -> list[Any]:

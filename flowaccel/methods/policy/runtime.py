@@ -1,4 +1,4 @@
-"""What a policy does in a run: where it looks, what follows from its decisions, and which of them are forced."""
+"""Execution of a policy in a run: its observations, the effects of its decisions, and the forced ones."""
 
 from __future__ import annotations
 
@@ -29,32 +29,32 @@ _CERTAIN = 2.0
 
 @dataclass
 class _Walk:
-    """What is remembered of one run."""
+    """State of one run."""
 
     images: int
     grid: tuple[int, int] | None
     """(H, W) of packed latents."""
     times: tuple[float, ...] = ()
-    """Per image, the timestep of the present call."""
+    """Timesteps of the current call, per image."""
     latents: Tensor | None = None
-    """(images, C, H, W) of the present call."""
+    """(images, C, H, W) latents of the current call."""
     condition: Tensor | None = None
-    """(images, D) what modulates the blocks in the present call."""
+    """(images, D) embedding that modulates the blocks in the current call."""
     anchor: Tensor | None = None
     """(images, C, H, W) latents when blocks were last computed."""
     anchor_times: list[float] = field(default_factory=list)
-    """Per image, the timestep at which that was."""
+    """Timesteps at which blocks were last computed, per image."""
     reused: list[int] = field(default_factory=list)
-    """Per image, steps since then."""
+    """Number of steps since then, per image."""
     computing: list[bool] = field(default_factory=list)
-    """Per image, whether its blocks are computed at the present step."""
+    """Whether blocks are computed at the current step, per image."""
     sparsity: tuple[int, ...] = ()
-    """Per image, how sparse its attention is at the present step; 0 is dense, or none is computed."""
+    """Sparsity of attention at the current step, per image; 0 is dense, or none is computed."""
     grids: tuple[list[float], ...] = ()
-    """Per image, the noise levels of the number of steps that was chosen for it."""
+    """Noise levels of the number of steps that was chosen for each image."""
 
     def of_images(self, tensor: Tensor) -> Tensor:
-        """(images, ...) as maps (images, C, H, W)."""
+        """Return (images, ...) as maps (images, C, H, W)."""
         if tensor.dim() == 4:
             return tensor
         assert self.grid is not None
@@ -62,12 +62,12 @@ class _Walk:
 
 
 class PolicyRuntime:
-    """A policy on a session.
+    """Policy attached to a session.
 
     Args:
         source: who decides.
         levels: about what; see `flowaccel.methods.policy.network.LEVELS`.
-        policy: for its configuration.
+        policy: the policy, of which only the configuration is used.
         session: the session.
     """
 
@@ -77,7 +77,7 @@ class PolicyRuntime:
         self._switch = SparseAttention(min_tokens=policy.config.sparse_tokens).switch()
 
     def attach(self) -> Callable[[], None]:
-        """Surround network calls, their blocks and the scheduler's steps; returns what undoes it.
+        """Wrap network calls, their blocks and the scheduler's steps, and return a function that undoes it.
 
         Raises:
             UnsupportedModelError: the network's blocks are not known.
@@ -87,7 +87,7 @@ class PolicyRuntime:
         with ExitStack() as undo:
             if SPARSE in self._levels:
                 undo.callback(put_switch(denoiser(self._session.pipe), self._switch, self._config.dense_blocks))
-                undo.callback(self._session.on_block(self._set_sparsity))  # within the cache: of what is computed
+                undo.callback(self._session.on_block(self._set_sparsity))  # inside the cache: for computed blocks only
             undo.callback(cache_of(rules, Stack()).attach(self._session))
             undo.callback(self._session.on_call(self._around_call))
             undo.callback(self._session.on_block(self._around_block))
@@ -146,7 +146,7 @@ class PolicyRuntime:
     # -- blocks
 
     def reuse(self, run: Run, step: int) -> list[bool]:
-        """Per image, whether what its blocks added is reused at this step; idle images do."""
+        """Return per image whether its blocks' residual is reused at this step; idle images reuse it."""
         walk: _Walk = run.state[self]
         found = [time == 0 and self._timed for time in walk.times]
         open_ = [
@@ -170,7 +170,7 @@ class PolicyRuntime:
         return found
 
     def note(self, run: Run, computed: Tensor) -> None:
-        """Take note of which images' blocks were computed, (images,) bool."""
+        """Record which images' blocks were computed, (images,) bool."""
         walk: _Walk = run.state[self]
         assert walk.latents is not None
         flags = computed.tolist() if len(computed) == walk.images else computed.tolist() * walk.images
@@ -204,7 +204,7 @@ class PolicyRuntime:
         return scale
 
     def _jump(self, velocity: Tensor, levels: tuple[float, ...]) -> list[float]:
-        """The noise levels to go to, chosen step by step."""
+        """Return the next noise levels, chosen step by step."""
         open_ = [image for image, level in enumerate(levels) if level > 0]
         sight = self._predicted(velocity, open_)
         found = [0.0] * len(levels)
@@ -213,7 +213,7 @@ class PolicyRuntime:
         return found
 
     def _descend(self, velocity: Tensor, levels: tuple[float, ...]) -> list[float]:
-        """The noise levels to go to: the next ones of grids that were chosen at the first step."""
+        """Return the next noise levels of the grids that were chosen at the first step."""
         walk = self._walked
         if not walk.grids:
             scheduler = self._session.pipe.scheduler
@@ -232,7 +232,7 @@ class PolicyRuntime:
         return walk
 
     def _predicted(self, velocity: Tensor, images: Sequence[int]) -> Sight:
-        """What heads that choose times see of some images."""
+        """Return the inputs of heads that choose times, for some images."""
         run, walk = self._session.run, self._walked
         assert run is not None and walk.condition is not None
         rows = torch.tensor(images, device=velocity.device)
@@ -251,7 +251,7 @@ class PolicyRuntime:
 
 @dataclass(frozen=True)
 class _HeadGate(Gate):
-    """The cache head as a gate: it asks the runtime at the first block, where the condition is known."""
+    """Cache head as a gate: it asks the runtime at the first block, where the condition is known."""
 
     name: ClassVar[str] = "policy"
     signal: ClassVar[Any] = "condition"
@@ -259,14 +259,14 @@ class _HeadGate(Gate):
     runtime: PolicyRuntime
 
     def score(self, state: State, signal: Tensor | None, step: Step) -> tuple[Tensor, State]:
-        """0 for images that reuse."""
+        """Return the score of every image, 0 for images that reuse."""
         reuse = self.runtime.reuse(self._run, step.index)
         return torch.tensor([0.0 if reused else _CERTAIN for reused in reuse]), state
 
     def update(
         self, state: State, signal: Tensor | None, feedback: Tensor | None, computed: Tensor, step: Step
     ) -> State:
-        """Remember where blocks were computed."""
+        """Record which images' blocks were computed."""
         self.runtime.note(self._run, computed)
         return {"computed": computed}
 
@@ -278,7 +278,7 @@ class _HeadGate(Gate):
 
 
 def _timestep(call: Call, times: Sequence[float], scale: int) -> Tensor:
-    """What the network's `timestep` is for the rows of a call, in the words of its family."""
+    """Return the network's `timestep` argument for the rows of a call, in the convention of its family."""
     given = torch.as_tensor(call.arguments["timestep"])
     found = torch.tensor([times[image] for image in call.row_images], dtype=torch.float32)
     if call.family.time == "sigma":
@@ -289,7 +289,7 @@ def _timestep(call: Call, times: Sequence[float], scale: int) -> Tensor:
 
 
 def _grid(call: Call) -> tuple[int, int] | None:
-    """(H, W) of latents that are packed into tokens."""
+    """Return the grid (H, W) of latents that are packed into tokens; None for maps."""
     sample = call.sample
     if sample.dim() == 4:
         return None

@@ -1,4 +1,4 @@
-"""Where a policy led the images of a run."""
+"""Statistics of the paths on which a policy led the images of a run."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from flowaccel.hooks import CallRecord, CallStats
 
 _MANY = 16
 ImagePath = tuple[tuple[float, bool, int], ...]
-"""Of an image: its timesteps, whether its blocks were computed there, and at which level attention was thinned."""
+"""Path of an image: its timesteps, whether its blocks were computed there, and the level of sparse attention."""
 
 
 @dataclass
 class PathStats(CallStats):
-    """Where a policy led the images of a network call."""
+    """Paths of a policy's images in a network call."""
 
     record: CallRecord = field(repr=False, compare=False)
-    """Of the call; who computed is known once it has ended."""
+    """Record of the call; which images were computed is known once it has ended."""
     sparsity: tuple[int, ...] = ()
-    """Per image, the level of sparse attention, 0 for dense; empty where the policy does not set it."""
+    """Level of sparse attention per image, 0 for dense; empty where the policy does not set it."""
 
     @classmethod
     def notes(cls, stats: Sequence[PathStats]) -> list[str]:
-        """Return the path of every image; of many, only in how many steps."""
+        """Return the path of every image; of many, only the numbers of steps."""
         paths = paths_of(stats)
         if not paths:
             return []
@@ -40,7 +40,7 @@ class PathStats(CallStats):
 
 
 def paths_of(stats: Sequence[PathStats]) -> tuple[ImagePath, ...]:
-    """Return where a policy led every image; nothing where it did not choose their times."""
+    """Return the path of every image; empty where the policy did not choose their times."""
     steps: dict[int, list[tuple[float | None, bool, int]]] = {}
     for found in stats:
         record = found.record

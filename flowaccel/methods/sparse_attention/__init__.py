@@ -1,4 +1,4 @@
-"""Attention without the query-key blocks of least attention (after RAPID3's sparse head, arXiv 2509.22323)."""
+"""Sparse attention without the query-key blocks of least attention (after RAPID3's sparse head, arXiv 2509.22323)."""
 
 from flowaccel.recipe.registry import Method, Preset
 

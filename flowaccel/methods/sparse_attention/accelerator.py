@@ -1,4 +1,4 @@
-"""Attention that leaves out blocks of query-key pairs, which are predicted anew in every layer and call."""
+"""Sparse attention that leaves out blocks of query-key pairs, predicted anew in every layer and call."""
 
 from __future__ import annotations
 
@@ -32,27 +32,28 @@ PROCESSORS: dict[type, type[SparseAttnProcessor]] = {
     FluxAttnProcessor: SparseFluxAttnProcessor,
     SiTAttnProcessor: SparseSiTAttnProcessor,
 }
-"""What stands in for which stock processor."""
+"""Sparse processor of each stock processor."""
 
 
 @dataclass(frozen=True)
 class SparseAttention(Accelerator):
-    """Leave out the blocks of query-key pairs whose attention is predicted to be low (as the sparse levels of RAPID3,
-    arXiv 2509.22323, after SpargeAttn, arXiv 2502.18137).
+    """Accelerator that leaves out the blocks of query-key pairs whose attention is predicted to be low.
+
+    It follows the sparse levels of RAPID3 (arXiv 2509.22323) and SpargeAttn (arXiv 2502.18137).
 
     For the attention of SD3 and FLUX, over image and text, and of SiT. The text is never left out. An approximation,
     whose error depends on the model: look at it with `flowaccel evaluate`. It pays only where attention itself is most
     of the work.
 
     Args:
-        keep: what is computed: the share of an image's key blocks, in (0, 1], or the mass of the predicted attention.
-            1 is full attention.
+        keep: share of an image's key blocks that is computed, in (0, 1], or mass of the predicted attention. 1 is
+            full attention.
         dense_steps: the share of the steps, from the first on, with full attention.
-        by: what `keep` is, `share` or `mass`, see `flowaccel.methods.sparse_attention.attention.BlockRule`.
+        by: meaning of `keep`, `share` or `mass`, see `flowaccel.methods.sparse_attention.attention.BlockRule`.
         similarity: blocks whose tokens look less alike than this are not left out; None leaves any out.
         query_block: queries that are decided about together.
         key_block: keys that are decided about together.
-        backend: what computes it, see `flowaccel.methods.sparse_attention.attention.sparse_attention`.
+        backend: backend of sparse attention, see `flowaccel.methods.sparse_attention.attention.sparse_attention`.
         dense_blocks: so many of the network's first blocks, and of its last, keep full attention.
         min_tokens: the fewest tokens of an image that it is used for; below 4096 it does not pay.
 
@@ -86,12 +87,12 @@ class SparseAttention(Accelerator):
         self.switch()
 
     def switch(self) -> SparseSwitch:
-        """A switch for a network, dense so far."""
+        """Create a switch for a network, dense at first."""
         rule = BlockRule(self.by, self.similarity, self.query_block, self.key_block)
         return SparseSwitch(rule, self.min_tokens, self.backend)
 
     def attach(self, pipe: Any) -> Detach:
-        """Put processors in the place of the stock ones; undone by putting those back.
+        """Replace the stock attention processors; detaching restores them.
 
         Raises:
             UnsupportedModelError: a network without such attention.
@@ -118,7 +119,7 @@ class SparseAttention(Accelerator):
 
 
 def warn_idle(pipe: Any, switch: SparseSwitch, dense_blocks: int, who: str) -> None:
-    """Say once why a call that was to be sparse was not, if it was not."""
+    """Warn once, with the reason, if a call that was to be sparse was not."""
     reason = ""
     if not switch.layers:
         reason = f"dense_blocks={dense_blocks} leaves no block; take fewer"
@@ -129,8 +130,7 @@ def warn_idle(pipe: Any, switch: SparseSwitch, dense_blocks: int, who: str) -> N
 
 
 def put_switch(network: nn.Module, switch: SparseSwitch, dense_blocks: int) -> Detach:
-    """Let a network's attentions obey a switch, but for those of so many of the first and of the last blocks; returns
-    what undoes it.
+    """Connect a switch to a network's attentions, except in the first and last blocks; return what undoes it.
 
     Raises:
         UnsupportedModelError: it has no such attention.
@@ -152,8 +152,10 @@ def put_switch(network: nn.Module, switch: SparseSwitch, dense_blocks: int) -> D
 
 @contextmanager
 def switched(switch: SparseSwitch, call: Call, keep: tuple[float | None, ...] | float | None) -> Iterator[None]:
-    """Within, the attentions of the call's network are as sparse as `keep` says: a level, or one for each row of the
-    call, see `SparseSwitch.keep`. What that spared is noted on the call's record.
+    """Make the attentions of the call's network as sparse as `keep` says inside the context.
+
+    `keep` is a level, or one for each row of the call, see `SparseSwitch.keep`. What was saved is noted on the call's
+    record.
 
     Raises:
         RecipeConflictError: the network was compiled since.
@@ -179,7 +181,7 @@ def switched(switch: SparseSwitch, call: Call, keep: tuple[float | None, ...] | 
 
 @dataclass
 class SparseStats(CallStats):
-    """What sparse attention left out of a network call."""
+    """Statistics of sparse attention in a network call."""
 
     layers: tuple[str, ...]
     """Names in the network of the attention layers that left out query-key pairs."""
@@ -200,7 +202,7 @@ class SparseStats(CallStats):
 
 
 def attentions(network: nn.Module) -> dict[str, Any]:
-    """The attentions over an image's tokens of the blocks of SD3, FLUX and SiT, by name."""
+    """Return the attentions over image tokens in the blocks of SD3, FLUX and SiT, by name."""
     found: dict[str, Any] = {}
     for path, module in network.named_modules():
         if isinstance(module, (FluxAttention, SiTAttention)):

@@ -1,5 +1,6 @@
-"""Attention over a part of the query-key pairs: which blocks of keys a block of queries reads is predicted from their
-means (after SpargeAttn, arXiv 2502.18137, of which this is the idea and no code).
+"""Block-sparse attention: the key blocks that a block of queries reads are predicted from block means.
+
+The idea is SpargeAttn's (arXiv 2502.18137); none of its code is used.
 
 Tokens of an image come first, those of a text after them. Whole blocks of the image are sparse. What is left over, the
 image's last tokens that fill no block, and the text, is not: these keys are read by all, and these queries read all.
@@ -31,7 +32,7 @@ _SPARGE, _SPARGE_BLOCKS = "spas_sage_attn", (128, 64)
 
 @dataclass(frozen=True)
 class BlockRule:
-    """How it is predicted which key blocks a query block reads.
+    """Rule that predicts which key blocks a query block reads.
 
     Args:
         by: what a level says: the `share` of the key blocks that is kept, or the `mass` of the predicted attention that
@@ -63,53 +64,54 @@ class BlockRule:
 
 @dataclass(frozen=True)
 class Blocks:
-    """Which key blocks each query block reads."""
+    """Key blocks that each query block reads."""
 
     kept: Tensor
-    """(B, M, Q, K), true where it does."""
+    """(B, M, Q, K), true where the query block reads the key block."""
     rule: BlockRule
     each: int | None
-    """How many, where they are equally many everywhere, so that nobody has to count."""
+    """Number of kept key blocks, where it is the same everywhere; None if it has to be counted."""
 
     @property
     def ends(self) -> tuple[int, int]:
-        """The first query that reads all keys, and the first key that all queries read."""
+        """First query that reads all keys, and first key that all queries read."""
         return self.kept.shape[2] * self.rule.query_block, self.kept.shape[3] * self.rule.key_block
 
 
 def block_means(tokens: Tensor, size: int) -> Tensor:
-    """Of whole blocks of so many tokens, (B, M, N, d) -> (B, M, N // size, d) in float32."""
+    """Return the means of whole blocks of `size` tokens: (B, M, N, d) -> (B, M, N // size, d) in float32."""
     return _in_blocks(tokens.float(), size).mean(3)
 
 
 def block_similarity(tokens: Tensor, size: int) -> Tensor:
-    """Mean cosine of all pairs of tokens of a block, those with themselves included: (B, M, N, d) ->
-    (B, M, N // size).
+    """Return the mean cosine of all pairs of tokens of a block: (B, M, N, d) -> (B, M, N // size).
+
+    Pairs of a token with itself are included.
     """
     directions = functional.normalize(_in_blocks(tokens.float(), size), dim=-1)
     return directions.mean(3).square().sum(-1)
 
 
 def _in_blocks(tokens: Tensor, size: int) -> Tensor:
-    """(B, M, N, d) -> (B, M, N // size, size, d)."""
+    """Split tokens into whole blocks: (B, M, N, d) -> (B, M, N // size, size, d)."""
     whole = tokens.shape[2] // size
     return tokens[:, :, : whole * size].unflatten(2, (whole, size))
 
 
 def kept_blocks(blocks: int, share: float) -> int:
-    """How many of so many key blocks a share of them is: at least 1 of any."""
+    """Return how many of `blocks` key blocks a share keeps, at least 1."""
     return min(blocks, max(1, round(share * blocks)))
 
 
 def predicted_blocks(query: Tensor, key: Tensor, level: float, rule: BlockRule) -> Blocks:
-    """The key blocks with the highest softmax of d^-0.5 mean(q) mean(k), for each query block.
+    """Select for each query block the key blocks with the highest softmax of d^-0.5 mean(q) mean(k).
 
     Of the keys their mean over the image is taken away first. That does not change their attention, but whether they
     look alike (`BlockRule.similarity`). Key blocks that do not look alike are read besides those that the level keeps.
 
     Args:
         query, key: (B, M, N, d), of the image alone.
-        level: what is kept, in (0, 1], see `BlockRule.by`.
+        level: share or mass that is kept, in (0, 1], see `BlockRule.by`.
         rule: the rule.
 
     Raises:
@@ -135,7 +137,7 @@ def predicted_blocks(query: Tensor, key: Tensor, level: float, rule: BlockRule) 
 
 
 def _chosen(logits: Tensor, level: float, by: By) -> Tensor:
-    """(B, M, Q, K) logits -> those that are kept."""
+    """Return a mask of the kept blocks from logits (B, M, Q, K)."""
     if by == "share":
         best = logits.topk(kept_blocks(logits.shape[3], level), dim=3).indices
         return torch.zeros_like(logits, dtype=torch.bool).scatter_(3, best, True)
@@ -147,11 +149,11 @@ def _chosen(logits: Tensor, level: float, by: By) -> Tensor:
 def sparse_attention(
     query: Tensor, key: Tensor, value: Tensor, blocks: Blocks, backend: Backend = "auto"
 ) -> tuple[Tensor, int | Tensor]:
-    """softmax(d^-0.5 q k^T) v over the pairs that `blocks` keeps.
+    """Compute softmax(d^-0.5 q k^T) v over the pairs that `blocks` keeps.
 
     Args:
         query, key, value: (B, M, L, d), the image's tokens first.
-        blocks: of the image.
+        blocks: key blocks of the image.
         backend: `gather` copies the keys of each query block together, in plain torch, everywhere. `flex` is torch's
             flex attention, which is compiled for the device and skips blocks. `sparge` is SpargeAttn's kernel for given
             blocks, from the package spas_sage_attn, which quantises. `auto` is `flex` on a CUDA device that runs it,
@@ -173,7 +175,7 @@ def sparse_attention(
 
 
 def chosen_backend(backend: Backend, device: torch.device) -> Backend:
-    """What `sparse_attention` takes on a device.
+    """Return the backend that `sparse_attention` uses on a device.
 
     Raises:
         ValueError: unknown, or it does not run there.
@@ -194,8 +196,9 @@ def check_backend(backend: str) -> None:
 
 
 def pairs_kept(blocks: Blocks, length: int) -> int | Tensor:
-    """How many pairs of a query and a key are kept of all rows and heads, with `length` tokens; without waiting for the
-    device where the number is known.
+    """Return how many query-key pairs of all rows and heads are kept, with `length` tokens.
+
+    Does not wait for the device where the number is known.
     """
     rows, heads, queries, _ = blocks.kept.shape
     sparse, always = blocks.ends
@@ -205,8 +208,10 @@ def pairs_kept(blocks: Blocks, length: int) -> int | Tensor:
 
 
 def _gathered(query: Tensor, key: Tensor, value: Tensor, blocks: Blocks) -> tuple[Tensor, int]:
-    """Exact, in plain torch. Where query blocks read different numbers of key blocks, those that are computed together
-    all have as many as the one with the most, and what is too much is masked.
+    """Compute sparse attention exactly, in plain torch.
+
+    Where query blocks read different numbers of key blocks, those that are computed together all have as many as the
+    one with the most, and the excess is masked.
     """
     (end, always), size = blocks.ends, blocks.rule.key_block
     lists = [_in_blocks(part[:, :, :always], size).flatten(0, 2) for part in (key, value)]
@@ -233,14 +238,15 @@ def _gathered(query: Tensor, key: Tensor, value: Tensor, blocks: Blocks) -> tupl
 
 
 def _portions(blocks: int, each: int, device: torch.device) -> list[slice]:
-    """Query blocks that are computed together, so that their keys, `each` bytes a block, have a certain size."""
+    """Split query blocks into portions whose keys, `each` bytes a block, have a bounded size."""
     at_once = max(1, (_CPU_BYTES if device.type == "cpu" else _BYTES) // each)
     return [slice(start, start + at_once) for start in range(0, blocks, at_once)]
 
 
 def _listed(listed: Tensor, rest: Tensor, places: Tensor, heads: Tensor) -> Tensor:
-    """Blocks (blocks, k, d) by their `places` (C, n), then of the `rest` (B * M, R, d) that of the `heads` (C,) ->
-    (C, 1, n * k + R, d).
+    """Gather blocks (blocks, k, d) at `places` (C, n), followed by the rest: (C, 1, n * k + R, d).
+
+    The `rest` is (B * M, R, d), of which `heads` (C,) are taken.
     """
     found = listed.index_select(0, places.flatten()).view(len(places), -1, listed.shape[2])
     if rest.shape[1]:
@@ -249,13 +255,13 @@ def _listed(listed: Tensor, rest: Tensor, places: Tensor, heads: Tensor) -> Tens
 
 
 def _padding(counts: Tensor, most: int, size: int, rest: int) -> Tensor:
-    """(C,) numbers of blocks -> (C, 1, 1, most * size + rest), true for keys that are really read."""
+    """Return a mask (C, 1, 1, most * size + rest) of the keys that are really read, from block counts (C,)."""
     read = torch.arange(most, device=counts.device) < counts.unsqueeze(1)
     return functional.pad(read.repeat_interleave(size, 1), (0, rest), value=True).unflatten(0, (-1, 1, 1))
 
 
 def _to_the_end(blocks: Blocks, length: int) -> Tensor:
-    """(B, M, Q, K) with the blocks of the rest of `length` tokens, which are all kept."""
+    """Return the mask (B, M, Q, K) extended by the blocks of the remaining tokens, which are all kept."""
     queries, keys = -(-length // blocks.rule.query_block), -(-length // blocks.rule.key_block)
     _, _, found_queries, found_keys = blocks.kept.shape
     return functional.pad(blocks.kept, (0, keys - found_keys, 0, queries - found_queries), value=True)
@@ -298,7 +304,7 @@ def _compiled_flex() -> Any:
 
 @functools.cache
 def flex_error(device: torch.device) -> str | None:
-    """Why compiled flex attention does not run on a device; None if it does, which is tried once."""
+    """Return why compiled flex attention does not run on a device, or None if it does; tried once."""
     query = torch.zeros(1, 1, 256, 16, device=device)
     kept = torch.ones(1, 1, 2, 4, dtype=torch.bool, device=device)
     try:

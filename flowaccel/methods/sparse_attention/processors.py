@@ -1,4 +1,4 @@
-"""Attention processors that leave out query-key pairs where a switch says so, for the attentions of SD3, FLUX and SiT.
+"""Sparse attention processors for SD3, FLUX and SiT, controlled by a switch.
 
 Shapes: B rows, N tokens of an image, T of a text, M heads, d width of a head, D = M * d.
 """
@@ -30,42 +30,44 @@ class SparseLayer:
     pairs: int | Tensor
     """Pairs of a query and a key that were computed, of all rows and heads."""
     all_pairs: int
-    """Those of full attention."""
+    """Pairs of full attention."""
     head_dim: int
     predicting: int
     """Multiply-adds of the prediction."""
 
     @property
     def macs_spared(self) -> int:
-        """Multiply-adds that full attention would have done besides."""
+        """Multiply-adds saved against full attention."""
         return 2 * self.head_dim * (self.all_pairs - int(self.pairs)) - self.predicting
 
 
 @dataclass
 class SparseSwitch:
-    """What the processors of one network share: how sparse the rows of the present call are."""
+    """Shared state of a network's processors: the sparsity of the rows of the current call."""
 
     rule: BlockRule
     min_tokens: int
-    """The fewest tokens of an image that anything is left out of."""
+    """Smallest number of tokens of an image for which pairs are left out."""
     backend: Backend = "auto"
     keep: tuple[float | None, ...] | float | None = None
     """Levels, see `BlockRule.by`: of every row of the present call, or one for all; None and 1 are dense, by the
     untouched processor."""
     only: Callable[[], tuple[int, ...] | None] = field(default=lambda: None)
-    """Which rows of the call a block is run for at present; None for all."""
+    """Rows of the call that a block is run for at present; None for all."""
     applies: Callable[[], bool] = field(default=lambda: True)
     """Whether `keep` is for what runs now, rather than for what another thread or pipeline runs meanwhile."""
     text: int = 0
     """Tokens of the text, for layers that take text and image as one."""
     layers: int = 0
-    """How many obey it."""
+    """Number of layers that the switch controls."""
     ran: list[SparseLayer] = field(default_factory=list)
     largest: int = 0
-    """The most tokens of an image that a layer had that was to be sparse."""
+    """Largest number of image tokens of a layer that was to be sparse."""
 
     def levels(self, rows: int, tokens: int) -> tuple[float | None, ...]:
-        """Of each of the rows that a layer is run for, with so many tokens of an image; one entry if all are alike.
+        """Return the level of each row that a layer is run for; one entry if all are alike.
+
+        `tokens` is the number of tokens of an image.
 
         Raises:
             ValueError: `keep` is for another number of rows.
@@ -86,7 +88,7 @@ class SparseSwitch:
 
 
 class SparseAttnProcessor(StandIn):
-    """Attention of a layer that leaves out pairs where `switch` says so; else what `stock` computes.
+    """Base class of processors that leave out pairs where `switch` says so; else they call `stock`.
 
     Args:
         stock: the processor in whose place it stands.
@@ -99,8 +101,9 @@ class SparseAttnProcessor(StandIn):
 
     @property
     def _attention_backend(self) -> Any:
-        """What diffusers' `set_attention_backend` chose for full attention; an AttributeError where `stock` lets nobody
-        choose, by which diffusers tells.
+        """Backend that diffusers' `set_attention_backend` chose for full attention.
+
+        Raises AttributeError where `stock` has no backend to choose, as diffusers expects.
         """
         return self.stock._attention_backend
 
@@ -116,7 +119,7 @@ class SparseAttnProcessor(StandIn):
         encoder: Tensor | None,
         tokens: int,
     ) -> Output:
-        """Rows of one level are computed together."""
+        """Compute the rows of each level together."""
 
         def run(level: float | None, hidden: Tensor, encoder: Tensor | None) -> Output:
             return dense(hidden, encoder) if level is None else sparse(hidden, encoder, level)
@@ -134,7 +137,7 @@ class SparseAttnProcessor(StandIn):
         return joined(parts, groups)
 
     def _attended(self, heads: Sequence[Tensor], tokens: int, level: float) -> Tensor:
-        """Queries, keys and values (B, M, N + T, d), the image's first, -> (B, N + T, D)."""
+        """Attend with queries, keys and values (B, M, N + T, d), the image's first, -> (B, N + T, D)."""
         query, key, value = heads
         blocks = predicted_blocks(query[:, :, :tokens], key[:, :, :tokens], level, self.switch.rule)
         output, pairs = sparse_attention(query, key, value, blocks, self.switch.backend)
@@ -146,10 +149,10 @@ class SparseAttnProcessor(StandIn):
 
 
 class SparseSiTAttnProcessor(SparseAttnProcessor):
-    """Of `SiTAttention`."""
+    """Sparse processor of `SiTAttention`."""
 
     def __call__(self, attn: Any, hidden_states: Tensor) -> Output:
-        """`hidden_states` (B, N, D) -> (B, N, D), before the output projection."""
+        """Compute attention before the output projection: `hidden_states` (B, N, D) -> (B, N, D)."""
 
         def sparse(hidden: Tensor, encoder: Tensor | None, level: float) -> Output:
             return self._attended(image_heads(attn, hidden), hidden.shape[1], level)
@@ -158,7 +161,7 @@ class SparseSiTAttnProcessor(SparseAttnProcessor):
 
 
 class SparseJointAttnProcessor(SparseAttnProcessor):
-    """Of the blocks of SD3: jointly of image and text, or of the image alone."""
+    """Sparse processor of SD3's blocks, for joint attention of image and text or for the image alone."""
 
     def __call__(
         self,
@@ -169,8 +172,9 @@ class SparseJointAttnProcessor(SparseAttnProcessor):
         *args: Any,
         **kwargs: Any,
     ) -> Output:
-        """`hidden_states` (B, N, D) and `encoder_hidden_states` (B, T, D), or None, -> the same, projected. With
-        a mask attention is full.
+        """Compute attention and the output projections; with a mask attention is full.
+
+        Maps `hidden_states` (B, N, D) and `encoder_hidden_states` (B, T, D), or None, to the same shapes.
         """
         tokens = hidden_states.shape[1]
 
@@ -188,7 +192,10 @@ class SparseJointAttnProcessor(SparseAttnProcessor):
 
 
 class SparseFluxAttnProcessor(SparseAttnProcessor):
-    """Of the blocks of FLUX: the first take image and text apart, the others as one, the text first."""
+    """Sparse processor of FLUX's blocks.
+
+    Double-stream blocks take image and text apart, single-stream blocks as one, the text first.
+    """
 
     def __call__(
         self,
@@ -198,8 +205,10 @@ class SparseFluxAttnProcessor(SparseAttnProcessor):
         attention_mask: Tensor | None = None,
         image_rotary_emb: Rotary | None = None,
     ) -> Output:
-        """`hidden_states` (B, N, D) and `encoder_hidden_states` (B, T, D) -> the same, projected; or (B, T + N, D) and
-        None -> (B, T + N, D), before the projection. With a mask attention is full.
+        """Compute attention; with a mask it is full.
+
+        Maps `hidden_states` (B, N, D) and `encoder_hidden_states` (B, T, D) to the same shapes, projected; or (B, T +
+        N, D) and None to (B, T + N, D), before the projection.
         """
 
         def dense(hidden: Tensor, encoder: Tensor | None) -> Output:
@@ -224,12 +233,12 @@ class SparseFluxAttnProcessor(SparseAttnProcessor):
 
 
 def image_heads(attn: Any, hidden: Tensor) -> list[Tensor]:
-    """Queries, keys and values (B, M, N, d) of an image's (B, N, D), normed where the layer does."""
+    """Return queries, keys and values (B, M, N, d) of image tokens (B, N, D), normalised where the layer does so."""
     return _heads(attn, hidden, "to_qkv", ("to_q", "to_k", "to_v"), ("norm_q", "norm_k"))
 
 
 def joint_heads(attn: Any, hidden: Tensor, encoder: Tensor | None) -> list[Tensor]:
-    """Queries, keys and values (B, M, N + T, d) of an image's (B, N, D) and a text's (B, T, D), if there is one."""
+    """Return queries, keys and values (B, M, N + T, d) of image tokens (B, N, D) and text tokens (B, T, D) or None."""
     image = image_heads(attn, hidden)
     if encoder is None:
         return image
@@ -251,7 +260,7 @@ def _heads(attn: Any, tokens: Tensor, fused: str, layers: Sequence[str], norms: 
 
 
 def projected(attn: Any, attended: Tensor, tokens: int, joint: bool) -> Output:
-    """(B, N + T, D) through the output layers of the image and, if `joint`, of the text."""
+    """Apply the output layers of the image and, if `joint`, of the text to (B, N + T, D)."""
     image, text = attended[:, :tokens], attended[:, tokens:]
     for layer in attn.to_out:
         image = layer(image)

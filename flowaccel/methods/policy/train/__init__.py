@@ -1,1 +1,1 @@
-"""Training of learned policies by what finished images are worth."""
+"""Training of learned policies with rewards of finished images."""

@@ -1,6 +1,8 @@
-"""Tells accelerated images from others: the second half of RAPID3's reward (arXiv 2509.22323), trained along with the
-policy. The paper tunes a CLIP through adapters; sizes and settings are a reconstruction. For embedded data, whose
-images no CLIP has seen, there are a small convolutional network and a head on the zoo's features.
+"""Discriminators between accelerated and other images, the second half of RAPID3's reward (arXiv 2509.22323).
+
+They are trained along with the policy. The paper tunes a CLIP through adapters; sizes and settings are a
+reconstruction. For embedded data, whose images no CLIP has seen, there are a small convolutional network and a head on
+the zoo's features.
 """
 
 from __future__ import annotations
@@ -27,13 +29,16 @@ from flowaccel.training.loop import as_saved, resume_state, save_state, step_see
 _HELD_OUT = 5
 """Every so many-th case is never trained on."""
 _JUDGED = 256
-"""So many of the latest held-out images tell the accuracy."""
+"""Number of the latest held-out images that the accuracy is taken on."""
 _SMALLEST_CROP = 0.8
 _BATCH = 64
 
 
 class Discriminator(nn.Module, ABC):
-    """Abstract: bytes of images to logits of "not accelerated"; without batch statistics or dropout."""
+    """Abstract base of discriminators, from images to logits of "not accelerated".
+
+    They read images rounded to bytes, and have no batch statistics or dropout.
+    """
 
     image_shape: tuple[int, int, int]
     """(C, H, W) that it sees."""
@@ -42,10 +47,10 @@ class Discriminator(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, images: Tensor) -> Tensor:
-        """(B, *image_shape) floating, in [0, 1] -> (B,) logits."""
+        """Return the logits (B,) of images (B, *image_shape), floating, in [0, 1]."""
 
     def prepared(self, images: Tensor) -> Tensor:
-        """Rounded to bytes, and resized where it does that: both kinds of images take this same path.
+        """Round images to bytes, and resize them if this discriminator does; both kinds of images take this same path.
 
         Args:
             images: (B, C, H, W) floating, in [0, 1].
@@ -67,11 +72,11 @@ class Discriminator(nn.Module, ABC):
 
 
 class ConvDiscriminator(Discriminator):
-    """Three convolutions with strides and a mean over places, for small images.
+    """Discriminator of three strided convolutions and global average pooling, for small images.
 
     Args:
         image_shape: (C, H, W), at least 8x8.
-        width: of the first layer.
+        width: width of the first layer.
     """
 
     resizes = False
@@ -88,18 +93,19 @@ class ConvDiscriminator(Discriminator):
         self.head = nn.Linear(into, 1)
 
     def forward(self, images: Tensor) -> Tensor:
-        """(B, *image_shape) in [0, 1] -> (B,)."""
+        """Return the logits (B,) of images (B, *image_shape) in [0, 1]."""
         logits: Tensor = self.head(self.trunk(2 * images - 1).mean(dim=(2, 3)))[:, 0]
         return logits
 
 
 class FeatureDiscriminator(Discriminator):
-    """A small head on the features of a frozen classifier. It sees what the classifier kept, which is less than
-    `ConvDiscriminator` sees.
+    """Discriminator with a small head on the features of a frozen classifier.
+
+    It sees what the classifier kept, which is less than `ConvDiscriminator` sees.
 
     Args:
         features: a classifier of the zoo.
-        width: of the hidden layer.
+        width: width of the hidden layer.
     """
 
     resizes = False
@@ -111,13 +117,16 @@ class FeatureDiscriminator(Discriminator):
         self.head = nn.Sequential(nn.Linear(features.num_features, width), nn.SiLU(), nn.Linear(width, 1))
 
     def forward(self, images: Tensor) -> Tensor:
-        """(B, *image_shape) in [0, 1] -> (B,)."""
+        """Return the logits (B,) of images (B, *image_shape) in [0, 1]."""
         logits: Tensor = self.head(self.features(unit_to_uint8(images)))[:, 0]
         return logits
 
 
 class Bottleneck(nn.Module):
-    """An adapter (arXiv 1902.00751): x + up(GELU(down(x))); the identity at first, since `up` starts at zero."""
+    """Bottleneck adapter (arXiv 1902.00751): x + up(GELU(down(x))).
+
+    It is the identity at first, since `up` starts at zero.
+    """
 
     def __init__(self, size: int, width: int) -> None:
         super().__init__()
@@ -127,19 +136,19 @@ class Bottleneck(nn.Module):
         nn.init.zeros_(self.up.bias)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """(..., size) -> the same shape."""
+        """Apply the adapter to (..., size)."""
         adapted: Tensor = hidden + self.up(functional.gelu(self.down(hidden)))
         return adapted
 
 
 class ClipDiscriminator(Discriminator):
-    """The frozen image half of a CLIP with an adapter after each of its last blocks, and a linear head.
+    """Discriminator from a frozen CLIP image encoder with adapters after its last blocks, and a linear head.
 
     Args:
-        tower: what `load_features("clip:...")` has as `module`.
-        preprocessing: how its images are sized and normalised.
-        width: of the adapters.
-        blocks: how many of the last blocks have one; all where there are fewer.
+        tower: image encoder, the `module` of `load_features("clip:...")`.
+        preprocessing: size and normalisation of its images.
+        width: width of the adapters.
+        blocks: number of the last blocks that have one; all where there are fewer.
     """
 
     resizes = True
@@ -160,13 +169,13 @@ class ClipDiscriminator(Discriminator):
         self.head = nn.Linear(tower.visual_projection.out_features, 1)
 
     def forward(self, images: Tensor) -> Tensor:
-        """(B, 3, size, size) in [0, 1] -> (B,)."""
+        """Return the logits (B,) of images (B, 3, size, size) in [0, 1]."""
         logits: Tensor = self.head(self.tower((images - self.shift) / self.scale))[:, 0]
         return logits
 
 
 def new_discriminator(name: str, image_shape: tuple[int, int, int], seed: int = 0) -> Discriminator:
-    """A fresh discriminator by name.
+    """Create a discriminator by name.
 
     * `conv`: `ConvDiscriminator`; the choice for images as small as the embedded ones.
     * `zoo:NAME`: `FeatureDiscriminator` on a classifier of the zoo, or `ClipDiscriminator` on a CLIP of it.
@@ -175,7 +184,7 @@ def new_discriminator(name: str, image_shape: tuple[int, int, int], seed: int = 
     Args:
         name: which.
         image_shape: (C, H, W) of the pipeline's images; what resizes takes any.
-        seed: of its weights.
+        seed: seed of its weights.
 
     Raises:
         ValueError: an unknown name, or one for images of another shape.
@@ -202,7 +211,7 @@ def _new(name: str, image_shape: tuple[int, int, int]) -> Discriminator:
 
 
 def crop_and_flip(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Of every image a square part of 80 to 100% of the area at its full size, half of them mirrored: (B, C, H, W).
+    """Crop a random square of 80 to 100% of each image's area, resize it to full size, and mirror half: (B, C, H, W).
 
     For images large enough that resampling hides nothing; those of 8x8 are better left alone.
     """
@@ -217,10 +226,10 @@ def crop_and_flip(images: Tensor, generator: torch.Generator) -> Tensor:
 
 
 class Replay(nn.Module):
-    """The latest images that were accelerated, in a ring of buffers, so that a training's state holds them.
+    """Ring buffer of the latest accelerated images, kept in buffers so that a training's state holds them.
 
     Args:
-        size: how many are kept.
+        size: number of images that are kept.
         image_shape: (C, H, W).
     """
 
@@ -235,7 +244,7 @@ class Replay(nn.Module):
         self.register_buffer("added", torch.zeros((), dtype=torch.int64))
 
     def add(self, images: Tensor, cases: Tensor) -> None:
-        """Keep uint8 images (B, C, H, W) of cases (B,) in place of the oldest."""
+        """Replace the oldest images by uint8 images (B, C, H, W) of cases (B,)."""
         size = len(self.cases)
         images, cases = images[-size:], cases[-size:]
         slots = (int(self.added) + torch.arange(len(cases))) % size
@@ -243,7 +252,7 @@ class Replay(nn.Module):
         self.added += len(cases)
 
     def rows(self, *, held_out: bool) -> Tensor:
-        """Indices of the images of cases that are held out, or of the others, the latest first."""
+        """Return the indices of the images of held-out cases, or of the others, latest first."""
         size, added = len(self.cases), int(self.added)
         latest = (added - 1 - torch.arange(min(size, added))) % size
         return latest[(self.cases[latest] % _HELD_OUT == 0) == held_out]
@@ -251,19 +260,19 @@ class Replay(nn.Module):
 
 @dataclass(frozen=True, kw_only=True)
 class DiscriminatorConfig:
-    """How a discriminator is trained."""
+    """Configuration of a discriminator's training."""
 
     learning_rate: float = 1e-4
-    """For adapters; a `ConvDiscriminator` takes ten times as much."""
+    """Learning rate of adapters; a `ConvDiscriminator` takes ten times as much."""
     weight_decay: float = 1e-2
     batch_size: int = 64
     """Even: half of them accelerated."""
     smoothing: float = 0.1
     """Share of the labels that is spread over both answers."""
     replay: int = 2000
-    """How many of the latest accelerated images are kept."""
+    """Number of the latest accelerated images that are kept."""
     ema_decay: float = 0.99
-    """Of the averaged weights, which alone give scores."""
+    """Decay of the averaged weights, which alone give scores."""
     enough: float = 0.9
     """While the held-out accuracy is higher, no step is made: scores would be 0 or 1, the same all over a group."""
     augment: bool = False
@@ -281,7 +290,7 @@ class DiscriminatorConfig:
 
 
 class DiscriminatorTraining:
-    """A discriminator that learns along with a policy, and scores its images.
+    """Discriminator that is trained along with a policy and scores its images.
 
     A *case* is a condition (best with the initial noise, too) and has one unaccelerated image, made once. Accelerated
     images name the case they are of, so both kinds are trained on the same conditions. Every fifth case is held out of
@@ -314,7 +323,7 @@ class DiscriminatorTraining:
         self._ema = EMAModel(self._parameters, decay=config.ema_decay)
 
     def add(self, images: Tensor, cases: Tensor) -> None:
-        """Remember accelerated images.
+        """Add accelerated images to the replay buffer.
 
         Args:
             images: (B, C, H, W) floating, in [0, 1].
@@ -331,14 +340,16 @@ class DiscriminatorTraining:
         self._replay.add(self.network.prepared(images), cases.cpu())
 
     def score(self, images: Tensor) -> Tensor:
-        """d: how unaccelerated images look to the averaged weights, (B, C, H, W) in [0, 1] -> (B,) in [0, 1] on the
-        CPU. It changes with `update` only, so score a group between two of these.
+        """Return d, the probability of "not accelerated": images (B, C, H, W) in [0, 1] -> (B,) in [0, 1] on the CPU.
+
+        It is that of the averaged weights. It changes with `update` only, so score a group between two of these.
         """
         return self._logits(self.network.prepared(images)).sigmoid()
 
     def accuracy(self) -> float:
-        """Of the averaged weights on the latest held-out images and the unaccelerated ones of their cases; NaN before
-        there are any.
+        """Return the accuracy of the averaged weights on held-out cases; NaN before there are any.
+
+        It is taken on the latest held-out images and the unaccelerated ones of their cases.
         """
         rows = self._replay.rows(held_out=True)[:_JUDGED]
         if not len(rows):
@@ -348,7 +359,7 @@ class DiscriminatorTraining:
         return float(torch.cat([accelerated < 0, others > 0]).float().mean())
 
     def update(self, steps: int = 1) -> list[float]:
-        """Make so many optimiser steps, or none if the accuracy is high enough before; the loss of each that was made.
+        """Make optimiser steps, or none if the accuracy is high enough before, and return the loss of each.
 
         Raises:
             ValueError: nothing to train on was added.
@@ -367,7 +378,7 @@ class DiscriminatorTraining:
         save_state(folder, self._trained, self._optimizer, self._ema, self.steps, self._settings())
 
     def resume(self, folder: Path) -> int:
-        """Take the state in `folder` if there is one, and go on exactly as the saved one would; the steps made.
+        """Load the state in `folder` if there is one, to continue exactly, and return the number of steps made.
 
         Raises:
             CheckpointError: the state of another network, configuration or set of unaccelerated images, or a damaged
@@ -408,7 +419,7 @@ class DiscriminatorTraining:
 
     @torch.no_grad()
     def _logits(self, images: Tensor) -> Tensor:
-        """Of the averaged weights for bytes (B, C, H, W), (B,) on the CPU."""
+        """Return the logits (B,) of the averaged weights for bytes (B, C, H, W), on the CPU."""
         device = self._parameters[0].device
         self._ema.store(self._parameters)
         self._ema.copy_to(self._parameters)

@@ -1,5 +1,7 @@
-"""Training learned policies by what finished images are worth (RAPID3, arXiv 2509.22323): rollouts in groups that share
-their noise, so that rewards differ by decisions alone, and one clipped step for the heads after each.
+"""Training of learned policies with rewards of finished images (RAPID3, arXiv 2509.22323).
+
+Rollouts are made in groups that share their noise, so that rewards differ by decisions alone, and the heads take one
+clipped step after each.
 """
 
 from __future__ import annotations
@@ -50,20 +52,20 @@ _SHARPNESS, _LEAST = 10.0, 1e-6
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """What a policy's pipeline is asked for: a pool of samples, each with a condition and noise of its own."""
+    """Samples that a policy is trained on: a pool, each with a condition and noise of its own."""
 
     conditions: Conditions
     size: int
     """Samples in the pool."""
     steps: int = 28
-    """Of untouched images, and the most that accelerated ones take."""
+    """Steps of unaccelerated images, and the most that accelerated ones take."""
     seed: int = 1
-    """Of the noise; another one than evaluations take."""
+    """Seed of the noise; another one than evaluations take."""
     arguments: tuple[tuple[str, Any], ...] = ()
     """Further arguments of the pipeline, such as `guidance_scale`."""
 
     def generate(self, pipe: Any, ids: Sequence[int], steps: int | None = None) -> Tensor:
-        """(B, C, H, W) in [0, 1]: these samples, each from its own noise, with so many steps or the task's."""
+        """Generate samples (B, C, H, W) in [0, 1], each from its own noise, with `steps` steps or the task's."""
         output = pipe(
             **self.conditions.arguments(ids),
             num_inference_steps=steps or self.steps,
@@ -75,7 +77,7 @@ class Task:
         return images.float().cpu().clamp(0, 1)
 
     def asked(self, ids: Sequence[int]) -> list[Any]:
-        """What they are to show: prompts or classes."""
+        """Return the conditions of samples: prompts or classes."""
         texts, labels = self.conditions.texts(ids), self.conditions.labels(ids)
         return list(texts) if texts is not None else [] if labels is None else labels.tolist()
 
@@ -83,7 +85,7 @@ class Task:
 def references(
     pipe: Any, task: Task, folder: Path, batch: int = 32, notify: Callable[[int], None] | None = None
 ) -> Tensor:
-    """(size, C, H, W) the untouched images of a task, made once and kept in `folder`.
+    """Return the unaccelerated images (size, C, H, W) of a task, made once and kept in `folder`.
 
     Raises:
         CheckpointError: what lies there is damaged, or of another task.
@@ -103,7 +105,7 @@ def references(
 
 
 def _described(pipe: Any, task: Task) -> dict[str, Any]:
-    """What the untouched images depend on, but for the weights."""
+    """Return what the unaccelerated images depend on, except for the weights."""
     own = {
         "conditions": task.conditions.describe(),
         "size": task.size,
@@ -128,13 +130,13 @@ def _kept(path: Path, meta: dict[str, str]) -> Tensor:
 
 
 def new_policy(pipe: Any, task: Task, levels: Sequence[str], seed: int = 0, **config: Any) -> AccelerationPolicy:
-    """Fresh heads for a pipeline's network, which learn, on its device.
+    """Create trainable heads for a pipeline's network, on its device.
 
     Args:
         pipe: the pipeline, not accelerated.
-        task: of the training.
-        levels: which heads.
-        seed: of their weights.
+        task: task of the training.
+        levels: names of the heads.
+        seed: seed of their weights.
         config: further arguments of `AccelerationPolicy`.
 
     Raises:
@@ -158,8 +160,9 @@ def new_policy(pipe: Any, task: Task, levels: Sequence[str], seed: int = 0, **co
 
 
 def set_costs(pipe: Any, policy: AccelerationPolicy, task: Task, folder: Path, images: int = 8) -> None:
-    """Enter in a policy's configuration what its decisions cost here, for so many images at once; measured once and
-    kept in `folder`, so that a resumed training goes on with the same.
+    """Store the measured costs of a policy's decisions in its configuration.
+
+    They are measured once for `batch` images and kept in `folder`, so that a resumed training goes on with the same.
     """
     file = folder / COSTS
     if not file.exists():
@@ -170,7 +173,7 @@ def set_costs(pipe: Any, policy: AccelerationPolicy, task: Task, folder: Path, i
 
 
 def condition_width(pipe: Any, task: Task) -> int:
-    """Width of the embedding that modulates the blocks of a pipeline's network; it makes one step of one image.
+    """Return the width of the embedding that modulates the network's blocks, by running one step of one image.
 
     Raises:
         UnsupportedModelError: there is none.
@@ -189,14 +192,17 @@ def condition_width(pipe: Any, task: Task) -> int:
 
 
 def fidelity(images: Tensor, untouched: Tensor) -> Tensor:
-    """exp(-10 e), with e the relative L2 error against the untouched images: (B, C, H, W) twice -> (B,) in [0, 1]."""
+    """Return exp(-10 e), with e the relative L2 error against unaccelerated images.
+
+    Images are (B, C, H, W), the result is (B,) in [0, 1].
+    """
     error = (images - untouched).flatten(1).norm(dim=1) / untouched.flatten(1).norm(dim=1).clamp_min(_LEAST)
     return torch.exp(-_SHARPNESS * error)
 
 
 @dataclass(frozen=True, kw_only=True)
 class PolicySettings:
-    """How a policy is trained.
+    """Settings of a policy's training.
 
     Raises:
         ValueError: out of range.
@@ -209,7 +215,7 @@ class PolicySettings:
     discount: float = 0.97
     """lambda: what a dense step more leaves of the reward; lower makes faster."""
     price: float | None = None
-    """Where given, the reward is score - price * steps, not the paper's discounted one."""
+    """Price of a step: the reward is score - price * steps, not the paper's discounted one; None for the latter."""
     realism: float = 1.0
     """omega: weight of the discriminator's score."""
     fidelity: float = 0.0
@@ -250,7 +256,7 @@ class PolicySettings:
 
 @dataclass(frozen=True, kw_only=True)
 class Update:
-    """What one update saw, means over its images."""
+    """Statistics of one update, means over its images."""
 
     reward: float
     quality: float
@@ -265,7 +271,7 @@ class Update:
 
 @dataclass(frozen=True, kw_only=True)
 class _Experience:
-    """Rollouts, and what they were worth."""
+    """Rollouts and their rewards."""
 
     choices: dict[str, Choices]
     old: dict[str, Tensor]
@@ -275,24 +281,24 @@ class _Experience:
 
 
 def check_launch() -> None:
-    """Raise a ValueError where a launcher started several processes: heads learn in one."""
+    """Raise a ValueError if a launcher started several processes: heads are trained in one."""
     processes = os.environ.get("WORLD_SIZE", "1")
     if processes != "1":
         raise ValueError(f"a policy is trained by one process, got {processes}; start it without a launcher")
 
 
 class PolicyObjective:
-    """The loss of a policy, for `flowaccel.training.loop.train`: every step, or every `epochs` steps, makes rollouts.
+    """Loss of a policy, for `flowaccel.training.loop.train`: every step, or every `epochs` steps, makes rollouts.
 
     Args:
         pipe: the pipeline, not accelerated, its network frozen.
-        task: what is made.
-        reward: what images are worth.
-        settings: how it is trained.
+        task: samples that are generated.
+        reward: reward of the images.
+        settings: settings of the training.
         untouched: (pool, C, H, W) from `references`.
         total: updates of the whole training.
         discriminator: says how unaccelerated images look, and learns to; None for none.
-        seed: of the decisions.
+        seed: seed of the decisions.
 
     Raises:
         ValueError: a pool of fewer samples than an update takes, or several processes.
@@ -317,7 +323,7 @@ class PolicyObjective:
         self._experience: _Experience | None = None
 
     def at(self, step: int) -> Callable[[nn.Module, torch.Generator], Tensor]:
-        """The loss of update `step`."""
+        """Return the loss function of update `step`."""
         return functools.partial(self._loss, step)
 
     def _loss(self, step: int, model: nn.Module, generator: torch.Generator) -> Tensor:
@@ -369,7 +375,7 @@ class PolicyObjective:
         )
 
     def _score(self, images: Tensor, quality: Tensor, ids: Sequence[int]) -> tuple[Tensor, float | None]:
-        """(B,) quality, fidelity and realism together, and the mean of the last; the discriminator learns."""
+        """Return the sum (B,) of quality, fidelity and realism, and the mean of the last; trains the discriminator."""
         settings, score = self.settings, positive(quality, self.reward.bounds)
         if settings.fidelity:
             score = score + settings.fidelity * fidelity(images, self.untouched[ids])
@@ -396,12 +402,12 @@ class PolicyObjective:
         return discounted_reward(score, cost, self.settings.discount)
 
     def save(self, folder: Path) -> None:
-        """What a resumed run needs of the discriminator."""
+        """Save the state of the discriminator, which a resumed run needs."""
         if self.discriminator is not None:
             self.discriminator.save(folder)
 
     def resume(self, folder: Path) -> None:
-        """Take it over.
+        """Load the state of the discriminator.
 
         Raises:
             CheckpointError: there is none.

@@ -1,5 +1,6 @@
-"""What a learned acceleration policy is trained for, and by: compute counted, rewards, advantages, the clipped
-objective (RAPID3, arXiv 2509.22323; its discount is that of TPDM, arXiv 2412.01243).
+"""Objective of a learned acceleration policy: compute, rewards, advantages and the clipped loss (RAPID3).
+
+RAPID3 is arXiv 2509.22323; its discount is that of TPDM, arXiv 2412.01243.
 
 P prompts, G images of each (a group), B = P * G images of a rollout in the order of their groups, R pairs of an image
 and a step.
@@ -19,7 +20,7 @@ from flowaccel.methods.policy.network import STEP, AccelerationPolicy, Choices
 
 ESTIMATORS = ("grpo", "rloo")
 MOST_CLIPPED = 0.3
-"""Where more trajectories are clipped, ratios of single decisions are the better choice."""
+"""Share of clipped trajectories above which ratios of single decisions are the better choice."""
 _STD_EPS, _LARGEST = 1e-4, 5.0
 _EARLY = 1 / 3
 _NO_LIMITS, _EARLY_LIMITS = (0.0, 1.0), (0.3, 0.97)
@@ -31,7 +32,7 @@ _NO_LIMITS, _EARLY_LIMITS = (0.0, 1.0), (0.3, 0.97)
 def equivalent_steps(
     image: Tensor, reused: Tensor, level: Tensor, images: int, costs: Mapping[str, Any] | None
 ) -> Tensor:
-    """The compute of every image, counted in steps that are computed densely: K = sum (1 - C_cache)(1 - C_sparse).
+    """Return the compute of every image in dense steps: K = sum (1 - C_cache)(1 - C_sparse).
 
     All executed steps count, also those where the decision was forced.
 
@@ -68,7 +69,7 @@ def _costs(costs: Mapping[str, Any] | None, name: str, wanted: int) -> list[floa
 
 
 def by_image(values: Tensor, image: Tensor, images: int) -> Tensor:
-    """Sums (B,) of (R,) values, by the image that they belong to."""
+    """Sum (R,) values by the image that they belong to: (B,)."""
     return torch.zeros(images, dtype=values.dtype, device=values.device).index_add(0, image, values)
 
 
@@ -76,7 +77,7 @@ def by_image(values: Tensor, image: Tensor, images: int) -> Tensor:
 
 
 def positive(quality: Tensor, bounds: tuple[float, float]) -> Tensor:
-    """A reward's values moved so that none is negative, as the discount needs (else it would pay for more steps).
+    """Shift a reward's values so that none is negative, as the discount needs (else it would pay for more steps).
 
     What has a lower bound below 0 is shifted by it; what has none, such as ImageReward's about normal values, becomes
     its sigmoid.
@@ -90,7 +91,7 @@ def positive(quality: Tensor, bounds: tuple[float, float]) -> Tensor:
 
 
 def discounted_reward(score: Tensor, steps: Tensor, discount: float = 0.97) -> Tensor:
-    """r = score (1 - lambda^K) / (K (1 - lambda)): for whole K, the mean of lambda^(K - k) over k = 1 .. K.
+    """Compute r = score (1 - lambda^K) / (K (1 - lambda)); for whole K, the mean of lambda^(K - k) over k = 1 .. K.
 
     Args:
         score: (B,) of at least 0: quality and how unaccelerated the image looks, together.
@@ -111,7 +112,7 @@ def discounted_reward(score: Tensor, steps: Tensor, discount: float = 0.97) -> T
 
 
 def additive_reward(score: Tensor, steps: Tensor, price: float) -> Tensor:
-    """r = score - mu K, which takes scores of any sign; not the paper's.
+    """Compute r = score - mu K, which takes scores of any sign; not the paper's.
 
     Args:
         score: (B,).
@@ -148,7 +149,7 @@ def _check_steps(score: Tensor, steps: Tensor) -> None:
 
 
 def advantages(rewards: Tensor, estimator: Literal["grpo", "rloo"] = "grpo") -> Tensor:
-    """How much better each image is than those of its group, (P, G) -> (P, G).
+    """Return the advantage of each image over its group, (P, G) -> (P, G).
 
     - `grpo` (arXiv 2402.03300): (r - mean) / (standard deviation + 1e-4), within +-5.
     - `rloo` (arXiv 2402.14740): r - the mean of the others.
@@ -186,7 +187,10 @@ def check_estimator(estimator: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class PolicyStats:
-    """How one evaluation of the objective went. Ratios are new to old likelihoods, of trajectories or decisions."""
+    """Statistics of one evaluation of the objective.
+
+    Ratios are new to old likelihoods, of trajectories or decisions.
+    """
 
     clip_fraction: float
     """Share of ratios out of the clip's range."""
@@ -210,8 +214,10 @@ NO_STATS = PolicyStats(clip_fraction=0.0, ratio=1.0, entropy=0.0, kl=0.0, skippe
 
 
 def log_probs(policy: AccelerationPolicy, choices: Mapping[str, Choices]) -> dict[str, Tensor]:
-    """(R,) logarithms of the likelihoods of what each level chose. Taken without gradients before an update, they are
-    its old ones; what was forced is not in `choices`, so it is in neither.
+    """Return (R,) log-likelihoods of each level's choices.
+
+    Taken without gradients before an update, they are its old ones. Forced decisions are not in `choices`, so they are
+    in neither.
     """
     return {level: policy.weigh(level, chosen)[0] for level, chosen in choices.items()}
 
@@ -226,11 +232,11 @@ def policy_loss(
     per_decision: bool = False,
     entropy: float = 0.0,
 ) -> tuple[Tensor, PolicyStats]:
-    """The clipped objective, negated: - mean over images of min(ratio A, clip(ratio) A), without a term for divergence.
+    """Return the negated clipped objective: - mean over images of min(ratio A, clip(ratio) A), without a KL term.
 
     Args:
-        policy: whose heads learn.
-        choices: what they saw and chose, by level; images are numbered in the order of `advantages`.
+        policy: the policy whose heads are trained.
+        choices: inputs and choices of the heads, by level; images are numbered in the order of `advantages`.
         old: `log_probs` of the policy that chose, for the same choices.
         advantages: (P, G).
         clip: ratios count within 1 +- this.
@@ -293,7 +299,9 @@ def _stats(change: Tensor, clip: float, entropy: Tensor, skipped: int) -> Policy
 
 
 def early_entropy(progress: float, weight: float = 1e-3) -> float:
-    """The weight of entropy at a progress in [0, 1]: choices are kept from settling in the first third, then it is 0.
+    """Return the weight of entropy at a progress in [0, 1]: it keeps choices from settling early, then it is 0.
+
+    Early is the first third.
 
     Raises:
         ValueError: `progress` out of range.
@@ -302,8 +310,10 @@ def early_entropy(progress: float, weight: float = 1e-3) -> float:
 
 
 def early_limits(progress: float) -> tuple[float, float]:
-    """What share of the present time a jump may leave, at a progress in [0, 1]: [.3, .97] in the first third, which
-    keeps a policy from jumping to the end at once before a discriminator has learnt to see it; then all of [0, 1].
+    """Return the limits of the share of the present time that a jump leaves, at a progress in [0, 1].
+
+    They are [.3, .97] in the first third, which keeps a policy from jumping to the end at once before a discriminator
+    has learnt to see it; then [0, 1].
 
     Raises:
         ValueError: `progress` out of range.

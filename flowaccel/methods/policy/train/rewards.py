@@ -1,4 +1,4 @@
-"""How good images are, for training policies on: built-in rewards and those of one's own."""
+"""Rewards, which score the quality of images for training policies: built-in and user-defined ones."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from flowaccel.evaluation.metrics.clip_score import load_clip, text_match
 from flowaccel.training.features import unit_to_uint8
 
 Condition: TypeAlias = str | int
-"""What an image was asked to show: a prompt, or a class."""
+"""Condition of an image: a prompt, or a class."""
 
 PICK_SCORE = "clip:yuvalkirstain/PickScore_v1"
 _CLIP_WEIGHT = 2.5
@@ -26,15 +26,18 @@ _ANY = (-math.inf, math.inf)
 
 
 class Score(Protocol):
-    """What makes a reward. It may have `bounds`, the lowest and highest value; without, any number is allowed."""
+    """Reward function.
+
+    It may have `bounds`, the lowest and highest value; without, any number is allowed.
+    """
 
     def __call__(self, images: Tensor, conditions: Sequence[Condition], /) -> Tensor:
-        """(B, C, H, W) in [0, 1] and what they were asked to show -> (B,), higher is better."""
+        """Return scores (B,), higher is better, of images (B, C, H, W) in [0, 1] and their conditions."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reward:
-    """`reward(images, conditions)` -> (B,) float32 on the CPU, checked."""
+    """Checked reward: `reward(images, conditions)` -> (B,) float32 on the CPU."""
 
     name: str
     score: Score
@@ -43,7 +46,7 @@ class Reward:
 
     @torch.no_grad()
     def __call__(self, images: Tensor, conditions: Sequence[Condition]) -> Tensor:
-        """How good images are.
+        """Return the scores of images.
 
         Args:
             images: (B, C, H, W) floating, in [0, 1].
@@ -79,13 +82,13 @@ class Reward:
 
 
 def feature_network_of(name: str) -> str:
-    """The name of the feature network that a reward looks through; of a reward of one's own, its own name."""
+    """Return the name of the feature network of a reward; of a user-defined reward, its own name."""
     kind, _, which = name.partition(":")
     return (which or PICK_SCORE) if kind in _BUILT_IN else name
 
 
 def load_reward(name: str, device: str | torch.device = "cpu") -> Reward:
-    """A reward by name.
+    """Load a reward by name.
 
     * `accuracy:FEATURES`, where `FEATURES` is a classifier that `load_features` knows, such as `zoo:digits-features`:
       the probability of the class that was asked for. Where it sees attributes, as `zoo:shapes-features` does: the

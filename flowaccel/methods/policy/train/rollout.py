@@ -1,4 +1,4 @@
-"""Runs of a pipeline under sampled decisions, and what decisions cost (RAPID3, arXiv 2509.22323)."""
+"""Runs of a pipeline under sampled decisions, and the cost of decisions (RAPID3, arXiv 2509.22323)."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _ROUNDS = 5
 
 @dataclass(frozen=True)
 class Executed:
-    """What was done at R pairs of an image and a step, forced or not; idle images are not among them."""
+    """Executed decisions at R pairs of an image and a step, forced or not; idle images are not among them."""
 
     image: Tensor
     """(R,) which image, from 0."""
@@ -36,28 +36,28 @@ class Executed:
 
     @property
     def steps(self) -> Tensor:
-        """(B,) per image, evaluations until it was done."""
+        """(B,) number of evaluations of each image."""
         return self.image.bincount()
 
     @property
     def computed(self) -> Tensor:
-        """(B,) those of them whose blocks were computed."""
+        """(B,) number of evaluations of each image whose blocks were computed."""
         return self.image[~self.reused].bincount(minlength=int(self.image.max()) + 1)
 
 
 @dataclass(frozen=True)
 class Rollout:
-    """One batch of finished images, and how they came about."""
+    """Batch of finished images with the decisions that led to them."""
 
     images: Tensor
     """(B, C, H, W) as `Generate` returned them."""
     choices: dict[str, Choices]
-    """Per head, what was decided and not forced."""
+    """Choices of each head that were not forced."""
     executed: Executed
 
 
 def joined(parts: Sequence[Rollout]) -> Rollout:
-    """Several as one, their images numbered one after the other."""
+    """Concatenate rollouts, numbering their images consecutively."""
     starts = list(itertools.accumulate((len(part.images) for part in parts[:-1]), initial=0))
     choices: dict[str, list[Choices]] = {}
     for start, part in zip(starts, parts, strict=True):
@@ -81,7 +81,7 @@ def roll_out(
 
     Args:
         pipe: a pipeline that is not accelerated.
-        policy: for its configuration.
+        policy: the policy, of which only the configuration is used.
         generate: calls the pipeline.
         source: who decides; a `HeadSource` whose `log` is a dictionary gives the choices.
         levels: about what; None for all that the policy can.
@@ -103,7 +103,7 @@ def _sparsity(record: CallRecord) -> tuple[int, ...]:
 
 
 def executed(records: Sequence[CallRecord]) -> Executed:
-    """What was done at the conditional calls of a run."""
+    """Return the executed decisions at the conditional calls of a run."""
     rows = [
         (image, not record.computed[image], _sparsity(record)[image])
         for record in records
@@ -117,7 +117,10 @@ def executed(records: Sequence[CallRecord]) -> Executed:
 def sampled(
     policy: AccelerationPolicy, seeds: Sequence[Sequence[int]], limits: tuple[float, float] = (0.0, 1.0)
 ) -> HeadSource:
-    """The heads' sampled decisions, logged: image i draws from numpy's generator of `seeds[i]` alone."""
+    """Return a source of the heads' sampled decisions, with a log.
+
+    Image i draws from numpy's generator of `seeds[i]` alone.
+    """
     return HeadSource(policy, [np.random.default_rng(list(seed)) for seed in seeds], limits, log={})
 
 
@@ -137,13 +140,13 @@ def _joined(parts: Sequence[Choices]) -> Choices:
 
 @dataclass(frozen=True)
 class _Overruled:
-    """Heads that are asked and not listened to, so that their own time counts."""
+    """Source that evaluates the heads and ignores their decisions, so that their own time counts."""
 
     heads: HeadSource
     steps: int
-    """As many as the pipeline is asked for; at most the largest number of a count head."""
+    """Number of steps of the pipeline; at most the largest number of a count head."""
     cache: int
-    """The choice of the cache head at all steps but the first."""
+    """Choice of the cache head at all steps but the first."""
     sparse: int
 
     def jump(self, sight: Sight, levels: Sequence[float]) -> list[float]:
@@ -163,15 +166,16 @@ def measured_costs(
     steps: tuple[int, int] = (2, 6),
     rounds: int = _ROUNDS,
 ) -> dict[str, Any]:
-    """What decisions cost on this device, in computed dense steps, the heads' own time included. Text encoders,
-    decoders and whatever else does not grow with the steps are left out.
+    """Measure the cost of decisions on this device, in computed dense steps, including the heads' own time.
+
+    Text encoders, decoders and whatever else does not grow with the steps are left out.
 
     Args:
         pipe: a pipeline that is not accelerated.
         policy: the policy.
         generate: calls the pipeline with so many steps, and returns its images (B, C, H, W).
-        steps: of two lengths of run that are timed; what they take alike is not the steps'.
-        rounds: of interleaved runs; medians are taken.
+        steps: numbers of steps of the two runs that are timed; what both take alike is not due to the steps.
+        rounds: number of interleaved rounds; medians are taken.
 
     Returns:
         `reuse`: of a step whose blocks are reused, if there was one; `sparse`: of a step at each level of the sparse
