@@ -1,4 +1,4 @@
-"""Any diffusers pipeline with a recipe on it, by one `from_pretrained`."""
+"""Loading of a diffusers pipeline with a recipe by one `from_pretrained`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from flowaccel.recipe import HUB_OPTIONS, RecipeLike, accelerate, resolve, saved
 
 
 class AcceleratedPipeline:
-    """Loads any diffusers pipeline and puts a recipe on it: the name to write instead of the pipeline's own class.
+    """Loads any diffusers pipeline and applies a recipe to it; use it in place of the pipeline's own class.
 
     It has no instances: `from_pretrained` returns one of the pipeline's own class, so everything that works on that
     class works on it, and `flowaccel.restore(pipe)` gives the untouched pipeline. The number of steps stays an

@@ -1,4 +1,4 @@
-"""Loading any diffusers pipeline, flowaccel's own classes included, from a folder or the Hub."""
+"""Loading of any diffusers pipeline, including flowaccel's own classes, from a folder or the Hub."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def load_pipeline(
     device: str | None = None,
     **kwargs: Any,
 ) -> DiffusionPipeline:
-    """The pipeline in a folder or on the Hub, as an instance of the class that its `model_index.json` names.
+    """Load the pipeline in a folder or on the Hub as an instance of the class that its `model_index.json` names.
 
     Args:
         path: a folder with `model_index.json`, zoo:NAME, or a Hub id.
@@ -110,7 +110,7 @@ def _pipeline_class(path: str | Path, index: Any) -> Any:
 
 
 def _check_component(path: str | Path, name: str, component: Sequence[Any]) -> None:
-    """Refuse a component that the index takes from anywhere but the libraries: naming a module would import it."""
+    """Refuse a component of any module but the libraries', because naming a module would import it."""
     if not any(isinstance(part, str) for part in component):
         return
     library, kind = component if len(component) == 2 else (None, None)

@@ -33,26 +33,26 @@ DEFAULT_STEPS = 50
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """What one call was asked for, checked."""
+    """Checked arguments of one call."""
 
     labels: Tensor
-    """(B,), or (2B,) with the null labels last where the run is guided."""
+    """Labels (B,), or (2B,) with the null labels last if the run is guided."""
     batch: int
     scale: float
     channels: Channels
     generator: torch.Generator | list[torch.Generator] | None
     callback: Callable[[Any, int, Tensor, dict], dict | None] | None
     project: Project | None = None
-    """What is done to the state at the end of every step; its rows are those of one or two batches."""
+    """Function applied to the state at the end of every step; its rows are those of one or two batches."""
 
     @property
     def copies(self) -> int:
-        """Rows of the network's batch for each image: 2 where the run is guided."""
+        """Number of rows in the network's batch per image: 2 with guidance."""
         return self.labels.shape[0] // self.batch
 
 
 class SiTBase(DiffusionPipeline):
-    """What the SiT pipelines share: components, checks, the denoising loop in its eager and its compiled form."""
+    """Base class of the SiT pipelines: components, checks, and the denoising loop, eager and compiled."""
 
     model_cpu_offload_seq = "transformer->vae"
     _optional_components: ClassVar[list[str]] = ["vae"]
@@ -79,18 +79,18 @@ class SiTBase(DiffusionPipeline):
 
     @property
     def labels(self) -> dict[str, int]:
-        """Class names and their ids (empty where the model has none)."""
+        """Class names and their ids (empty if the model has no names)."""
         id2label = self.config.id2label or {}
         return {name.strip(): int(key) for key, names in id2label.items() for name in names.split(",")}
 
     @property
     def guidance_scale(self) -> float | None:
-        """That of the present or last call; None before the first."""
+        """Guidance scale of the current or last call; None before the first."""
         return self._guidance_scale
 
     @property
     def interrupt(self) -> bool:
-        """Set by callbacks (`pipe._interrupt = True`) to skip the remaining evaluations (compiled: steps)."""
+        """Whether to skip the remaining evaluations (compiled: steps); callbacks set it by `pipe._interrupt = True`."""
         return self._interrupt
 
     def compile_blocks(
@@ -99,8 +99,7 @@ class SiTBase(DiffusionPipeline):
         mode: str | None = None,
         options: dict[str, Any] | None = None,
     ) -> None:
-        """From now on run whole H, P, R and Euler steps as compiled functions: sample-aware compilation (FlowTurbo,
-        arXiv 2409.18128).
+        """Compile whole H, P, R and Euler steps as functions: sample-aware compilation (FlowTurbo, arXiv 2409.18128).
 
         Each kind of step becomes one static graph of network, guidance and solver update, made at its first use.
         Times, step width and guidance scale are tensors in it, so other steps, block counts and scales use the same
@@ -108,7 +107,7 @@ class SiTBase(DiffusionPipeline):
         `FlowTurboScheduler` and with `FlowRungeKuttaScheduler`'s `euler` and `heun`; other schedulers raise a
         ValueError when the pipeline is called. `flowaccel.accelerate` and `restore` may come before or after.
 
-        The networks run without whatever is wrapped around their `forward` (an attached `VelocityRefiner` is known to
+        The networks run without anything wrapped around their `forward` (an attached `VelocityRefiner` is known to
         the scheduler and takes part). `callback_on_step_end` and the progress bar count steps instead of evaluations,
         and the callback always sees the state between two steps.
 
@@ -122,7 +121,7 @@ class SiTBase(DiffusionPipeline):
         self._blocks = CompiledBlocks(backend=backend, mode=mode, options=options)
 
     def decompile_blocks(self) -> None:
-        """Undo `compile_blocks`; does nothing without it."""
+        """Undo `compile_blocks`; does nothing if the blocks are not compiled."""
         self._blocks = None
 
     def _request(
@@ -135,7 +134,7 @@ class SiTBase(DiffusionPipeline):
         callback: Callable[[Any, int, Tensor, dict], dict | None] | None,
         callback_inputs: list[str] | None,
     ) -> Run:
-        """Check what all calls have in common, before anything is computed."""
+        """Check the arguments that all pipelines share, before anything is computed."""
         label_ids = self._label_ids(class_labels)
         guided = self._check_guidance(guidance_scale, guidance_channels)
         self._check_rest(output_type, generator, len(label_ids), callback_inputs)
@@ -162,7 +161,7 @@ class SiTBase(DiffusionPipeline):
         return num_inference_steps
 
     def _set_timesteps(self, steps: int, first_step: int = 0) -> Tensor:
-        """Prepare the scheduler for the steps from `first_step` on; the timesteps of their evaluations."""
+        """Prepare the scheduler for the steps from `first_step` on, and return the timesteps of their evaluations."""
         if isinstance(self.scheduler, FlowSampler):
             self.scheduler.set_timesteps(steps, device=self._execution_device, first_step=first_step)
             return self.scheduler.timesteps
@@ -172,7 +171,7 @@ class SiTBase(DiffusionPipeline):
         return self.scheduler.timesteps[first_step * self.scheduler.order :]
 
     def _denoise(self, run: Run, latents: Tensor, timesteps: Tensor) -> Tensor:
-        """From `latents` (B, C, S, S) at the first timestep to the finished ones."""
+        """Denoise `latents` (B, C, S, S) from the first timestep to the end."""
         return (
             self._denoise_eager(run, latents, timesteps) if self._blocks is None else self._denoise_fused(run, latents)
         )
@@ -187,8 +186,8 @@ class SiTBase(DiffusionPipeline):
             scale=run.scale,
             channels=run.channels,
         )
-        # Only stochastic samplers draw noise; stock ones would draw it for the doubled batch from a list that is half
-        # as long.
+        # Only stochastic samplers draw noise; stock ones would draw it from a list of generators that is half as
+        # long as the doubled batch.
         options: dict[str, Any] = {}
         if hasattr(self.scheduler, "prepare_sample"):
             options["generator"] = run.generator

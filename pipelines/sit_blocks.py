@@ -1,5 +1,6 @@
-"""The guided velocity that `SiTPipeline` follows, and whole H, P and R steps of it as single functions to be compiled
-(the sample-aware compilation of FlowTurbo, arXiv 2409.18128).
+"""Guided velocity of `SiTPipeline`, and whole H, P and R steps as single functions to compile.
+
+This is the sample-aware compilation of FlowTurbo (arXiv 2409.18128).
 
 Shapes: B images; velocities of a guided run have 2B rows, [conditional; null].
 """
@@ -23,7 +24,7 @@ Channels = int | Literal["all"]
 
 
 def guide(velocity: Tensor, scale: float | Tensor, channels: Channels) -> Tensor:
-    """Classifier-free guidance of the leading channels of a doubled batch [conditional; null].
+    """Apply classifier-free guidance to the leading channels of a doubled batch [conditional; null].
 
     Args:
         velocity: (2B, C, ...) outputs of the conditional and of the null half.
@@ -44,13 +45,13 @@ def guide(velocity: Tensor, scale: float | Tensor, channels: Channels) -> Tensor
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class GuidedField:
-    """The velocity of a run at any state and noise level, in diffusers' convention (noise - data).
+    """Velocity field of a run at any state and noise level, in diffusers' convention (noise - data).
 
     Args:
         network: (hidden_states, timestep, class_labels) -> velocity; a module, or the `forward` of one.
-        refiner: what stands in for it on R steps; None where nothing does.
-        convention: of both.
-        dtype: in which both compute; states and velocities keep their own.
+        refiner: network that replaces it on R steps, or None.
+        convention: convention of both.
+        dtype: dtype of both; states and velocities keep their own.
         labels: (B,), or (2B,) with the null labels last where the run is guided.
         scale, channels: as in `guide`; unused without null labels.
     """
@@ -64,12 +65,12 @@ class GuidedField:
     channels: Channels
 
     def velocity(self, state: Tensor, sigma: Tensor) -> Tensor:
-        """(2B, ...) at `state` (B, ...) and the 0-dim `sigma`; (B, ...) without guidance."""
+        """Return the velocity (2B, ...) at `state` (B, ...) and the 0-dim `sigma`; (B, ...) without guidance."""
         arguments = self._arguments(state, sigma)
         return self._guided(self.network(**arguments)[0], state)
 
     def refined(self, state: Tensor, sigma: Tensor, feed: Tensor, base: Tensor) -> Tensor:
-        """The same on an R step: `base` plus the refiner's offset, or without a refiner the velocity itself."""
+        """Return the velocity on an R step: `base` plus the refiner's offset, or `velocity` without a refiner."""
         if self.refiner is None:
             return self.velocity(state, sigma)
         arguments = self._arguments(state, sigma)
@@ -93,22 +94,22 @@ class GuidedField:
 
 
 Ends = tuple[Tensor, Tensor, Tensor]
-"""What a block returns: the state (B, ...) after the step, and the velocities at its start and at its predicted end."""
+"""Result of a block: the state (B, ...) after the step, and the velocities at its start and at its predicted end."""
 
 
 def euler_block(field: GuidedField, state: Tensor, sigma: Tensor, end: Tensor, width: Tensor) -> Ends:
-    """Euler's step from the noise level `sigma` to `end`, `width` apart (0-dim tensors)."""
+    """Take an Euler step (E) from the noise level `sigma` to `end`, `width` apart (0-dim tensors)."""
     start = field.velocity(state, sigma)
     return predicted(state, width, start[: state.shape[0]]), start, start
 
 
 def heun_block(field: GuidedField, state: Tensor, sigma: Tensor, end: Tensor, width: Tensor) -> Ends:
-    """H: both velocities by the network."""
+    """Take a Heun step (H), in which the network computes both velocities."""
     return pseudo_block(field, state, sigma, end, width, field.velocity(state, sigma))
 
 
 def pseudo_block(field: GuidedField, state: Tensor, sigma: Tensor, end: Tensor, width: Tensor, carried: Tensor) -> Ends:
-    """P: the carried velocity stands for the one at the start."""
+    """Take a pseudo-corrector step (P), which uses the carried velocity as the one at the start."""
     batch = state.shape[0]
     last = field.velocity(predicted(state, width, carried[:batch]), end)
     return corrected(state, width, carried[:batch], last[:batch]), carried, last
@@ -117,7 +118,10 @@ def pseudo_block(field: GuidedField, state: Tensor, sigma: Tensor, end: Tensor, 
 def refiner_block(
     field: GuidedField, state: Tensor, sigma: Tensor, end: Tensor, width: Tensor, carried: Tensor, mode: str
 ) -> Ends:
-    """R: both velocities are the carried one plus the refiner's offset; `mode` is the scheduler's `refiner_mode`."""
+    """Take a refiner step (R): both velocities are the carried one plus the refiner's offset.
+
+    `mode` is the scheduler's `refiner_mode`.
+    """
     batch = state.shape[0]
     start = field.refined(state, sigma, carried, carried)
     ahead = predicted(state, width, start[:batch])
@@ -131,7 +135,7 @@ BLOCKS: dict[str, Callable[..., Ends]] = {"E": euler_block, "H": heun_block, "P"
 
 
 class CompiledBlocks:
-    """The blocks, each compiled as one static graph at its first use; made by `SiTPipeline.compile_blocks`."""
+    """Blocks that are each compiled as one static graph at their first use; made by `SiTPipeline.compile_blocks`."""
 
     def __init__(self, **options: Any) -> None:
         self._blocks = {
@@ -141,7 +145,7 @@ class CompiledBlocks:
     def run_step(
         self, step: FusedStep, field: GuidedField, state: Tensor, times: StepTimes, carried: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """One step from `state` (B, ...) and the velocity carried to it; returns both for the next one."""
+        """Take one step from `state` (B, ...) and the carried velocity; returns both for the next step."""
         more = (carried, step.mode) if step.kind == "R" else (carried,) if step.kind == "P" else ()
         torch.compiler.cudagraph_mark_step_begin()
         ahead, start, end = self._blocks[step.kind](field, state, *times, *more)
@@ -153,8 +157,9 @@ StepTimes = tuple[Tensor, Tensor, Tensor]
 
 
 def step_times(scheduler: Any, step: int, device: torch.device) -> StepTimes:
-    """The noise levels at both ends of a step, rounded like those that `timesteps` gives, and its width: 0-dim
-    float32 tensors on `device`, so that no value of theirs ends up in a graph.
+    """Return the noise levels at both ends of a step, and its width: 0-dim float32 tensors on `device`.
+
+    They are rounded like those in `timesteps`, and are tensors so that their values do not become constants of a graph.
     """
     scale = scheduler.config.num_train_timesteps
     ends = [torch.tensor(level, dtype=torch.float32) * scale / scale for level in scheduler.grid[step : step + 2]]
@@ -163,7 +168,7 @@ def step_times(scheduler: Any, step: int, device: torch.device) -> StepTimes:
 
 
 def bare_field(network: Any, refiner: Any, labels: Tensor, scale: float, channels: Channels) -> GuidedField:
-    """The field of the networks themselves, below whatever was wrapped around their `forward`."""
+    """Return the field of the networks themselves, without anything wrapped around their `forward`."""
     return GuidedField(
         network=_forward(network),
         refiner=None if refiner is None else _forward(refiner),

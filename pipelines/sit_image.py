@@ -25,10 +25,10 @@ Pictures = Picture | list[Picture]
 
 
 class SiTFromImage(SiTBase):
-    """What image to image and inpainting share: reading and encoding the source, and where a run begins."""
+    """Base class of image to image and inpainting: reading and encoding the source, and the start of a run."""
 
     def _first_step(self, strength: float, steps: int) -> int:
-        """How many of the first steps `strength` leaves out."""
+        """Return the number of first steps that `strength` skips."""
         if not 0 < strength <= 1:
             raise ValueError(f"strength must be above 0 and at most 1 (1 keeps nothing of the image), got {strength}")
         if steps < 1:
@@ -43,7 +43,7 @@ class SiTFromImage(SiTBase):
         return first
 
     def _source(self, image: Pictures, run: Run) -> Tensor:
-        """The latents (B, C, S, S) of the source: pixels in [-1, 1] where there is no VAE."""
+        """Return the latents (B, C, S, S) of the source, or its pixels in [-1, 1] without a VAE."""
         config, device = self.transformer.config, self._execution_device
         latent_shape = (config.in_channels, config.sample_size, config.sample_size)
         if self.vae is None:
@@ -68,13 +68,13 @@ class SiTFromImage(SiTBase):
         self, run: Run, source: Tensor, noise: Tensor, steps: int, first: int, output_type: str, return_dict: bool
     ) -> ImagePipelineOutput | tuple:
         timesteps = self._set_timesteps(steps, first)
-        # Of the first step, not of the first evaluation: these are the same here, because a run begins with a step.
+        # The level of the first step is that of the first evaluation, because a run begins with a step.
         sigma = float(timesteps[0]) / self.scheduler.config.num_train_timesteps
         return self._result(self._denoise(run, noised(source, sigma, noise), timesteps), output_type, return_dict)
 
 
 class SiTImg2ImgPipeline(SiTFromImage):
-    """Image to image with a `SiTTransformer2DModel`: noise the source up to some level, and denoise it from there.
+    """Image to image with a `SiTTransformer2DModel`: the source is noised to some level and denoised from there.
 
     Takes the components of a `SiTPipeline`. One made of an accelerated pipeline has its sampler, but is not accelerated
     itself: give it to `flowaccel.accelerate`.
@@ -177,7 +177,7 @@ class SiTInpaintPipeline(SiTFromImage):
         Args:
             class_labels: class ids or names; one or a list of B.
             image: the source or sources, as in `SiTImg2ImgPipeline`.
-            mask_image: what is to be painted: one mask for all labels, or B, in the forms of a one-channel image and of
+            mask_image: area to paint: one mask for all labels, or B, in the forms of a one-channel image and of
                 the source's size. Values of 0.5 and more (white) are painted, the rest (black) is kept. With a VAE the
                 mask is sampled at the nearest pixel of every latent.
             strength: as in `SiTImg2ImgPipeline`; 1 paints the masked area from pure noise.
@@ -214,7 +214,7 @@ class SiTInpaintPipeline(SiTFromImage):
         return self._run_from(run, source, noise, steps, first, output_type, return_dict)
 
     def _mask(self, mask_image: Pictures, run: Run) -> Tensor:
-        """(B, 1, S, S), True where to paint."""
+        """Return the mask (B, 1, S, S), True where to paint."""
         side = self.transformer.config.sample_size
         masks = read_pictures("mask_image", mask_image, 1, side if self.vae is None else self._picture_size, run.batch)
         masks = torch.nn.functional.interpolate(masks, size=(side, side))
@@ -222,7 +222,7 @@ class SiTInpaintPipeline(SiTFromImage):
 
 
 def read_pictures(name: str, pictures: Pictures, channels: int, side: int, batch: int) -> Tensor:
-    """Images in any form that diffusers knows as a float32 tensor (1 or `batch`, channels, side, side) in [0, 1].
+    """Convert images in any form that diffusers accepts to float32 (1 or `batch`, channels, side, side) in [0, 1].
 
     Raises:
         ValueError: no image, or images of another size, number, range or number of channels; `name` is the argument.
@@ -248,7 +248,7 @@ def read_pictures(name: str, pictures: Pictures, channels: int, side: int, batch
 
 
 def _tensor(name: str, picture: Picture, channels: int) -> Tensor:
-    """(n, C, H, W), uint8 scaled to [0, 1]."""
+    """Return the picture as a tensor (n, C, H, W), uint8 scaled to [0, 1]."""
     if isinstance(picture, Image.Image):
         picture = np.asarray(picture.convert("L" if channels == 1 else "RGB"))
     if isinstance(picture, np.ndarray):

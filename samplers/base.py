@@ -1,4 +1,4 @@
-"""What all flow samplers share: the step grid, its shifts, and a walk over network evaluations.
+"""Base class of flow samplers: the step grid, its shifts, and the loop over network evaluations.
 
 A sampler is a list of evaluations fixed before sampling and a `step` that consumes the network's output of one
 evaluation and returns the input of the next. So any number of evaluations per step fits the ordinary diffusers loop,
@@ -30,12 +30,12 @@ register_components()
 
 TimeShift = Literal["exponential", "linear"]
 Project = Callable[[Tensor, float], Tensor]
-"""What is done to the state at the end of a step: `project(state, sigma)` with (B, ...) returns (B, ...)."""
+"""Function `project(state, sigma)` applied to the state (B, ...) at the end of a step; returns (B, ...)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """One call of a network."""
+    """One evaluation of a network."""
 
     step: int
     """Index of the step (0 .. num_inference_steps - 1) that the call belongs to."""
@@ -47,25 +47,26 @@ class Evaluation:
 
 @dataclass(frozen=True, kw_only=True)
 class FusedStep:
-    """One whole step, for whoever runs its evaluations as a single function."""
+    """One whole step, for callers that run its evaluations as a single function."""
 
     kind: Literal["E", "H", "P", "R"]
-    """Euler; Heun; pseudo-corrector, whose first velocity is the carried one; refiner."""
+    """Kind of the step: Euler; Heun; pseudo-corrector, whose first velocity is the carried one; refiner."""
     step: int
-    """Index of the step: it runs from `grid[step]` to `grid[step + 1]`."""
+    """Index of the step, which runs from `grid[step]` to `grid[step + 1]`."""
     carries_start: bool = False
-    """Whether the next step is handed the velocity at the start of this one, rather than at its predicted end."""
+    """Whether the velocity at the start of this step is carried to the next one, instead of that at its predicted
+    end."""
     mode: str = ""
-    """Of a refiner step: the scheduler's `refiner_mode`."""
+    """The scheduler's `refiner_mode`, for a refiner step."""
 
 
 def shifted(sigma: float, shift: float) -> float:
-    """SD3's time shift of a noise level in [0, 1] (arXiv 2403.03206, eq. 23); `shift` 1 changes nothing."""
+    """Return SD3's time shift of a noise level in [0, 1] (arXiv 2403.03206, eq. 23); `shift` 1 changes nothing."""
     return shift * sigma / (1 + (shift - 1) * sigma)
 
 
 class _StepOrder(int):
-    """`FlowSampler.order`."""
+    """Type of `FlowSampler.order`."""
 
     def __new__(cls, sampler: FlowSampler) -> Self:
         order = super().__new__(cls, 1)
@@ -81,7 +82,7 @@ class _StepOrder(int):
 
 
 class FlowSampler(SchedulerMixin, ConfigMixin):
-    """Abstract base of flowaccel's schedulers; subclasses define `_plan` and `_advance`."""
+    """Abstract base class of flowaccel's schedulers; subclasses define `_plan` and `_advance`."""
 
     _compatibles: ClassVar[list[str]] = ["FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler"]
     begins_midway: ClassVar[bool] = False
@@ -91,7 +92,7 @@ class FlowSampler(SchedulerMixin, ConfigMixin):
     sigmas: Tensor
 
     def _initialise(self) -> None:
-        """Called at the end of a subclass's constructor."""
+        """Initialise the state; called at the end of a subclass's constructor."""
         if self._fixed is not None:
             _check_grid(self._fixed)
         self.num_inference_steps: int | None = None
@@ -107,40 +108,42 @@ class FlowSampler(SchedulerMixin, ConfigMixin):
 
     @property
     def order(self) -> int:
-        """1, the timesteps per loop. A number of steps multiplied by it gives the index into `timesteps` at which the
-        next step begins, however many evaluations each of the steps makes: stock image-to-image pipelines begin at
+        """Number of timesteps per step, formally 1.
+
+        Multiplied by a number of steps, it gives the index into `timesteps` at which the next step begins, however many
+        evaluations each of the steps makes: stock image-to-image pipelines begin at
         `timesteps[steps_left_out * scheduler.order]`.
         """
         return _StepOrder(self)
 
     @abstractmethod
     def _plan(self, steps: int) -> list[Evaluation]:
-        """The evaluations of `steps` steps over `self.grid` (steps + 1 noise levels), from `self.first_step` on."""
+        """Return the evaluations of `steps` steps on `self.grid` (steps + 1 levels), from `self.first_step` on."""
 
     @abstractmethod
     def _advance(self, index: int, velocity: Tensor, sample: Tensor) -> Tensor:
-        """Consume the output of evaluation `index`; returns the input of the next one."""
+        """Process the output of evaluation `index`; returns the input of the next one."""
 
     def _forget(self) -> None:
-        """Drop whatever a run carries from one evaluation to the next."""
+        """Reset everything that a run carries from one evaluation to the next."""
 
     @property
     def _fixed(self) -> Sequence[float] | None:
-        """The grid that it was made with, if any."""
+        """Grid that the scheduler was made with, if any."""
         return self.config.get("grid")
 
     @property
     def default_num_inference_steps(self) -> int | None:
-        """The only number of steps that it takes, or None if it takes any."""
+        """The only number of steps that the scheduler supports, or None if it supports any."""
         return None if self._fixed is None else len(self._fixed) - 1
 
     def last_start(self, steps: int) -> int:
-        """The largest `first_step` that a run of `steps` steps allows."""
+        """Return the largest `first_step` that a run of `steps` steps allows."""
         return steps - 1
 
     @property
     def fused_steps(self) -> list[FusedStep] | None:
-        """The steps of the present run, or None if this sampler's are not of the kinds that `FusedStep` knows."""
+        """Steps of the current run, or None if this sampler's steps are of other kinds than those of `FusedStep`."""
         return None
 
     @property
@@ -154,7 +157,7 @@ class FlowSampler(SchedulerMixin, ConfigMixin):
         return self._step_index
 
     def set_begin_index(self, begin_index: int = 0) -> None:
-        """Start the next run at `timesteps[begin_index]` (image to image); at their number there is nothing to run.
+        """Start the next run at `timesteps[begin_index]` (image to image); with their number as index nothing is run.
 
         Raises:
             ValueError: out of range, or no run can begin there.
@@ -163,8 +166,10 @@ class FlowSampler(SchedulerMixin, ConfigMixin):
         self._begin_index = begin_index
 
     def count_steps(self, count: int) -> int:
-        """Tell what a pipeline that runs `count` entries of `timesteps` calls steps, if it was them that it counted;
-        from here on this run's steps are counted. `flowaccel.accelerate` calls it for image to image.
+        """Return the number of steps for a pipeline that counts `timesteps`, and count this run's steps from then on.
+
+        `count` is returned unchanged unless the pipeline counted entries of `timesteps`. `flowaccel.accelerate` calls
+        this for image to image.
         """
         if not self._counts_entries or self.num_inference_steps is None:
             return count
@@ -172,10 +177,10 @@ class FlowSampler(SchedulerMixin, ConfigMixin):
         return self.num_inference_steps
 
     def _entries_before(self, count: int) -> int:
-        """The index into `timesteps` at which a run begins that leaves out `count` steps, as the pipeline counts them.
+        """Return the index into `timesteps` of the first evaluation after `count` steps, as the pipeline counts them.
 
-        Pipelines that hand over `sigmas` take the number of timesteps for the number of steps N. They leave out
-        floor(N * (1 - strength)) of them, from which the steps are told where only one number of steps fits.
+        Pipelines that pass `sigmas` take the number of timesteps for the number of steps N. They leave out
+        floor(N * (1 - strength)) of them, from which the steps follow if only one number of steps fits.
         """
         listed, steps = len(self.evaluations), len(self.grid) - 1 - self.first_step
         if not listed or count <= 0:
@@ -192,20 +197,20 @@ class FlowSampler(SchedulerMixin, ConfigMixin):
             )
         else:
             why = self._why_not_from(self.first_step + low)
-        self._asked.setdefault(index, why)  # the first to ask is who begins; later ones reckon their progress bar
+        self._asked.setdefault(index, why)  # the first query sets the start; later ones compute the progress bar
         return index
 
     def _start_of(self, step: int) -> int:
-        """The index of the evaluation at the start of step `step`."""
+        """Return the index of the evaluation at the start of step `step`."""
         return next(i for i, e in enumerate(self.evaluations) if (e.step, e.stage) == (step, 0))
 
     def _why_not_from(self, step: int) -> str | None:
-        """Why a run cannot begin at step `step`, or None."""
+        """Return the reason why a run cannot begin at step `step`, or None."""
         return None
 
     @property
     def _first_entry(self) -> int:
-        """The index at which the next run begins, as far as it was told before its first step."""
+        """Index at which the next run begins, as far as it is known before its first step."""
         if self._begin_index is not None:
             return self._begin_index
         return next((index for index in self._asked if index < len(self.evaluations)), 0)
@@ -230,12 +235,12 @@ class FlowSampler(SchedulerMixin, ConfigMixin):
         mu: float | None = None,
         first_step: int = 0,
     ) -> None:
-        """Fix the grid and the evaluations of the next run and forget the last one.
+        """Set the grid and the evaluations of the next run, and reset the state of the last one.
 
         Args:
             num_inference_steps: number of steps; may be left out where `sigmas` is given, or the scheduler was made
                 with a grid.
-            device: where `timesteps` is put.
+            device: device of `timesteps`.
             sigmas: the noise levels that the steps start from, decreasing, in (0, 1]; they are shifted like the
                 default ones, which are uniform: 1, 1 - 1/N, ..., 1/N.
             mu: strength of resolution-dependent shifting; needed where `use_dynamic_shifting` is set.
@@ -279,7 +284,7 @@ class FlowSampler(SchedulerMixin, ConfigMixin):
         return shifted(sigma, math.exp(mu) if exponential else mu)
 
     def width(self, step: int) -> float:
-        """Change of sigma over step `step` (negative)."""
+        """Return the change of sigma over step `step` (negative)."""
         return self.grid[step + 1] - self.grid[step]
 
     def step(
@@ -291,16 +296,16 @@ class FlowSampler(SchedulerMixin, ConfigMixin):
         return_dict: bool = True,
         project: Project | None = None,
     ) -> SchedulerOutput | tuple[Tensor]:
-        """Consume one evaluation of the network.
+        """Process one evaluation of the network.
 
         Args:
             model_output: (B, ...) guided velocity, noise - data, at `sample` and `timestep`.
             timestep: the entry of `timesteps` that the network was evaluated at.
-            sample: (B, ...) what the network was evaluated at.
+            sample: (B, ...) state that the network was evaluated at.
             generator: randomness of stochastic samplers, one generator or one per image.
             return_dict: return a `SchedulerOutput` rather than a 1-tuple.
             project: applied to the state, `project(state, sigma)`, if this evaluation is the last of its step
-                (inpainting); what the next step starts from is its result.
+                (inpainting); the next step starts from its result.
 
         Returns:
             `prev_sample`: the input of the next evaluation, or after the last one the finished sample; computed in at
@@ -325,7 +330,7 @@ class FlowSampler(SchedulerMixin, ConfigMixin):
         return SchedulerOutput(prev_sample=advanced) if return_dict else (advanced,)
 
     def _finished(self, step: int, state: Tensor) -> Tensor:
-        """The state at the end of step `step` as the caller of `step` wants it."""
+        """Return the state at the end of step `step` with the projection of the caller applied."""
         return state if self._project is None else self._project(state, self.grid[step + 1])
 
     def _begin(self, timestep: float | Tensor) -> int:
@@ -346,7 +351,7 @@ class FlowSampler(SchedulerMixin, ConfigMixin):
         return self._begin_index
 
     def _index_of(self, timestep: float | Tensor) -> int:
-        """The evaluation at `timestep`, the start of a step if there are several."""
+        """Return the index of the evaluation at `timestep`, that at the start of a step if there are several."""
         value = float(timestep)
         scale = self.config.num_train_timesteps
         matches = [
@@ -359,11 +364,11 @@ class FlowSampler(SchedulerMixin, ConfigMixin):
         return next((i for i in matches if self.evaluations[i].stage == 0), matches[0])
 
     def scale_model_input(self, sample: Tensor, timestep: float | Tensor | None = None) -> Tensor:
-        """`sample` itself: flow models take their state unscaled."""
+        """Return `sample` unchanged: flow models take their state unscaled."""
         return sample
 
     def scale_noise(self, sample: Tensor, timestep: float | Tensor, noise: Tensor) -> Tensor:
-        """(1 - sigma) * `sample` + sigma * `noise` at `timestep` (a scalar or (B,)): where image to image starts."""
+        """Return (1 - sigma) * `sample` + sigma * `noise` at `timestep` (a scalar or (B,)), for image to image."""
         level = torch.as_tensor(timestep, device=sample.device, dtype=sample.dtype) / self.config.num_train_timesteps
         level = level.reshape(-1, *[1] * (sample.dim() - 1))
         return noised(sample, level, noise)
@@ -388,9 +393,9 @@ def _starting_levels(count: int | None, sigmas: Sequence[float] | None) -> list[
 
 
 def _fixed_levels(grid: Sequence[float], count: int | None, sigmas: Sequence[float] | None) -> list[float]:
-    """The grid that a scheduler was made with, unless a run asks for another one.
+    """Return the grid that a scheduler was made with, unless a run requests another one.
 
-    Pipelines hand over the uniform levels of their number of steps on their own; any others are somebody's wish.
+    Pipelines pass the uniform levels of their number of steps by default; any other levels are a request.
     """
     steps = len(grid) - 1
     asked = _starting_levels(steps if count is None and sigmas is None else count, sigmas)

@@ -20,7 +20,7 @@ REFINER_MODES = ("released", "consistent", "single")
 
 @dataclass(frozen=True, kw_only=True)
 class Blocks:
-    """How many steps of each kind a run takes, in this order."""
+    """Numbers of steps of each kind in a run, in this order."""
 
     heun: int
     pseudo: int
@@ -62,14 +62,14 @@ class Blocks:
 
 
 class Refinement(NamedTuple):
-    """What a refiner evaluation is about: the network's output is to be `base + refiner([sample; feed])`."""
+    """Inputs of a refiner evaluation: the network's output is `base + refiner([sample; feed])`."""
 
     feed: Tensor
     base: Tensor
 
 
 class FlowTurboScheduler(FlowSampler):
-    """H, P and R steps of FlowTurbo (arXiv 2409.18128, section 3) as an ordinary scheduler.
+    """Scheduler with the H, P and R steps of FlowTurbo (arXiv 2409.18128, section 3).
 
     With d, e the velocities at the start and at the predicted end of a step and c the carried velocity, every step
     ends in `x + width / 2 * (d + e)`:
@@ -78,8 +78,8 @@ class FlowTurboScheduler(FlowSampler):
     * P (pseudo-corrector): d = c, e by the network; carries e. The first step of a run, which has no c, is a Heun step.
     * R (refiner): d = c + r(x; c), e = d + r(x + width * d; c) by the refiner alone; carries d.
 
-    An R evaluation still calls the transformer; the `VelocityRefiner` accelerator is what puts the refiner in its
-    place, and without it an R step runs the base network. A begin index on the second evaluation of a step (image to
+    An R evaluation still calls the transformer; the `VelocityRefiner` accelerator replaces it by the
+    refiner, and without it an R step runs the base network. A begin index on the second evaluation of a step (image to
     image) starts the following step with the velocity found there.
 
     Args:
@@ -100,7 +100,8 @@ class FlowTurboScheduler(FlowSampler):
 
     begins_midway: ClassVar[bool] = True
     refiner: Any = None
-    """The network that stands in on R steps; set and removed by `VelocityRefiner`, read by compiled blocks."""
+    """Network that replaces the base network on R steps; set and removed by `VelocityRefiner`, read by compiled
+    blocks."""
 
     @register_to_config
     def __init__(
@@ -134,7 +135,7 @@ class FlowTurboScheduler(FlowSampler):
         return self.blocks.total
 
     def last_start(self, steps: int) -> int:
-        """The last H or P step: an R step has nothing to refine at the start of a run."""
+        """Return the last H or P step: an R step has nothing to refine at the start of a run."""
         if steps != self.blocks.total:
             raise ValueError(
                 f"num_inference_steps must be {self.blocks.total} for blocks {self.config.blocks!r} (H + P + R), "
@@ -144,7 +145,7 @@ class FlowTurboScheduler(FlowSampler):
 
     @property
     def fused_steps(self) -> list[FusedStep]:
-        """The H, P and R steps of the present run; its first one is H where it has no velocity to reuse."""
+        """H, P and R steps of the current run; the first one is H if it has no velocity to reuse."""
         kinds: Any = self.blocks.kinds
         return [
             FusedStep(
@@ -164,8 +165,8 @@ class FlowTurboScheduler(FlowSampler):
         return plan
 
     def _start_of(self, step: int) -> int:
-        # A P step lacks the evaluation at its start; the last one of the step before is made there, and what begins
-        # with it runs the P step as a Heun step.
+        # A P step has no evaluation at its start, but the last one of the previous step is made there; a run that
+        # begins with that one takes the P step as a Heun step.
         return max(i for i, e in enumerate(self.evaluations) if e.step + e.stage == step)
 
     def _why_not_from(self, step: int) -> str | None:
@@ -187,17 +188,17 @@ class FlowTurboScheduler(FlowSampler):
 
     @property
     def state(self) -> Tensor | None:
-        """x at the start of the present step (None before the first evaluation and after the last)."""
+        """State x at the start of the current step (None before the first evaluation and after the last)."""
         return self._state
 
     @property
     def velocity_cache(self) -> Tensor | None:
-        """The carried velocity c (None where there is none yet)."""
+        """The carried velocity c (None if there is none yet)."""
         return self._cache
 
     @property
     def refinement(self) -> Refinement | None:
-        """What the refiner is to do at the coming evaluation, or None if the base network is due."""
+        """Inputs of the refiner at the next evaluation, or None if the base network is due."""
         if self._cache is None or self._step_index is None:
             return None
         evaluation = self.evaluations[self._step_index]
@@ -214,7 +215,7 @@ class FlowTurboScheduler(FlowSampler):
         step, kind = evaluation.step, self.blocks.kinds[evaluation.step]
         if evaluation.stage == 0:
             return self._predict(step, kind, velocity, sample)
-        if self._state is None or self._slope is None:  # the run begins here: only the velocity is of use
+        if self._state is None or self._slope is None:  # the run begins here: only the velocity is used
             return self._hand_over(step, sample, velocity)
         state = corrected(self._state, self.width(step), self._slope, velocity)
         return self._hand_over(step, state, self._slope if self._carries_start(step) else velocity)
@@ -229,7 +230,7 @@ class FlowTurboScheduler(FlowSampler):
         return ahead
 
     def _hand_over(self, step: int, state: Tensor, carried: Tensor) -> Tensor:
-        """End step `step` at `state`; returns what the network is to see next."""
+        """Finish step `step` at `state`; returns the network's next input."""
         state = self._finished(step, state)
         self._state, self._slope, self._cache = state, None, carried
         if self._kind_after(step) != "P":

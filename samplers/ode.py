@@ -47,8 +47,7 @@ _FUSED: dict[str, Literal["E", "H"]] = {"euler": "E", "heun": "H"}
 
 
 class FlowRungeKuttaScheduler(FlowSampler):
-    """Explicit Runge-Kutta methods for flow models: `euler`, `heun`, `midpoint`, `rk4` (1, 2, 2 and 4 evaluations a
-    step).
+    """Explicit Runge-Kutta schedulers: `euler`, `heun`, `midpoint`, `rk4` (1, 2, 2 and 4 evaluations a step).
 
     Heun is SiT's deterministic sampler: the explicit trapezoid, at the last step too, which evaluates the network at
     sigma = 0.
@@ -84,7 +83,7 @@ class FlowRungeKuttaScheduler(FlowSampler):
 
     @property
     def fused_steps(self) -> list[FusedStep] | None:
-        """Euler and Heun steps; None for the other solvers."""
+        """Steps of `euler` and `heun`; None for the other solvers."""
         kind = _FUSED.get(self.config.solver)
         if kind is None:
             return None
@@ -115,7 +114,7 @@ class FlowRungeKuttaScheduler(FlowSampler):
 
 
 class FlowAdamsBashforthScheduler(FlowSampler):
-    """Second-order Adams-Bashforth (AB2) for flow models: one evaluation a step, the previous velocity reused.
+    """Second-order Adams-Bashforth scheduler (AB2): one evaluation a step, the previous velocity is reused.
 
     The step sizes may differ; the first step of a run is an Euler step.
 

@@ -25,39 +25,39 @@ class Path:
     sigma: Callable[[Tensor], Tensor]
     d_sigma: Callable[[Tensor], Tensor]
     alpha_ratio: Callable[[Tensor], Tensor]
-    """d_alpha / alpha, in a form that is finite wherever the quotient is."""
+    """Ratio d_alpha / alpha, in a form that is finite wherever the quotient is."""
 
     def interpolate(self, data: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """The state x_t."""
+        """Return the state x_t."""
         return _like(self.alpha(t), data) * data + _like(self.sigma(t), data) * noise
 
     def velocity(self, data: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """The velocity d x_t / dt."""
+        """Return the velocity d x_t / dt."""
         return _like(self.d_alpha(t), data) * data + _like(self.d_sigma(t), data) * noise
 
     def drift_variance(self, t: Tensor) -> Tensor:
-        """The factor of the score in the probability-flow velocity, shape (B,)."""
+        """Return the factor of the score in the probability-flow velocity, shape (B,)."""
         return self.alpha_ratio(t) * self.sigma(t) ** 2 - self.sigma(t) * self.d_sigma(t)
 
     def score_from_velocity(self, velocity: Tensor, state: Tensor, t: Tensor) -> Tensor:
-        """Score of the marginal density of x_t."""
+        """Return the score of the marginal density of x_t."""
         inverse_ratio = _like(self.alpha(t) / self.d_alpha(t), state)
         sigma, d_sigma = _like(self.sigma(t), state), _like(self.d_sigma(t), state)
         return (inverse_ratio * velocity - state) / (sigma**2 - inverse_ratio * d_sigma * sigma)
 
     def noise_from_velocity(self, velocity: Tensor, state: Tensor, t: Tensor) -> Tensor:
-        """Expected noise given x_t (minus the official helper's sign is kept: this returns what SiT's code returns)."""
+        """Return the expected noise given x_t, as SiT's code does."""
         inverse_ratio = _like(self.alpha(t) / self.d_alpha(t), state)
         sigma, d_sigma = _like(self.sigma(t), state), _like(self.d_sigma(t), state)
         return (inverse_ratio * velocity - state) / (inverse_ratio * d_sigma - sigma)
 
     def velocity_from_score(self, score: Tensor, state: Tensor, t: Tensor) -> Tensor:
-        """Probability-flow velocity of a score."""
+        """Return the probability-flow velocity of a score."""
         return _like(self.drift_variance(t), state) * score + _like(self.alpha_ratio(t), state) * state
 
 
 def _like(coefficient: Tensor, state: Tensor) -> Tensor:
-    """(B,) -> (B, 1, ...) so that it broadcasts over `state`."""
+    """Reshape (B,) to (B, 1, ...), so that it broadcasts over `state`."""
     return coefficient.reshape(-1, *[1] * (state.dim() - 1))
 
 
@@ -113,14 +113,14 @@ def flow_loss(
     prediction: str = "velocity",
     weighting: str = "none",
 ) -> Tensor:
-    """SiT's training loss per sample, the mean over all but the first axis, shape (B,).
+    """Return SiT's training loss per sample, the mean over all but the first axis, shape (B,).
 
     Args:
         path: the interpolant.
         output: the network's output at `path.interpolate(data, noise, t)`.
         data, noise: the two ends, of the output's shape.
         t: (B,) times in (0, 1).
-        prediction: what `output` is: `velocity`, `score` or `noise`.
+        prediction: type of `output`: `velocity`, `score` or `noise`.
         weighting: `none`, `velocity` or `likelihood`; ignored for velocities, as in SiT.
 
     Raises:
@@ -151,7 +151,7 @@ DIFFUSIONS: dict[str, Callable[[Path, Tensor, float], Tensor]] = {
 
 
 def diffusion(path: Path, t: Tensor, form: str, norm: float = 1.0) -> Tensor:
-    """SiT's diffusion coefficient w(t), shape (B,), of dx = (v + w * score) dt + sqrt(2 w) dW.
+    """Return SiT's diffusion coefficient w(t), shape (B,), of dx = (v + w * score) dt + sqrt(2 w) dW.
 
     w is half of the coefficient that the paper writes. `sbdm` is infinite at t = 0 on the linear path.
 

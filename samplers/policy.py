@@ -1,6 +1,5 @@
-"""Steps to wherever somebody decides, with noise levels of its own for every image (RAPID3, arXiv 2509.22323; TPDM,
-arXiv 2412.01243).
-"""
+"""Steps to noise levels that a policy decides on, separately for every image (RAPID3, arXiv 2509.22323; TPDM, arXiv
+2412.01243)."""
 
 from __future__ import annotations
 
@@ -15,16 +14,19 @@ from flowaccel.samplers.base import Evaluation, FlowSampler, TimeShift
 from flowaccel.samplers.formulas import extrapolated
 
 Decide = Callable[[Tensor, tuple[float, ...]], Sequence[float]]
-"""`decide(velocity, levels)`: (B, ...) the network's guided output and the B noise levels that it was made at; returns
-the B levels to go to, each below the present one, or 0 where that is 0 (the image is done)."""
+"""Function `decide(velocity, levels)` that returns the B noise levels to step to.
+
+`velocity` (B, ...) is the network's guided output, and `levels` the B noise levels that it was evaluated at. Each
+returned level is below the current one, or 0 if that is 0 (the image is done).
+"""
 
 
 class PolicyScheduler(FlowSampler):
-    """Steps whose ends `decide` chooses while the run goes on, image by image.
+    """Scheduler whose steps end where `decide` chooses during the run, image by image.
 
     `timesteps` are entries to loop over: their number is the most steps that a run takes, and the last one goes to 0.
     The times of images that are done sooner stay 0. The network must be called at `levels`, not at the listed
-    timesteps; `flowaccel.LearnedPolicy` sees to that. Without `decide` it steps on the usual grid.
+    timesteps; `flowaccel.LearnedPolicy` does so. Without `decide` it steps on the usual grid.
 
     Args:
         max_steps: the most entries, whatever number of steps is asked for; None for no bound.
@@ -67,8 +69,9 @@ class PolicyScheduler(FlowSampler):
         mu: float | None = None,
         first_step: int = 0,
     ) -> None:
-        """As of every `FlowSampler`, with at most `max_steps` steps. Where `decide` is set, which levels are asked for
-        does not matter but for their number.
+        """Set the timesteps as every `FlowSampler` does, with at most `max_steps` steps.
+
+        If `decide` is set, only the number of the given levels matters.
         """
         most, self._clipped = self.config.max_steps, False
         if self.decide is not None:
@@ -91,11 +94,12 @@ class PolicyScheduler(FlowSampler):
         )
 
     def usual_grid(self, steps: int) -> list[float]:
-        """The steps + 1 noise levels, from 1 to 0, that this run would step over without `decide`, were it asked for so
-        many steps: with the shift of the run, whatever its own number of steps.
+        """Return the steps + 1 noise levels, from 1 to 0, of a run of `steps` steps without `decide`.
+
+        They have the shift of this run, whatever its own number of steps.
 
         Raises:
-            ValueError: fewer than 1, or before `set_timesteps` where that is what gives the shift.
+            ValueError: fewer than 1, or called before `set_timesteps` if that sets the shift.
         """
         return self._usual(steps, None, self._mu)
 
@@ -107,14 +111,14 @@ class PolicyScheduler(FlowSampler):
         self._previous: tuple[Tensor, Tensor] | None = None
 
     def levels(self, images: int) -> tuple[float, ...]:
-        """The noise levels at which the network is to be called next for a batch of so many images."""
+        """Return the noise levels of the next network call, for a batch of `images` images."""
         if not self._levels:
             self._levels = (self.evaluations[self._first_entry].sigma,) * images
         return self._levels
 
     @property
     def done(self) -> bool:
-        """Whether all images have come to their end."""
+        """Whether all images are done."""
         return bool(self._levels) and not any(self._levels)
 
     def _advance(self, index: int, velocity: Tensor, sample: Tensor) -> Tensor:
@@ -135,7 +139,7 @@ class PolicyScheduler(FlowSampler):
         return sample + width * self._slope(velocity, width)
 
     def _slope(self, velocity: Tensor, width: Tensor) -> Tensor:
-        """Of this step, (B, ...) as the velocity; `width` (B, 1, ...) is 0 for images that are done."""
+        """Return the slope (B, ...) of this step; `width` (B, 1, ...) is 0 for images that are done."""
         before, self._previous = self._previous, (velocity, width)
         if self.config.solver_order == 1 or before is None:
             return velocity

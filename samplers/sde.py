@@ -22,11 +22,10 @@ Generators = torch.Generator | list[torch.Generator] | None
 
 
 class FlowSDEScheduler(FlowSampler):
-    """Euler-Maruyama or Heun for SiT's SDE on a uniform grid, closed by one deterministic step.
+    """Euler-Maruyama or Heun scheduler for SiT's SDE on a uniform grid, closed by one deterministic step.
 
     N steps: N - 1 stochastic ones over t in [0, 1 - last_step_size], then the last. With `last_step="none"` all N are
-        stochastic and
-    reach t = 1. Every image draws its noise from its own generator where a list of generators is given.
+    stochastic and reach t = 1. Given a list of generators, every image draws its noise from its own.
 
     Args:
         solver: `euler` (Euler-Maruyama, one evaluation a step) or `heun` (noise first, then one trapezoid step of the
@@ -94,8 +93,9 @@ class FlowSDEScheduler(FlowSampler):
     def prepare_sample(
         self, sample: Tensor, generator: Generators = None, variance_noise: Tensor | None = None
     ) -> Tensor:
-        """What the first evaluation must see: for `heun`, `sample` with the noise of the first step; otherwise
-        `sample` itself.
+        """Return the input of the first evaluation.
+
+        It is `sample` with the noise of the first step for `heun`, and otherwise `sample` itself.
 
         Args:
             sample: (B, ...) the state at the first timestep.
@@ -117,8 +117,9 @@ class FlowSDEScheduler(FlowSampler):
         project: Project | None = None,
         variance_noise: Tensor | None = None,
     ) -> SchedulerOutput | tuple[Tensor]:
-        """As `FlowSampler.step`; `variance_noise` (B, ...) replaces the standard normal noise that this call would
-        draw.
+        """Process one evaluation as `FlowSampler.step` does.
+
+        `variance_noise` (B, ...) replaces the standard normal noise that this call would draw.
         """
         self._variance_noise = variance_noise
         return super().step(model_output, timestep, sample, generator, return_dict, project)
@@ -167,7 +168,7 @@ class FlowSDEScheduler(FlowSampler):
         return (t * velocity - sample) / (1 - t)
 
     def _with_noise(self, step: int, sample: Tensor, generator: Generators, noise: Tensor | None) -> Tensor:
-        """`sample` plus the Brownian increment of step `step`."""
+        """Return `sample` plus the Brownian increment of step `step`."""
         if noise is None:
             # Guided pipelines hand over both halves of a doubled batch: the same image gets the same noise in both.
             images = len(generator) if isinstance(generator, list) else sample.shape[0]

@@ -1,4 +1,4 @@
-"""Feature caches: network calls, or parts of them, are left out and stood in for by what was computed before.
+"""Feature caches: skip network calls, or parts of them, and reuse or extrapolate earlier results.
 
 A cache is gate x scope x predictor x guard; a published method is a file in `presets`.
 """
@@ -7,7 +7,7 @@ from flowaccel.caching.presets import CACHE_PRESETS
 from flowaccel.recipe.registry import Method, Preset
 
 LEVELS: dict[str, float] = {"safe": 1.3, "balanced": 1.8, "fast": 2.5}
-"""Aimed at by the presets of these names: network calls over computed network calls."""
+"""Target speed-ups of the presets: network calls over computed network calls."""
 
 METHOD = Method(
     accelerators={

@@ -1,4 +1,4 @@
-"""Who computes at a step: the gate's scores and the guard, per image, row or batch."""
+"""Decisions of a cache at a step, from the gate's scores and the guard, per image, row or batch."""
 
 from __future__ import annotations
 
@@ -16,46 +16,47 @@ from flowaccel.caching.guard import Guard
 Unit = Literal["image", "row", "batch"]
 UNITS: tuple[Unit, ...] = ("image", "row", "batch")
 NEAR = 0.01
-"""Scores this close to 1 are near-ties: rounding may decide them otherwise."""
+"""Scores within this distance of 1 are near-ties, which rounding errors may decide otherwise."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Decision:
-    """Who computes at one step."""
+    """Decision of which units are computed at one step."""
 
     compute: tuple[bool, ...]
-    """Per unit; one entry for all where none differs."""
+    """Per unit, or a single entry if all units agree."""
     near_ties: int = 0
-    """Units whose score was within 1% of the threshold."""
+    """Number of units whose score was within 1% of the threshold."""
     host_reads: int = 0
-    """How often the host waited for the device to know."""
+    """Number of times the host waited for a value from the device."""
     not_finite: tuple[int, ...] = ()
-    """Units that compute because something that was computed for them was not finite."""
+    """Indices of the units that are computed because a value computed for them earlier was not finite."""
 
     @property
     def mask(self) -> Tensor:
-        """(units,) bool, on the CPU."""
+        """The decision as a tensor (units,) bool, on the CPU."""
         return torch.tensor(self.compute)
 
 
 @dataclass(kw_only=True)
 class Decider:
-    """The decisions of one run for the units of one network (and branch, where branches decide for themselves)."""
+    """Decisions of one run for the units of one network (and branch, if branches decide separately)."""
 
     gate: Gate
     guard: Guard
     state: State = field(default_factory=dict)
     skipped: list[int] = field(default_factory=list)
-    """Per unit, steps since the last computed one."""
+    """Per unit, the number of steps since the last computed one."""
     spent: list[float] = field(default_factory=list)
     """Per unit, sum of the scores at reused steps."""
     finite: Tensor | None = None
-    """(units,) whether all is finite that was computed since the last look, on the device; None if nothing was."""
+    """Whether all values computed since the last decision are finite, (units,) on the device; None if none were
+    computed."""
     _chosen: tuple[bool, ...] = ()
-    """What gate and guard decided, which for schedules is one entry for all units."""
+    """Decision of gate and guard; a single entry for all units if the gate is a schedule."""
 
     def decide(self, units: int, signal: Tensor | None, step: Step) -> Decision:
-        """The decision for a step; `update` must follow."""
+        """Decide which units are computed at a step; `update` must follow."""
         units = 1 if self.gate.static else units
         if not self.skipped:
             self.skipped, self.spent = [0] * units, [0.0] * units
@@ -76,12 +77,12 @@ class Decider:
         )
 
     def update(self, signal: Tensor | None, feedback: Tensor | None, decision: Decision, step: Step) -> None:
-        """Tell the gate what was done."""
+        """Update the gate's state after the step."""
         computed = decision.mask if len(decision.compute) == len(self._chosen) else torch.tensor(self._chosen)
         self.state = self.gate.update(self.state, signal, feedback, computed, step)
 
     def _read(self, score: Tensor) -> tuple[list[float], list[bool]]:
-        """Scores, and whether what was computed since the last look is finite, in one wait for the device."""
+        """Return the scores, and which units are finite, with a single device synchronisation."""
         if self.finite is None:
             return score.tolist(), []
         both = torch.cat([score.to(self.finite.device, torch.float32), self.finite.float()]).tolist()
@@ -106,5 +107,5 @@ class Decider:
 
 
 def all_compute(units: int) -> Decision:
-    """Everybody computes."""
+    """Return the decision to compute every unit."""
     return Decision(compute=(True,) * units)

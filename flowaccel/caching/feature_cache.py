@@ -1,4 +1,4 @@
-"""Feature caches: network calls, or parts of them, are left out and stood in for by what was computed before."""
+"""Feature caches: skip network calls, or parts of them, and reuse or extrapolate earlier results."""
 
 from __future__ import annotations
 
@@ -25,33 +25,33 @@ from flowaccel.recipe.serialization import Source, component, decode
 
 _PARTS: dict[str, Mapping[str, type]] = {"gate": GATES, "scope": SCOPES, "predictor": PREDICTORS, "guard": GUARDS}
 _KINDS: dict[str, type] = {"gate": Gate, "predictor": Predictor}
-"""Of these anybody may write another; to be saved in a recipe it must be entered in the registry."""
+"""Base classes of the parts. Custom subclasses must be entered in the registry to be saved in a recipe."""
 
 
 @dataclass(frozen=True, init=False)
 class FeatureCache(Accelerator):
-    """Reuse what was computed at earlier steps: gate x scope x predictor x guard.
+    """Accelerator that reuses results of earlier steps: gate x scope x predictor x guard.
 
     The published training-free caches are points in this space; `CACHE_PRESETS` names them. Each part is an object, or
-    the name of one, and then keywords go to the part that owns them:
+    the name of one, and then keywords go to the part that has them:
     `FeatureCache(gate="first_block", threshold=0.08, predictor="newton", order=2)`.
 
     Args:
         gate: when to compute: `interval`, `mask`, `first_block`, `modulated_input`, `magnitude`, `easy`, `codebook`,
             `third_difference`.
-        scope: what is stood in for: `output`, `stack`, `range`, `module`. None takes `output` for gates that read
+        scope: what is replaced: `output`, `stack`, `range`, `module`. None takes `output` for gates that read
             nothing inside of the network, else `stack`.
-        predictor: by what: `hold`, `newton`, `taylor`, `hermite`, `adams_bashforth`.
-        guard: what bounds the gate.
-        decide: who decides: every `image` by its conditional rows, so that it does not depend on what it is batched
-            with; every `row`; or the whole `batch`, as most published code does.
+        predictor: what replaces it: `hold`, `newton`, `taylor`, `hermite`, `adams_bashforth`.
+        guard: bounds on the gate.
+        decide: unit that decides: every `image` by its conditional rows, so that it does not depend on the other images
+            of the batch; every `row`; or the whole `batch`, as most published code does.
         calibration: what its numbers were fitted on, as `flowaccel calibrate` writes it. On another network, scheduler
             or number of steps it still runs, and warns once per pipeline.
         options: fields of these parts.
 
     Raises:
         ValueError: an unknown name, a value out of range, or a gate that cannot work in the scope.
-        TypeError: a keyword that no chosen part owns.
+        TypeError: a keyword that no chosen part has.
     """
 
     name: ClassVar[str] = "feature_cache"
@@ -104,11 +104,11 @@ class FeatureCache(Accelerator):
 
     @property
     def tags(self) -> frozenset[str]:
-        """Those of every accelerator, that it leaves out network calls or parts of them, and whether images decide."""
+        """Tags of every accelerator, the tag of caches, and one for whether images decide."""
         return super().tags | {Tag.CACHE} | (set() if self.decide == "image" else {Tag.DECIDES_FOR_MANY})
 
     def attach(self, pipe: Any) -> Detach:
-        """Surround the network's calls, and its blocks or modules where the scope needs them."""
+        """Wrap the network's calls, and its blocks or modules if the scope needs them."""
         session = session_of(pipe)
         detach = self.running().attach(session)
         if self.calibration is None:
@@ -117,7 +117,7 @@ class FeatureCache(Accelerator):
         return lambda: [remove() for remove in removers].clear()
 
     def running(self) -> Cache:
-        """The machinery of this cache, not attached yet."""
+        """Return the runtime of this cache, not attached yet."""
         rules = Rules(gate=self.gate, predictor=self.predictor, guard=self.guard, unit=self.decide)
         return cache_of(rules, self.scope)
 
@@ -132,14 +132,14 @@ def _usual_scope(gate: Any) -> Scope:
 
 
 def cache_from_data(data: Mapping[str, Any], name: str) -> FeatureCache:
-    """Return the cache whose parts `data` describes as a recipe's JSON does; `name` is what errors call it."""
+    """Return the cache whose parts `data` describes in the JSON form of recipes; errors refer to it as `name`."""
     known = {FeatureCache.name: FeatureCache}
     cache: FeatureCache = decode(known, {"name": FeatureCache.name, **data}, name, Source(Path()))
     return cache
 
 
 def cache_preset(name: str, *, parity: bool = False, **options: Any) -> FeatureCache:
-    """A published cache.
+    """Return a published cache.
 
     Args:
         name: one of `flowaccel.caching.presets`, such as `fbcache` or `teacache`.
@@ -149,7 +149,7 @@ def cache_preset(name: str, *, parity: bool = False, **options: Any) -> FeatureC
 
     Raises:
         ValueError: an unknown name, or a value out of range.
-        TypeError: an option that no part of it has.
+        TypeError: an option that none of its parts has.
     """
     if name not in CACHE_PRESETS:
         raise ValueError(f"cache must be one of {', '.join(CACHE_PRESETS)}, got {name!r}")

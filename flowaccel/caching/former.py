@@ -1,4 +1,4 @@
-"""Accelerators of earlier releases, read as what they are today."""
+"""Conversion of accelerators of earlier releases."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def feature_cache_of_step_skip(data: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the entry of a feature cache that does what the entry of a `step_skip` (until 0.1) says."""
+    """Convert the entry of a `step_skip` (until 0.1) to that of an equivalent feature cache."""
     gate = {key: data[key] for key in ("threshold", "mode", "per_time") if key in data}
     others = {key: value for key, value in data.items() if key not in (*gate, "name", "max_run", "predictor")}
     return {

@@ -1,4 +1,4 @@
-"""Bounds on what a gate may decide."""
+"""Bounds on the decisions of a gate."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 
 @dataclass(frozen=True)
 class Guard:
-    """Steps that are computed whatever the gate says.
+    """Steps that are computed regardless of the gate.
 
     Args:
         warmup: the first steps; a number below 1 is a part of the run (0.2 of 28 steps are the first 6). The very first
@@ -49,7 +49,7 @@ class Guard:
             raise ValueError(f"rounding must be 'up' or 'nearest', got {self.rounding!r}")
 
     def forces(self, step: int, count: int) -> bool:
-        """Whether step `step` of `count` is computed for every image."""
+        """Return whether step `step` of `count` is computed for every image."""
         warmup = self.warmup
         if warmup < 1:
             warmup = math.ceil(warmup * count) if self.rounding == "up" else math.floor(warmup * count + 0.5)

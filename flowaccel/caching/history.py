@@ -1,4 +1,4 @@
-"""The last computed values of some rows, and what a predictor makes of them."""
+"""History of the computed values of rows, and predictions from it."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from torch import Tensor
 from flowaccel.caching.predictors import Predictor
 
 Value = tuple[Tensor | None, ...]
-"""What is cached of one call: tensors with a leading rows axis; None where there is none to cache."""
+"""Cached tensors of one call, with a leading rows axis; None for a tensor that is absent."""
 
 
 class History:
-    """At most `predictor.anchors` computed values per row. Tensors handed in or out are never written to."""
+    """Stores at most `predictor.anchors` computed values per row. Tensors passed in or returned are never modified."""
 
     def __init__(self, predictor: Predictor) -> None:
         self._predictor = predictor
@@ -23,7 +23,7 @@ class History:
 
     @property
     def empty(self) -> bool:
-        """Whether nothing was computed yet."""
+        """Whether no value was stored yet."""
         return not self._values
 
     @property
@@ -32,22 +32,22 @@ class History:
         return self._values[0]
 
     def covers(self, row: int) -> bool:
-        """Whether there is something to predict this row from."""
+        """Return whether there is a value to predict this row from."""
         return not self.empty and bool(self._times[row])
 
     @property
     def bytes(self) -> int:
-        """Held by the values."""
+        """Size of the stored values."""
         return sum(t.numel() * t.element_size() for value in self._values for t in value if t is not None)
 
     def store(self, value: Value, time: float, rows: Tensor | None = None) -> None:
-        """Take computed values in.
+        """Store computed values.
 
-        A value for the time of the newest one takes its place: samplers of higher order ask twice.
+        A value for the time of the newest one replaces it: samplers of higher order evaluate a time twice.
 
         Args:
-            value: of all rows, or of `rows` alone.
-            time: when.
+            value: the values of all rows, or of `rows` only.
+            time: the position of the values on the axis.
             rows: (n,) indices, on the CPU, of the rows that were computed; None for all.
 
         Raises:
@@ -67,16 +67,16 @@ class History:
             self._times[row] = (time, *self._times[row])[: self._predictor.anchors]
 
     def forget(self, rows: Tensor) -> None:
-        """Predict nothing from what these rows computed so far; they must be computed next. `rows` are indices."""
+        """Discard the values of these rows, which must be computed next; `rows` are indices."""
         for row in rows.tolist():
             self._times[row] = ()
-        self._values = [  # a weight of 0 does not make up for what is not a number
+        self._values = [  # 0 * NaN is NaN, so a weight of 0 is not enough
             tuple(None if tensor is None else tensor.index_fill(0, rows.to(tensor.device), 0) for tensor in value)
             for value in self._values
         ]
 
     def _shift(self, rows: list[int]) -> None:
-        """Make room for a newer value in these rows."""
+        """Shift the values of these rows to make room for a newer one."""
         if not rows:
             return
         shifted = [self._values[0], *self._values][: self._predictor.anchors]
@@ -91,14 +91,14 @@ class History:
         self._values = shifted
 
     def predict(self, time: float) -> Value:
-        """The values of all rows at a time."""
+        """Predict the values of all rows at a time."""
         now = torch.tensor([time], dtype=torch.float64)
         weights = {
             times: self._predictor.weights(torch.tensor([times], dtype=torch.float64), now)[0].tolist()
             for times in set(self._times)
             if times
         }
-        weights[()] = []  # of rows that forgot
+        weights[()] = []  # rows whose values were discarded
         if len(set(self._times)) == 1:
             return _weighted(self._values, weights[self._times[0]])
         padded = [weights[times] + [0.0] * (len(self._values) - len(times)) for times in self._times]
@@ -107,12 +107,12 @@ class History:
 
 
 class PartialHistory:
-    """Some rows of a history, by the numbers that they have in a narrowed call; the others keep what they have.
+    """View of some rows of a history, indexed as in a narrowed call; the other rows keep their values.
 
     Args:
-        history: of all rows.
-        kept: the rows of the history that are meant, ascending.
-        full: how many rows the history has, or is to have.
+        history: the history of all rows.
+        kept: indices of the rows in the history, ascending.
+        full: number of rows of the history.
     """
 
     def __init__(self, history: History, kept: Sequence[int], full: int) -> None:
@@ -120,7 +120,7 @@ class PartialHistory:
 
     @property
     def empty(self) -> bool:
-        """Whether nothing was computed yet for any row of the history."""
+        """Whether no value was stored yet for any row of the history."""
         return self._history.empty
 
     @property
@@ -129,11 +129,11 @@ class PartialHistory:
         return self._of_kept(self._history.newest)
 
     def covers(self, row: int) -> bool:
-        """Whether there is something to predict this row from."""
+        """Return whether there is a value to predict this row from."""
         return self._history.covers(int(self._kept[row]))
 
     def store(self, value: Value, time: float, rows: Tensor | None = None) -> None:
-        """Take computed values in, of all rows or of `rows` alone; see `History.store`."""
+        """Store computed values of all rows or of `rows` only; see `History.store`."""
         places = self._kept if rows is None else self._kept[rows]
         if not self._history.empty:
             self._history.store(value, time, places)
@@ -142,7 +142,7 @@ class PartialHistory:
         self._history.forget(torch.tensor(sorted(set(range(self._full)) - set(places.tolist())), dtype=torch.long))
 
     def predict(self, time: float) -> Value:
-        """The values of all rows at a time."""
+        """Predict the values of all rows at a time."""
         return self._of_kept(self._history.predict(time))
 
     def _of_kept(self, value: Value) -> Value:
@@ -169,9 +169,9 @@ def _mixed(rows: Tensor, new: Tensor | None, old: Tensor | None) -> Tensor | Non
 
 
 def _weighted(values: list[Value], weights: list[float]) -> Value:
-    """The weighted sum with the same weights in all rows; a value of weight 1 alone comes back as it is."""
+    """Return the weighted sum with the same weights in all rows; a single value of weight 1 is returned unchanged."""
     used = [(value, weight) for value, weight in zip(values, weights, strict=False) if weight != 0.0]
-    if not used:  # no row has anything to predict from
+    if not used:  # no row has a value to predict from
         return tuple(None if tensor is None else torch.zeros_like(tensor) for tensor in values[0])
     found: list[Tensor | None] = []
     for place, first in enumerate(used[0][0]):
@@ -184,7 +184,7 @@ def _weighted(values: list[Value], weights: list[float]) -> Value:
 
 
 def _mixture(tensors: list[Tensor | None], weights: Tensor) -> Tensor | None:
-    """The weighted sum with weights (rows, values)."""
+    """Return the weighted sum with weights (rows, values)."""
     total: Tensor | None = None
     for tensor, column in zip(tensors, weights.unbind(dim=1), strict=True):
         if tensor is None:

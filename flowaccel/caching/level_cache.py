@@ -1,4 +1,4 @@
-"""The presets `safe`, `balanced` and `fast`: the cache that was calibrated for a run, or a generic one."""
+"""Presets `safe`, `balanced` and `fast`: the cache that was calibrated for a run, or a generic one."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from flowaccel.recipe.compatibility import Tag
 
 Level = Literal["safe", "balanced", "fast"]
 CALIBRATED = Path(__file__).with_name("calibrated.json")
-"""Written by `benchmarks/calibrate_levels.py`."""
+"""File of the calibrated caches, written by `benchmarks/calibrate_levels.py`."""
 
 
 def _generic(threshold: float, max_run: int) -> FeatureCache:
@@ -39,15 +39,15 @@ GENERIC: dict[str, FeatureCache] = {
     "balanced": _generic(0.06, 2),
     "fast": _generic(0.12, 4),
 }
-"""What runs where nothing is calibrated, by level."""
+"""Generic caches for runs without a calibration, by level."""
 
 
 @dataclass(frozen=True)
 class LevelCache(Accelerator):
-    """The calibrated cache for the network, scheduler and number of steps of each run, or else EasyCache.
+    """Accelerator with the cache calibrated for each run's network, scheduler and number of steps, or else EasyCache.
 
-    Calibrated are the runs in `calibrated.json`. For all others the generic cache runs, with thresholds measured on a
-    small network, and a warning, once per pipeline, says how to calibrate.
+    The calibrated caches are in `calibrated.json`. All other runs use the generic cache, with thresholds measured on a
+    small network, and a warning, once per pipeline, states how to calibrate.
 
     Args:
         level: `safe`, `balanced` or `fast`, which aim at 1.3, 1.8 and 2.5 times fewer computed network calls.
@@ -66,11 +66,11 @@ class LevelCache(Accelerator):
 
     @property
     def tags(self) -> frozenset[str]:
-        """Those of every accelerator, and that it leaves out network calls or parts of them."""
+        """Tags of every accelerator, and the tag of caches."""
         return super().tags | {Tag.CACHE}
 
     def attach(self, pipe: Any) -> Detach:
-        """Attach every cache that may be chosen; at each run one of them is active."""
+        """Attach every candidate cache; one of them is active in each run."""
         session = session_of(pipe)
         chooser = _Chooser(self.level, session, candidates(self.level, Identity.of(denoiser(pipe))))
         with ExitStack() as undo:
@@ -80,7 +80,7 @@ class LevelCache(Accelerator):
 
 
 class _Chooser:
-    """Which of the attached caches works in a run."""
+    """Selects the cache that is active in a run."""
 
     def __init__(self, level: Level, session: Session, calibrated: list[tuple[Calibration, FeatureCache]]) -> None:
         self._level, self._session = level, session
@@ -91,7 +91,7 @@ class _Chooser:
 
     @property
     def running(self) -> list[Cache]:
-        """All of them."""
+        """All attached caches."""
         return [*(running for _, running in self._calibrated), self._generic]
 
     def _is_active(self, running: Cache, call: Call) -> bool:
@@ -120,7 +120,7 @@ class _Chooser:
 
 
 def candidates(level: Level, network: Identity) -> list[tuple[Calibration, FeatureCache]]:
-    """The caches that were calibrated on such a network, for any scheduler and number of steps."""
+    """Return the caches calibrated for a network, with any scheduler and number of steps."""
     return [
         (cache.calibration, cache)
         for cache in shipped().get(level, ())
@@ -130,7 +130,7 @@ def candidates(level: Level, network: Identity) -> list[tuple[Calibration, Featu
 
 @functools.cache
 def shipped() -> dict[str, tuple[FeatureCache, ...]]:
-    """The calibrated caches of this release, by level."""
+    """Return the calibrated caches of this release, by level."""
     entries = json.loads(CALIBRATED.read_text(encoding="utf-8"))["entries"]
     found: dict[str, tuple[FeatureCache, ...]] = {}
     source = serialization.Source(CALIBRATED.parent)

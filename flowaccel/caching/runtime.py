@@ -1,4 +1,4 @@
-"""What every cache does at a network call, whatever its scope: decide, account, remember."""
+"""Runtime of caches at a network call, independent of their scope: deciding, accounting, storing."""
 
 from __future__ import annotations
 
@@ -35,37 +35,37 @@ class Rules:
 
 @dataclass(kw_only=True)
 class Memory:
-    """Everything one cache remembers of one run; dies with the run."""
+    """State of one cache during one run."""
 
     deciders: dict[Any, Decider] = field(default_factory=dict)
     decisions: dict[Any, tuple[int, Decision]] = field(default_factory=dict)
-    """(step, decision) taken last."""
+    """Last decision and its step, as (step, decision)."""
     histories: dict[Any, History] = field(default_factory=dict)
     warned: bool = False
 
     @property
     def bytes(self) -> int:
-        """Held by cached values."""
+        """Size of the cached values."""
         return sum(history.bytes for history in self.histories.values())
 
     @property
     def gate_bytes(self) -> int:
-        """Held by the gates, with what the tensors that they look at keep alive."""
+        """Size of the gates' states, including the storage that they keep alive."""
         states = [tensor for decider in self.deciders.values() for tensor in decider.state.values()]
         kept = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in states}
         return sum(kept.values())
 
 
 class Cache(ABC):
-    """A cache on a session; a subclass per scope says what is stood in for."""
+    """Runtime of a cache on a session; a subclass per scope replaces what is not computed."""
 
     def __init__(self, rules: Rules) -> None:
         self.rules = rules
         self.active: Callable[[Call], bool] | None = None
-        """Asked at every call whether to take part; None always does."""
+        """Predicate that decides at every call whether the cache takes part; None means always."""
 
     def attach(self, session: Session) -> Callable[[], None]:
-        """Surround what the scope needs; returns what undoes it."""
+        """Wrap what the scope needs; returns a function that undoes it."""
         return session.on_call(self._around_call)
 
     def _around_call(self, proceed: Proceed, call: Call) -> Any:
@@ -81,11 +81,11 @@ class Cache(ABC):
 
     @abstractmethod
     def run(self, proceed: Proceed, moment: Moment) -> Any:
-        """Make the call's output, by calling the network or not."""
+        """Return the call's output, calling the network if necessary."""
 
 
 class Moment:
-    """One network call, as one cache sees it: who computes, and what is put away."""
+    """State of one cache in one network call: which rows are computed, and which values are stored."""
 
     def __init__(self, rules: Rules, memory: Memory, call: Call) -> None:
         self.rules, self.memory, self.call = rules, memory, call
@@ -97,9 +97,9 @@ class Moment:
             grid=call.grid if rules.gate.needs_grid else None,
         )
         self.decision: Decision | None = None
-        """None until it is taken."""
+        """Decision for this call; None until it is taken."""
         self._lacking: frozenset[int] = frozenset()
-        """Rows that are not decided to compute, and do, because there is nothing to predict them from."""
+        """Rows that are computed against the decision, because there is no value to predict them from."""
         self._signal: Tensor | None = None
         self._feedback: Tensor | None = None
         if not self.decides:
@@ -107,17 +107,17 @@ class Moment:
 
     @property
     def place(self) -> float:
-        """Where the call lies on the predictor's axis."""
+        """Position of the call on the predictor's axis."""
         return self.rules.predictor.place(self.call.step, self.call.timestep)
 
     @property
     def decides(self) -> bool:
-        """Whether a decision is taken in this call, rather than in the conditional call of the step."""
+        """Whether the decision is taken in this call, rather than in the conditional call of the step."""
         return self.rules.unit != "image" or COND in self.call.branches
 
     def _followed(self) -> Decision:
         step, decision = self.memory.decisions.get(self.call.network, (-1, None))
-        # No conditional call came before: nobody said that this one may be left out.
+        # Without an earlier conditional call there is no decision to skip this one.
         return decision if decision is not None and step == self.call.step else all_compute(self.call.images)
 
     @property
@@ -129,7 +129,7 @@ class Moment:
         return {"image": self.call.images, "row": self.call.rows, "batch": 1}[self.rules.unit]
 
     def of_units(self, tensor: Tensor) -> Tensor:
-        """(rows, ...) -> (units, ...): the rows that an image is judged by, every row, or all in one."""
+        """Reduce (rows, ...) to (units, ...): the conditional rows of the images, every row, or all rows in one."""
         if self.rules.unit == "image":
             return tensor[self.call.rows_of(COND)]
         return tensor.flatten(0, 1)[None] if self.rules.unit == "batch" else tensor
@@ -148,7 +148,7 @@ class Moment:
         return decision
 
     def _forget(self, units: tuple[int, ...]) -> None:
-        """Predict nothing from what those units computed so far."""
+        """Discard the values computed for those units."""
         if not self.memory.warned:
             self.memory.warned = True
             _warn_not_finite()
@@ -170,12 +170,12 @@ class Moment:
         return made
 
     def give_back(self, feedback: Tensor) -> None:
-        """Let the gate see (rows, ...) of a step that was computed for some."""
+        """Pass feedback (rows, ...) of a step that was computed for some rows to the gate."""
         if self.decides:
             self._feedback = self.of_units(feedback)
 
     def finish(self, outputs: tuple[Tensor, ...]) -> None:
-        """Close the call: the gate learns what was done, the report too. Gates see the first output."""
+        """Finish the call: update the gate, with the first of `outputs`, and the report."""
         assert self.decision is not None
         decider, decision = self._decider, self.decision
         if len(self.computing):
@@ -192,12 +192,12 @@ class Moment:
         self.call.record.gate_bytes += self.memory.gate_bytes
 
     def _note_finite(self, decider: Decider, finite: Tensor) -> None:
-        """Per unit, whether all that was computed for it in this step is a number."""
+        """Record per unit whether all values computed for it in this step are finite."""
         call = self.call
         if self.rules.unit == "batch":
             finite = finite.all()[None]
         elif self.rules.unit == "image":
-            if call.kept is not None:  # of rows that nobody asks for nothing is known to be wrong
+            if call.kept is not None:  # rows that are not requested count as finite
                 kept = torch.tensor(call.kept, device=finite.device)
                 finite = finite.new_ones(call.images * len(call.branches)).index_copy(0, kept, finite)
             finite = finite.view(len(call.branches), call.images).all(dim=0)
@@ -207,7 +207,7 @@ class Moment:
 
     @property
     def decided(self) -> tuple[bool, ...]:
-        """Per row, whether it is decided that it computes."""
+        """Per row, whether the decision is to compute it."""
         assert self.decision is not None
         compute = self.decision.compute
         if len(compute) == 1:
@@ -216,16 +216,14 @@ class Moment:
 
     @functools.cached_property
     def computing(self) -> Tensor:
-        """(n,) indices of the rows that are computed, on the CPU; asked for once the decision stands, after
-        `require`.
-        """
+        """Indices (n,) of the rows that are computed, on the CPU; valid after the decision and `require`."""
         computed = [row for row, decided in enumerate(self.decided) if decided or row in self._lacking]
         return torch.tensor(computed, dtype=torch.long)
 
     # -- values
 
     def history(self, what: str = "") -> History | PartialHistory:
-        """The computed values of the rows of this call; `what` tells several apart."""
+        """Return the computed values of the rows of this call; `what` distinguishes several values."""
         key = (self.call.network, self.call.branches, what)
         made = self.memory.histories.get(key)
         if made is None:
@@ -235,7 +233,7 @@ class Moment:
         return PartialHistory(made, self.call.kept, self.call.images * len(self.call.branches))
 
     def require(self, history: History | PartialHistory) -> None:
-        """Compute what there is nothing yet to predict from: everything, or rows that no call before this one held."""
+        """Compute rows that have no value to predict from: all of them, or those that no earlier call held."""
         assert self.decision is not None
         if all(self.decision.compute):
             return
@@ -256,7 +254,7 @@ def _account(record: CallRecord, call: Call, decision: Decision, rows: tuple[boo
 
 
 def require_tensor(call: Call, what: str) -> None:
-    """Raise an UnsupportedModelError where the network takes a list of images; `what` is what to leave off."""
+    """Raise an UnsupportedModelError if the network takes a list of images; `what` is the accelerator to remove."""
     if not isinstance(call.sample, Tensor):
         raise UnsupportedModelError(
             f"{type(call.module).__name__} takes a list of images, and {what} needs them as one tensor; leave it off"
@@ -264,7 +262,7 @@ def require_tensor(call: Call, what: str) -> None:
 
 
 def not_run(record: CallRecord, path: str, rows: int) -> None:
-    """Note that the module `path` was not run for `rows` rows."""
+    """Record that the module `path` was not run for `rows` rows."""
     if rows:
         record.not_run[path] = record.not_run.get(path, 0) + rows
 

@@ -1,7 +1,7 @@
 """Data sets that need no network.
 
-The tables below are what `zoo:SET` may name: images to train on, reference images, prompts, and readers of
-what prompts state.
+The tables below are the sets of `zoo:SET`: training images, reference images, prompts, and the attributes that
+prompts state.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,20 +16,23 @@ from flowaccel.data.shapes import shape_captions as shape_captions
 from flowaccel.data.shapes import shapes as shapes
 
 DATASETS: dict[str, Callable[[str], ImageSet | CaptionedSet]] = {"digits": digits, "shapes": shapes}
-"""Images with classes or captions: split -> set."""
+"""Functions that load a split of images with classes or captions, by data set."""
 REFERENCE_SETS: dict[str, Callable[[], ImageSet | CaptionedSet]] = {
     "digits": partial(digits, "reference"),
     "shapes": partial(shapes, "reference"),
     "shapes-held-out": partial(shapes, "reference", combinations="held_out"),
 }
-"""What generated images are compared with."""
+"""Functions that load the images that generated ones are compared with, by reference set."""
 PROMPT_SETS: dict[str, Callable[[], Sequence[str]]] = {
     "shapes": partial(shape_captions, "prompts"),
     "shapes-held-out": partial(shape_captions, "prompts", combinations="held_out"),
 }
-"""Prompts of embedded data; of the set `shapes-held-out` each names a combination that no training picture has."""
+"""Functions that load the prompts of embedded data, by prompt set.
+
+Each prompt of `shapes-held-out` has a combination that no training picture has.
+"""
 ATTRIBUTE_SETS = {"shapes": shape_attributes}
-"""What prompts state about their pictures."""
+"""Attributes that prompts state about their pictures, by data set."""
 
 __all__ = [
     "ATTRIBUTE_SETS",

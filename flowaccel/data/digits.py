@@ -1,6 +1,6 @@
 """Handwritten digits: 1797 real 8x8 grey images with 17 levels, shipped inside scikit-learn (UCI optdigits, CC BY 4.0).
 
-Alpaydin and Kaynak (1998), doi 10.24432/C50P49; what scikit-learn ships is the test half of the collection, 13 writers.
+Alpaydin and Kaynak (1998), doi 10.24432/C50P49; scikit-learn ships the test half of the collection, 13 writers.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ _SHUFFLE_SEED = 2409
 
 @dataclass(frozen=True, kw_only=True)
 class ImageSet:
-    """Images with their classes."""
+    """Images with class labels."""
 
     images: Tensor
-    """(N, C, H, W) float32 in [-1, 1]."""
+    """Images (N, C, H, W), float32 in [-1, 1]."""
     labels: Tensor
-    """(N,) int64 class ids."""
+    """Class ids (N,), int64."""
 
     def __len__(self) -> int:
         return len(self.labels)
 
 
 def digits(split: str) -> ImageSet:
-    """One split of the digits: `generator` (900 images), `features` (400) or `reference` (497).
+    """Load one split of the digits: `generator` (900 images), `features` (400) or `reference` (497).
 
     Raises:
         ValueError: unknown split.

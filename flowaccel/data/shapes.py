@@ -1,4 +1,4 @@
-"""Captioned pictures of coloured shapes: 3x32x32, drawn by this module, any number of them, the same for the same seed.
+"""Captioned pictures of coloured shapes, 3x32x32: any number of them, drawn by this module, and reproducible by seed.
 
 A picture shows one shape at one of five places, two to four alike ones, or two different ones side by side or one above
 the other; its caption states everything that `ATTRIBUTES` lists for such a picture. Some combinations of a colour and a
@@ -28,9 +28,9 @@ COLOURS = {
     "purple": (0.66, 0.22, 0.82),
     "white": (0.96, 0.96, 0.96),
 }
-"""RGB in [0, 1]."""
+"""RGB values of the colours, in [0, 1]."""
 SHAPES = {"circle": "circles", "square": "squares", "triangle": "triangles", "cross": "crosses"}
-"""Names and their plurals."""
+"""Names of the shapes, and their plurals."""
 TEXTURES = ("solid", "striped", "hollow")
 SIZES = ("small", "large")
 COUNTS = ("a", "two", "three", "four")
@@ -41,11 +41,11 @@ PLACES = {
     "at the bottom right": (23.0, 23.0),
     "in the middle": (16.0, 16.0),
 }
-"""Centres (x, y) in pixels, y downwards."""
+"""Centres (x, y) in pixels, with y pointing down."""
 RELATIONS = {"left of": ("beside", False), "right of": ("beside", True), "above": ("stacked", False)} | {
     "below": ("stacked", True)
 }
-"""Words between two objects: how they lie, and whether the one named first is the right or lower one."""
+"""Phrases between two objects: their arrangement, and whether the object named first is the right or lower one."""
 PAIRS = {"beside": ((9.0, 16.0), (23.0, 16.0)), "stacked": ((16.0, 9.0), (16.0, 23.0))}
 
 ATTRIBUTES: dict[str, tuple[str, ...]] = {
@@ -59,7 +59,8 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
     "second colour": tuple(COLOURS),
     "second shape": tuple(SHAPES),
 }
-"""What can be stated about a picture, and its possible values. In a pair, the first object is the left or upper one."""
+"""Attributes that can be stated about a picture, and their values. In a pair, the first object is the left or upper
+one."""
 NOT_STATED = -1
 
 HELD_OUT = frozenset({("red", "triangle"), ("blue", "cross"), ("yellow", "circle"), ("white", "square")})
@@ -68,7 +69,7 @@ HELD_OUT = frozenset({("red", "triangle"), ("blue", "cross"), ("yellow", "circle
 Combinations = Literal["all", "seen", "held_out"]
 
 SPLITS = {"generator": 24_000, "features": 24_000, "clip": 24_000, "reference": 2000, "prompts": 500}
-"""Independent draws, and how many pictures each has unless more or fewer are asked for."""
+"""Independent splits, and their default numbers of pictures."""
 _SEED = 41
 _CELLS = (6.2, 16.0, 25.8)
 
@@ -96,7 +97,7 @@ class _Object:
 
 @dataclass(frozen=True)
 class _Scene:
-    """A picture to be drawn: rows of (x, y, radius) with the object at each."""
+    """Description of a picture to draw: rows of (x, y, radius) with the object at each."""
 
     caption: str
     objects: tuple[_Object, ...]
@@ -106,13 +107,13 @@ class _Scene:
 
 @dataclass(frozen=True, kw_only=True)
 class CaptionedSet:
-    """Images with captions, and what the captions state."""
+    """Images with captions, and the attributes that the captions state."""
 
     images: Tensor
-    """(N, 3, 32, 32) float32 in [-1, 1]."""
+    """Images (N, 3, 32, 32), float32 in [-1, 1]."""
     captions: tuple[str, ...]
     attributes: Tensor
-    """(N, 9) int64: the index of the value of every entry of `ATTRIBUTES`, `NOT_STATED` where there is none."""
+    """Indices (N, 9) int64 of the values of the `ATTRIBUTES`, `NOT_STATED` if a caption states none."""
 
     def __len__(self) -> int:
         return len(self.captions)
@@ -120,25 +121,25 @@ class CaptionedSet:
 
 @dataclass(frozen=True, kw_only=True)
 class AttributeSet:
-    """What captions of a data set can state about their pictures, and how it is read from them."""
+    """Attributes that captions of a data set can state about their pictures, and how to read them."""
 
     names: tuple[str, ...]
-    """Of the A attributes."""
+    """Names of the A attributes."""
     read: Callable[[Sequence[str]], Tensor]
-    """N captions -> (N, A) int64: the index of each attribute's value, `NOT_STATED` where the caption leaves it open;
-    ValueError for a caption that it cannot read."""
+    """Maps N captions to the indices (N, A) int64 of the attributes' values, `NOT_STATED` if a caption leaves it
+    open; raises a ValueError for a caption that it cannot read."""
 
 
 def shapes(
     split: str = "generator", count: int | None = None, combinations: Combinations | None = None
 ) -> CaptionedSet:
-    """The first `count` pictures of a split.
+    """Return the first `count` pictures of a split.
 
     Args:
         split: one of `SPLITS`.
-        count: how many; a longer set begins with the shorter one.
+        count: number of pictures; a longer set begins with the shorter one.
         combinations: `seen` leaves out the pictures with a combination of `HELD_OUT`, `held_out` the others; the
-            default is `all` for what judges are trained on, `features` and `clip`, else `seen`.
+            default is `all` for the training sets of metrics, `features` and `clip`, else `seen`.
 
     Raises:
         ValueError: unknown split, or fewer than one picture.
@@ -154,23 +155,23 @@ def shapes(
 def shape_captions(
     split: str = "prompts", count: int | None = None, combinations: Combinations | None = None
 ) -> tuple[str, ...]:
-    """The captions that `shapes` has, without the pictures; of the split `prompts` by default.
+    """Return the captions of `shapes` without the pictures; of the split `prompts` by default.
 
     Raises:
-        ValueError: as `shapes`.
+        ValueError: as for `shapes`.
     """
     return tuple(scene.caption for scene in _scenes(split, count, combinations))
 
 
 def caption_words() -> tuple[str, ...]:
-    """All words that captions are made of, sorted."""
+    """Return all words of the captions, sorted."""
     stated = {word for values in ATTRIBUTES.values() for value in values for word in value.split()}
     stated -= {"several", *PAIRS}
     return tuple(sorted(stated | {word for relation in RELATIONS for word in relation.split()} | {*SHAPES.values()}))
 
 
 def attributes_of(captions: Sequence[str]) -> Tensor:
-    """What captions state: (N, 9) int64 as in `CaptionedSet.attributes`.
+    """Return the attributes that captions state, (N, 9) int64 as in `CaptionedSet.attributes`.
 
     Raises:
         ValueError: a caption that this data set cannot have; the message shows two that it can.
@@ -182,7 +183,7 @@ shape_attributes = AttributeSet(names=tuple(ATTRIBUTES), read=attributes_of)
 
 
 def holds_held_out(caption: str) -> bool:
-    """Whether a caption names a combination of `HELD_OUT`."""
+    """Return whether a caption has a combination of `HELD_OUT`."""
     one, several = HELD_OUT, {(colour, SHAPES[shape]) for colour, shape in HELD_OUT}
     return any(pair in one | several for pair in pairwise(caption.split()))
 
@@ -201,7 +202,7 @@ def _stated(caption: str) -> list[int]:
 
 
 def _parsed(caption: str) -> dict[str, str] | None:
-    """The values by attribute, or None."""
+    """Return the values by attribute, or None if the caption is not valid."""
     thing = ("texture", "colour", "shape")
     if found := _SINGLE.fullmatch(caption):
         return dict(zip(("size", *thing, "arrangement"), found.groups(), strict=True)) | {"count": "a"}
@@ -230,7 +231,7 @@ def _scenes(split: str, count: int | None, combinations: Combinations | None) ->
 
 
 def _scene(rng: np.random.Generator, combinations: Combinations) -> _Scene:
-    """Draws until the combinations are as wanted: conditioning, not correcting, keeps everything else as it was."""
+    """Draw scenes until the combinations are as wanted: rejection leaves all other distributions unchanged."""
     while True:
         scene = _any_scene(rng)
         held_out = holds_held_out(scene.caption)
@@ -276,7 +277,7 @@ def _jittered(
 
 
 def _draw(scenes: Sequence[_Scene]) -> Tensor:
-    """(N, 3, 32, 32) float32 in [-1, 1]; edges are as soft as a pixel is wide."""
+    """Draw scenes as images (N, 3, 32, 32), float32 in [-1, 1], with edges one pixel wide."""
     images = torch.tensor([scene.background for scene in scenes]).reshape(-1, 1, 1, 1)
     images = images.expand(-1, 3, IMAGE_SIZE, IMAGE_SIZE).clone()
     for layer in range(max(len(scene.objects) for scene in scenes)):
@@ -289,7 +290,7 @@ def _draw(scenes: Sequence[_Scene]) -> Tensor:
 
 
 def _cover(things: Sequence[_Object], where: Tensor) -> Tensor:
-    """How much of each pixel its object covers, (N, 1, 32, 32) in [0, 1]; `where` is (N, 3)."""
+    """Return the coverage of each pixel by its object, (N, 1, 32, 32) in [0, 1]; `where` is (N, 3)."""
     centres = torch.arange(IMAGE_SIZE) + 0.5
     x = centres.reshape(1, 1, -1) - where[:, 0].reshape(-1, 1, 1)
     y = centres.reshape(1, -1, 1) - where[:, 1].reshape(-1, 1, 1)
@@ -305,7 +306,7 @@ def _cover(things: Sequence[_Object], where: Tensor) -> Tensor:
 
 
 def _distances(x: Tensor, y: Tensor, radius: Tensor) -> dict[str, Tensor]:
-    """Signed distances in pixels to the outlines of all `SHAPES`, negative inside; about equal areas."""
+    """Return signed distances in pixels to the outlines of all `SHAPES`, negative inside; areas are about equal."""
     circle = (x.square() + y.square()).sqrt() - radius
     square = torch.maximum(x.abs(), y.abs()) - 0.88 * radius
     slope = (3**0.5 / 2 * x.abs() - y / 2) - 0.6 * radius

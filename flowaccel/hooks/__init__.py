@@ -1,4 +1,4 @@
-"""The only place, with `flowaccel.compat`, that touches the insides of diffusers."""
+"""Hooks into diffusers: with `flowaccel.compat` the only package that depends on its internals."""
 
 from flowaccel.hooks.blocks import ATTENTION as ATTENTION
 from flowaccel.hooks.blocks import FEED_FORWARD as FEED_FORWARD

@@ -1,4 +1,4 @@
-"""Surrounding the blocks of a network: which they are, what goes in and what comes out, whatever the family."""
+"""Wrappers around the blocks of a network, with inputs and outputs in one form for all model families."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from flowaccel.hooks.families import FAMILIES, BlockList, Family, TimeSignal, un
 from flowaccel.hooks.wrap import Wrapped, entry_point, wrap
 
 BlockAround = Callable[[Callable[..., Any], Call, "Block"], Any]
-"""`around(proceed, call, block)` returns what the block is to return; see `Block.pack`."""
+"""Wrapper of a block: `around(proceed, call, block)` returns the block's output; see `Block.pack`."""
 
 ModuleAround = Callable[[Callable[[], Any], Call, str], Any]
-"""`around(proceed, call, path)` returns what the module is to return; `path` is its name within the network."""
+"""Wrapper of a module: `around(proceed, call, path)` returns its output; `path` is its name within the network."""
 
 ATTENTION, FEED_FORWARD = ("attn", "attention", "self_attn"), ("ff", "ffn", "mlp", "proj_mlp")
-"""How the names of attention and feed-forward modules in a block begin."""
+"""Prefixes of the names of attention and feed-forward modules within a block."""
 
 
 _PRESENT: ContextVar[Call | None] = ContextVar("flowaccel_call", default=None)
@@ -33,7 +33,7 @@ _PRESENT: ContextVar[Call | None] = ContextVar("flowaccel_call", default=None)
 
 @contextmanager
 def during(call: Call | None) -> Iterator[None]:
-    """What runs inside, in this thread, belongs to `call`; for None, to nobody who surrounds anything."""
+    """Attribute blocks that run inside the context, in this thread, to `call`; with None, none is surrounded."""
     token = _PRESENT.set(call)
     try:
         yield
@@ -42,7 +42,7 @@ def during(call: Call | None) -> Iterator[None]:
 
 
 def is_present(call: Call) -> bool:
-    """Whether what runs now belongs to `call`, or to some of its rows."""
+    """Return whether the code that runs now belongs to `call`, or to some of its rows."""
     present = _PRESENT.get()
     return present is not None and present.record is call.record
 
@@ -52,24 +52,26 @@ class Block:
     """One block of one network call."""
 
     index: int
-    """Position among all blocks of the network, over its lists."""
+    """Position among all blocks of the network, counted across its lists."""
     count: int
-    """How many blocks the network has."""
+    """Number of blocks in the network."""
     path: str
     """Name within the network, such as `transformer_blocks.3`."""
     blocks: BlockList
     module: nn.Module
     bind: Callable[[], dict[str, Any]]
-    """Gives `arguments`, which not everybody asks for."""
+    """Computes `arguments`, on demand."""
 
     @functools.cached_property
     def arguments(self) -> dict[str, Any]:
-        """What the block was called with, by name."""
+        """Arguments of the block, by name."""
         return self.bind()
 
     def take(self, rows: Tensor, full: int) -> dict[str, Any]:
-        """The arguments for some of the rows: `rows` are their indices among `full`. What has another number of rows,
-        because it was taken before, and what all rows share, is kept.
+        """Return the arguments for some of the rows.
+
+        `rows` are their indices among `full`. Arguments that all rows share are kept, and so are those with another
+        number of rows, which were selected earlier.
         """
         return {
             name: value if name in self.blocks.shared else take_rows(value, rows, full)
@@ -78,22 +80,22 @@ class Block:
 
     @property
     def hidden(self) -> Tensor:
-        """(rows, tokens, width) the image tokens that go in (text tokens first where `blocks.joined`)."""
+        """Image tokens (rows, tokens, width) that enter the block (text tokens first where `blocks.joined`)."""
         return self.arguments[self.blocks.hidden]
 
     @property
     def encoder(self) -> Tensor | None:
-        """(rows, text tokens, width) the text tokens that go in, where the block takes them; one row that all share is
-        repeated."""
+        """Text tokens (rows, text tokens, width) that enter the block, or None if it takes none; a shared row is
+        expanded."""
         found = None if self.blocks.encoder is None else self.arguments.get(self.blocks.encoder)
         return None if found is None else in_rows(found, len(self.hidden))
 
     @property
     def condition(self) -> Tensor:
-        """(rows, D) the embedding of time and what the image is to be, which modulates the blocks.
+        """Embedding (rows, D) of the timestep and the conditioning, which modulates the blocks.
 
         Raises:
-            UnsupportedModelError: the block takes none as `temb`.
+            UnsupportedModelError: the block has no argument `temb` of this shape.
         """
         found = self.arguments.get("temb")
         if not isinstance(found, Tensor) or found.dim() != 2:
@@ -104,7 +106,7 @@ class Block:
         return in_rows(found, len(self.hidden))
 
     def unpack(self, output: Any) -> tuple[Tensor, Tensor | None]:
-        """The block's return value as (image tokens, text tokens or None)."""
+        """Return the block's output as (image tokens, text tokens or None)."""
         if len(self.blocks.returns) == 1:
             return output, None
         found = dict(zip(self.blocks.returns, output, strict=True))
@@ -112,25 +114,25 @@ class Block:
         return hidden, None if encoder is None else in_rows(encoder, len(hidden))
 
     def pack(self, hidden: Tensor, encoder: Tensor | None) -> Any:
-        """The inverse of `unpack`: what the block would return."""
+        """Return the tokens in the form of the block's output; the inverse of `unpack`."""
         if len(self.blocks.returns) == 1:
             return hidden
         return tuple(hidden if name == "hidden" else encoder for name in self.blocks.returns)
 
 
 class BlockHooks:
-    """The wrapped blocks of a session. Nothing is wrapped while nobody surrounds blocks."""
+    """The wrapped blocks of a session; blocks are wrapped only while some accelerator surrounds them."""
 
     def __init__(self, networks: Callable[[], Iterable[Any]]) -> None:
         self._networks = networks
         self._arounds: list[BlockAround] = []
         self._wrapped: dict[nn.Module, _WrappedBlock] = {}
         self._inner = ModuleHooks(networks)
-        self._unchecked: set[nn.Module] = set()  # networks whose derived rows no call has shown to be true
+        self._unchecked: set[nn.Module] = set()  # networks whose derived families no call has confirmed
         self._walk: Walk | None = None
 
     def add(self, around: BlockAround) -> Callable[[], None]:
-        """Surround every block; returns what undoes it.
+        """Surround every block; returns a function that undoes it.
 
         Raises:
             UnsupportedModelError: a network without known blocks.
@@ -159,7 +161,7 @@ class BlockHooks:
         self.refresh()
 
     def refresh(self) -> None:
-        """Wrap the blocks of the present networks, where anybody surrounds blocks; unwrap all others."""
+        """Wrap the blocks of the pipeline's current networks if they are surrounded, and unwrap all others."""
         self._inner.refresh()
         wanted: dict[nn.Module, tuple[Block, Any]] = {}
         for network in self._networks() if self._arounds else ():
@@ -176,10 +178,10 @@ class BlockHooks:
 
     @contextmanager
     def during(self, call: Call) -> Iterator[None]:
-        """The blocks that run inside belong to `call`.
+        """Attribute the blocks that run inside the context to `call`.
 
         Raises:
-            UnsupportedModelError: the row was derived, and this first call shows that it does not hold.
+            UnsupportedModelError: the family was derived, and this first call contradicts it.
         """
         outer = self._walk
         self._walk = walk = Walk(call, _lists_of(call)) if call.module in self._unchecked else None
@@ -226,7 +228,7 @@ class _WrappedBlock:
         self.wrapped = wrap(block.module, self._entry, surround)
 
     def called(self, args: Any, kwargs: Any) -> Block:
-        """The block of one call."""
+        """Return the block with the arguments of one call."""
         known = self.block
         return Block(
             index=known.index,
@@ -251,7 +253,7 @@ class ModuleHooks:
         self._wrapped: dict[nn.Module, Wrapped] = {}
 
     def add(self, around: ModuleAround, kinds: tuple[str, ...]) -> Callable[[], None]:
-        """Surround the children of every block whose name begins with one of `kinds`; returns what undoes it."""
+        """Surround the children of blocks whose name starts with one of `kinds`; returns a function that undoes it."""
         entry = (around, kinds)
         self._arounds.append(entry)
         try:
@@ -266,12 +268,12 @@ class ModuleHooks:
         self.refresh()
 
     def clear(self) -> None:
-        """Unwrap all."""
+        """Unwrap all modules."""
         self._arounds.clear()
         self.refresh()
 
     def refresh(self) -> None:
-        """Wrap the modules of the present networks, and unwrap all others."""
+        """Wrap the modules of the pipeline's current networks, and unwrap all others."""
         wanted: dict[nn.Module, tuple[str, str]] = {}
         for network in self._networks() if self._arounds else ():
             _refuse_whole_graph(network.module)
@@ -291,7 +293,7 @@ class ModuleHooks:
             call = _PRESENT.get()
             proceed: Callable[[], Any] = functools.partial(forward, *args, **kwargs)
             if call is not None:
-                for around, kinds in self._arounds:  # those of now: they come and go while the module stays wrapped
+                for around, kinds in self._arounds:  # they may change while the module stays wrapped
                     if name.startswith(kinds):
                         proceed = functools.partial(around, proceed, call, path)
             return proceed()
@@ -302,7 +304,7 @@ class ModuleHooks:
 def _inner_modules(
     network: nn.Module, family: Family, arounds: list[tuple[ModuleAround, tuple[str, ...]]]
 ) -> dict[nn.Module, tuple[str, str]]:
-    """The modules that anybody surrounds: their path in the network, and their name in the block."""
+    """Return the modules to surround, each with its path in the network and its name in the block."""
     found = {}
     for block in _blocks_of(network, family):
         for name, child in block.module.named_children():
@@ -318,11 +320,12 @@ def _inner_modules(
 
 
 def attention_input(proceed: Callable[..., Any], block: Block) -> Tensor:
-    """What the block's first attention module would be given for its image tokens (rows, tokens, width): normalised,
-    and modulated by the timestep. The block runs up to there, uncompiled, and no further.
+    """Return the input (rows, tokens, width) of the block's first attention module for the image tokens.
+
+    It is normalised, and modulated by the timestep. The block runs up to that module, uncompiled, and no further.
 
     Args:
-        proceed: what runs the block.
+        proceed: runs the block.
         block: the block.
 
     Raises:
@@ -337,7 +340,7 @@ def attention_input(proceed: Callable[..., Any], block: Block) -> Tensor:
     signature, call = inspect.signature(attention.forward), _PRESENT.get()
 
     def stop(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        if _PRESENT.get() is not call:  # in another thread, or of another pipeline
+        if _PRESENT.get() is not call:  # called in another thread, or by another pipeline
             return forward(*args, **kwargs)
         raise _Reached(next(iter(signature.bind(*args, **kwargs).arguments.values())))
 
@@ -356,10 +359,10 @@ def attention_input(proceed: Callable[..., Any], block: Block) -> Tensor:
 
 
 def time_source(network: nn.Module, family: Family, name: str) -> TimeSignal:
-    """The source of a time signal, `time_embedding` or `time_projection`, of a network.
+    """Return where the network computes a time signal, `time_embedding` or `time_projection`.
 
     Raises:
-        UnsupportedModelError: the family's row does not say where it is.
+        UnsupportedModelError: the family does not state where it is.
     """
     source: TimeSignal | None = getattr(family, name)
     if source is None:
@@ -374,14 +377,16 @@ def time_source(network: nn.Module, family: Family, name: str) -> TimeSignal:
 
 @contextmanager
 def time_signal(call: Call, name: str) -> Iterator[Callable[[Block], Tensor]]:
-    """Within, the network may run; what is yielded gives at its first block the signal (rows, ...) of this call.
+    """Record a time signal while the network runs inside the context.
+
+    The function that the context yields returns the signal (rows, ...) of this call; call it at the first block.
 
     Args:
         call: the network call.
         name: `time_embedding` or `time_projection`.
 
     Raises:
-        UnsupportedModelError: the family's row does not say where it is.
+        UnsupportedModelError: the family does not state where it is.
     """
     source = time_source(call.module, call.family, name)
     if source.argument:
@@ -402,7 +407,7 @@ def time_signal(call: Call, name: str) -> Iterator[Callable[[Block], Tensor]]:
 
 
 class _Reached(Exception):
-    """No error: it carries the value out."""
+    """Carries the input of the attention module out of the block; not an error."""
 
     def __init__(self, hidden: Tensor) -> None:
         super().__init__()
@@ -441,7 +446,7 @@ def _surrounded(around: BlockAround, proceed: Callable[..., Any], call: Call, bl
 
 
 def _once(compute: Callable[..., Any]) -> Callable[..., Any]:
-    """`compute` that does not repeat the work of its first call without arguments."""
+    """Return `compute` with the result of its first call without arguments cached."""
     kept: list[Any] = []
 
     def proceed(arguments: dict[str, Any] | None = None) -> Any:

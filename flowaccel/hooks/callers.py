@@ -1,7 +1,7 @@
-"""Whose call it is: which pipeline, or which loop of the user's own, called a network or a scheduler.
+"""Detection of the caller: the pipeline, or the user's own loop, that calls a network or a scheduler.
 
-Nothing that a pipeline calls is told by whom. The stack knows: the pipeline's own frames are on it, those of a second
-pipeline are further inside, and another thread has another stack.
+A pipeline does not identify itself in its calls, but the stack does: the pipeline's own frames are on it, those of a
+second pipeline are further inside, and another thread has another stack.
 """
 
 from __future__ import annotations
@@ -21,28 +21,30 @@ _LIBRARIES = ("flowaccel.hooks", "torch", "diffusers", "accelerate")
 
 @dataclass(frozen=True)
 class Caller:
-    """A call of a pipeline that is going on, or a loop of the user's own."""
+    """A running call of a pipeline, or a loop of the user's own."""
 
     thread: int
     frame: int
-    """Identity of the frame of the pipeline's call, or of the user's function."""
+    """Identity (`id`) of the frame of the pipeline's call, or of the user's function."""
     code: CodeType | None
     own_loop: bool
-    """Whether no pipeline is among the callers."""
+    """Whether the call stack holds no pipeline."""
 
     def is_same(self, other: Caller) -> bool:
-        """Whether both are one call of a pipeline, wherever it is resumed, or loops in one thread."""
+        """Return whether both are the same pipeline call, even if resumed elsewhere, or loops in the same thread."""
         if self.own_loop or other.own_loop:
             return self.own_loop and other.own_loop and self.thread == other.thread
         return (self.frame, self.code) == (other.frame, other.code)
 
     def owns(self, other: Caller) -> bool:
-        """Whether calls of `other` belong to a run that this one started: to that of a loop of the user's own belong
-        those of a pipeline that it calls, too."""
+        """Return whether calls of `other` belong to a run that this caller started.
+
+        A loop of the user's own also owns the calls of a pipeline in its thread.
+        """
         return self.is_same(other) or (self.own_loop and self.thread == other.thread)
 
     def is_running(self, pipe: Any) -> bool:
-        """Whether its frame is on the stack of any thread; `pipe` tells it from a later frame in the same memory."""
+        """Return whether the frame is on any thread's stack; `pipe` tells it from a later frame at the same address."""
         return any(
             id(frame) == self.frame and frame.f_code is self.code and (self.own_loop or _is_part(_self_of(frame), pipe))
             for innermost in sys._current_frames().values()
@@ -51,8 +53,9 @@ class Caller:
 
 
 def caller_of(pipe: Any) -> Caller | None:
-    """The call of `pipe` that the present function is called in, or the user's own loop if no pipeline is among the
-    callers; None in a call of another pipeline, or in a callback.
+    """Return the call of `pipe` that the current function runs in, if any.
+
+    It is the user's own loop if no pipeline is on the stack, and None within a call of another pipeline or a callback.
     """
     found = user = None
     for frame, inner in _stack(sys._getframe(1)):
@@ -75,7 +78,7 @@ def caller_of(pipe: Any) -> Caller | None:
 
 
 def is_called(pipe: Any) -> bool:
-    """Whether another thread is in a call of `pipe`, or this one is in a callback of such a call."""
+    """Return whether another thread is in a call of `pipe`, or this thread is in a callback of such a call."""
     return any(
         frame.f_code.co_name == "__call__"
         and _self_of(frame) is pipe
@@ -86,7 +89,7 @@ def is_called(pipe: Any) -> bool:
 
 
 def _stack(frame: FrameType | None) -> Iterator[tuple[FrameType, FrameType | None]]:
-    """Frames from the innermost on, each with the one that it called."""
+    """Yield the frames from the innermost outwards, each with the frame that it called."""
     inner = None
     while frame is not None:
         yield frame, inner
@@ -105,7 +108,7 @@ def _self_of(frame: FrameType) -> Any:
 
 
 def _is_part(owner: Any, pipe: Any) -> bool:
-    """Whether an object is a pipeline, or one of those that it is made of."""
+    """Return whether an object is the pipeline or one of its attributes."""
     return owner is pipe or any(value is owner for value in vars(pipe).values())
 
 
@@ -114,14 +117,14 @@ def _is_pipeline(owner: Any) -> bool:
 
 
 def _calls_back(frame: FrameType, inner: FrameType | None) -> bool:
-    """Whether a pipeline's frame called a callback that it was given."""
+    """Return whether a pipeline's frame called one of its callback arguments."""
     return inner is not None and any(
         name.startswith("callback") and _code_of(value) is inner.f_code for name, value in frame.f_locals.items()
     )
 
 
 def _code_of(function: Any) -> CodeType | None:
-    while hasattr(function, "func"):  # of a partial
+    while hasattr(function, "func"):  # a partial
         function = function.func
     if not hasattr(function, "__code__"):
         function = inspect.getattr_static(function, "__call__", None)

@@ -1,4 +1,4 @@
-"""What is known of a run and of each of its network calls, as plain data."""
+"""Records of a run and of each of its network calls, as plain data."""
 
 from __future__ import annotations
 
@@ -15,31 +15,32 @@ from torch import Tensor, nn
 from flowaccel.hooks.families import Family
 
 COND, UNCOND, EXTRA = "cond", "uncond", "extra"
-"""Branches, see `Call.branches`."""
+"""Names of the branches; see `Call.branches`."""
 COMPUTED, REUSED = "computed", "reused"
-"""What most calls did, see `CallRecord.what`."""
+"""Common values of `CallRecord.what`."""
 
 
 class CallStats:
-    """Base class of what a method says that it did in a network call: a dataclass of its own, which it enters in
-    `CallRecord.stats` under its name. Its text goes to the line of the call in a report; `summary` and `notes` to the
-    lines below.
+    """Base class of a method's statistics of a network call.
+
+    A subclass is a dataclass that the method enters in `CallRecord.stats` under its own name. Its text is printed on
+    the line of the call in a report; `summary` and `notes` on the lines below.
     """
 
     compared: ClassVar[str] = ""
-    """What a report adds where it compares multiply-adds with a run of computed calls."""
+    """Text that a report appends where it compares multiply-adds with a run in which every call is computed."""
 
     def __str__(self) -> str:
         return ""
 
     @classmethod
     def summary(cls, stats: Sequence[Self], calls: int, macs: str) -> str | None:
-        """Return a line that says what the method saved within calls, or None.
+        """Return a line that states what the method saved within calls, or None.
 
         Args:
-            stats: of all calls that have them.
+            stats: the statistics of all calls that have them.
             calls: number of all calls.
-            macs: what the run saved of the multiply-adds, in words; empty where that is not known.
+            macs: saving of multiply-adds in the run, in words; empty if not known.
         """
         return None
 
@@ -51,108 +52,109 @@ class CallStats:
 
 @dataclass
 class CallRecord:
-    """What one network call did, for the report; plain numbers and text."""
+    """Record of one network call for the report; plain numbers and text."""
 
     step: int
     network: str
     branches: tuple[str, ...]
     rows: int
     what: str
-    """`computed`, `reused`, or what an accelerator says that it did instead of the network's work."""
+    """`computed`, `reused`, or the name of what an accelerator did instead of running the network."""
     seconds: float
-    """Host clock; on a GPU the call may return before it is done."""
+    """Time on the host's clock; on a GPU the call may return before it is done."""
     computed: tuple[bool, ...] = ()
-    """Per image, where an accelerator decides whether to compute: what it decided."""
+    """Per image, whether it was computed, if an accelerator decides that."""
     guided: tuple[bool, ...] = ()
-    """Per image, where an accelerator decides about guidance: whether it was guided."""
+    """Per image, whether it was guided, if an accelerator decides about guidance."""
     not_run: dict[str, float] = field(default_factory=dict)
-    """Rows for which a module of the network was not run, by its name in the network; "" is the network itself. A part
-    of a module counts as a part of the rows."""
+    """Number of rows for which a module was not run, by the module's name; "" is the whole network. A partly skipped
+    module counts as a fraction of the rows."""
     near_ties: int = 0
-    """Decisions that rounding may take otherwise."""
+    """Number of decisions that rounding errors may change."""
     host_reads: int = 0
-    """How often the host waited for a number from the device."""
+    """Number of times the host waited for a value from the device."""
     cache_bytes: int = 0
-    """Computed values that accelerators held after the call."""
+    """Size of the computed values that accelerators held after the call."""
     gate_bytes: int = 0
-    """What they held besides to decide by."""
+    """Size of the data that accelerators held to decide by, besides the cached values."""
     done: dict[str, tuple[int, int]] = field(default_factory=dict)
-    """Of modules that do as much as their input asks for, by name in the network: rows of the call that came by, and
-    multiply-adds that they did; those that did not run are not there."""
+    """Rows and multiply-adds of modules whose work depends on their input, by the module's name; modules that did
+    not run are absent."""
     stats: dict[str, Any] = field(default_factory=dict)
-    """What methods did besides, by their names, see `CallStats`."""
+    """Statistics of methods, by method name; see `CallStats`."""
     times: tuple[float | None, ...] = ()
-    """Per image, its timestep where images have times of their own; None where it is done and idle."""
+    """Per image, its timestep if images have timesteps of their own; None once the image is done."""
     spared: int = 0
-    """Multiply-adds that modules which ran did less than they are counted with, where an accelerator sets by row how
-    much they do; negative where they did more."""
+    """Multiply-adds saved within modules that ran, where an accelerator sets the amount of work per row; negative if
+    they did more than they are counted with."""
 
 
 @dataclass
 class Run:
-    """One walk of the pipeline through its scheduler's timesteps."""
+    """One pass of the pipeline through its scheduler's timesteps."""
 
     index: int
-    """How many runs the session saw before."""
+    """Number of runs that the session saw before."""
     timesteps: tuple[float, ...] = ()
-    """The scheduler's timesteps, those that image to image leaves out included."""
+    """The scheduler's timesteps, including those that image-to-image pipelines skip."""
     sigmas: tuple[float, ...] = ()
-    """Noise level at each of them: the scheduler's sigma (flow models: in [0, 1]) where it has one, else
-    sqrt((1 - a) / a) with a the cumulative alpha."""
+    """Noise level at each timestep: the scheduler's sigma (flow models: in [0, 1]) if it has one, else sqrt((1 - a)
+    / a) with a the cumulative alpha."""
     begin: int | None = None
-    """Position in `timesteps` of the first network call; None before it."""
+    """Index into `timesteps` of the first network call; None before it."""
     planned: int | None = None
-    """How many evaluations the pipeline says that it makes; None where it does not, or counts something else."""
+    """Number of evaluations that the pipeline states; None if it states none, or counts something else."""
     images: int | None = None
-    """Images in the batch; None before the first network call."""
+    """Number of images in the batch; None before the first network call."""
     repeats: bool | None = None
-    """Whether a batch of more than two rows per image holds copies of the images; None where there was none."""
+    """Whether a batch of more than two rows per image holds copies of the images; None if there was no such batch."""
     steps_done: int = 0
     stepped: bool = False
     """Whether the pipeline's scheduler was seen to step."""
     due: bool = False
-    """Whether a network call waits for the step that uses it."""
+    """Whether a network call is still to be followed by the scheduler step that uses it."""
     clock: Any = None
-    """The time of the last network call as its network got it, until the scheduler is seen to step."""
+    """Time argument of the last network call; None once the scheduler was seen to step."""
     state: dict[Any, Any] = field(default_factory=dict)
-    """What accelerators remember during the run, each under keys of its own; cleared when the run ends."""
+    """State of accelerators during the run, each under its own keys; cleared when the run ends."""
     records: list[CallRecord] = field(default_factory=list)
     shapes: dict[str, tuple[nn.Module, dict[str, Any], int]] = field(default_factory=dict)
-    """Of every network's first call: the network, its arguments without their data, and its rows."""
+    """First call of every network: the network, its arguments as tensors without data, and its number of rows."""
     started: float = field(default_factory=time.perf_counter)
     seconds: float = 0.0
     only: tuple[int, ...] | None = None
-    """See `Call.only`; None outside of it."""
+    """Rows set by `Call.only`; None outside of it."""
     ended: bool = False
     failed: bool = False
-    """Whether an exception ended it."""
+    """Whether the run ended by an exception."""
     looped: bool = False
-    """Whether the pipeline opened its progress bar; compiled blocks call no network that is seen."""
+    """Whether the pipeline opened its progress bar; calls within compiled blocks are not seen."""
     stopped: bool = False
-    """See `stop`."""
+    """Whether `stop` was called."""
     ordered: bool | None = None
-    """Whether the first guided step showed which branch is which; None before it. Nobody asks where a written row
-    says."""
+    """Whether the first guided step showed the order of the branches; None before it. Not used for families that are
+    registered with an order."""
     at_end: list[Callable[[], None]] = field(default_factory=list)
-    """What accelerators have to do once it has ended; `state` is gone by then."""
+    """Functions to call when the run has ended, after `state` was cleared."""
 
     @property
     def num_steps(self) -> int:
-        """How many evaluations the run is going to make (guidance does not count twice)."""
+        """Number of evaluations in the run; the branches of guidance count as one."""
         return len(self.timesteps) - (self.begin or 0) if self.planned is None else self.planned
 
     def position(self, step: int) -> int:
-        """Where in `timesteps` an evaluation stands; the last one for those of a pipeline that makes more."""
+        """Return the index into `timesteps` of an evaluation; the last index if the pipeline makes more evaluations."""
         return min((self.begin or 0) + step, len(self.timesteps) - 1)
 
     @property
     def complete(self) -> bool:
-        """Whether the last step was done; it is not seen where the pipeline steps on something else."""
+        """Whether the last step was done; steps on an object other than the scheduler are not seen."""
         return self.steps_done + (not self.stepped and bool(self.records)) >= self.num_steps
 
     def tick(self, clock: Any) -> None:
-        """Count a step that was not seen, if the network's time changed without one: some pipelines step on copies of
-        their scheduler.
+        """Count a step that was not seen, if the network's timestep changed without one.
+
+        Some pipelines step on copies of their scheduler.
         """
         if self.stepped or not isinstance(clock, Tensor):
             return
@@ -161,11 +163,11 @@ class Run:
             self.steps_done += 1
 
     def stop(self) -> None:
-        """All images are done, sooner than planned. Calls that a pipeline still makes belong to the run as well."""
+        """Mark all images as done, earlier than planned; later calls of the pipeline still belong to the run."""
         self.stopped = True
 
     def end(self, failed: bool = False) -> None:
-        """Forget all state; what was recorded stays for the report. Idempotent."""
+        """Clear the state, but keep the records for the report. Idempotent."""
         if not self.ended:
             self.ended, self.failed = True, failed
             self.seconds = time.perf_counter() - self.started
@@ -191,38 +193,39 @@ class Call:
     timestep: float
     """The scheduler's timestep."""
     sigma: float
-    """Noise level, see `Run.sigmas`."""
+    """Noise level; see `Run.sigmas`."""
     branches: tuple[str, ...]
     """`("cond",)` or `("uncond",)` for one branch, both in their order for a batch that holds both, and `("extra",)`
-    for calls beyond guidance. `("cond", "extra", ...)` for a batch that holds others than these two: what its first
-    rows are is not known, and they decide."""
+    for calls beyond guidance. `("cond", "extra", ...)` for a batch with other branches than these two: the meaning
+    of its first rows is not known, and accelerators decide by them."""
     images: int
     arguments: dict[str, Any]
-    """What the network was called with, by name."""
+    """Arguments of the network, by name."""
     record: CallRecord
     forward: Callable[..., Any]
-    """The network with nobody around it; what it does then is in no report."""
+    """The network's forward without any wrapper; calls of it are in no report."""
     kept: tuple[int, ...] | None = None
-    """The rows of the pipeline's batch that a `narrowed` call still holds, ascending; None for all."""
+    """Indices of the rows of the pipeline's batch that a `narrowed` call holds, ascending; None for all."""
 
     @property
     def places(self) -> Sequence[int]:
-        """Per row of this call, which row of the pipeline's batch it is."""
+        """Per row of this call, its index in the pipeline's batch."""
         return range(self.images * len(self.branches)) if self.kept is None else self.kept
 
     @property
     def rows(self) -> int:
-        """Rows of this call."""
+        """Number of rows of this call."""
         return len(self.places)
 
     @property
     def row_images(self) -> list[int]:
-        """Per row of this call, the image that it belongs to."""
+        """Per row of this call, the index of its image."""
         return [place % self.images for place in self.places]
 
     @property
     def sample(self) -> Any:
-        """The network's first argument: what is denoised (rows, ...), in some families a list with an entry per row."""
+        """First argument of the network: the sample to denoise (rows, ...), in some families a list with an entry
+        per row."""
         return next(iter(self.arguments.values()))
 
     @property
@@ -241,7 +244,7 @@ class Call:
         return height, width
 
     def rows_of(self, branch: str) -> slice:
-        """The rows of one branch; all of them are there but in a `narrowed` call.
+        """Return the rows of one branch; a `narrowed` call may lack some of them.
 
         Raises:
             ValueError: the call does not hold that branch.
@@ -251,21 +254,23 @@ class Call:
 
     @property
     def ordered(self) -> bool:
-        """Whether it is certain which branch is which: a written row says so, or the run has shown it."""
+        """Whether the order of the branches is certain: it is registered with the family, or the run has shown it."""
         return not self.family.derived or bool(self.run.ordered)
 
     @property
     def gathers(self) -> bool:
-        """Whether a part of the rows can be called alone: the family's row says what rows share, and no ControlNet adds
-        to all rows between the blocks.
+        """Whether the network can be called for a subset of the rows.
+
+        The family must state which arguments rows share, and no ControlNet may add to all rows between the blocks.
         """
         controlled = any("control" in name and value is not None for name, value in self.arguments.items())
         return not self.family.derived and not controlled
 
     @contextmanager
     def only(self, rows: Tensor) -> Iterator[None]:
-        """Within, the network or its blocks run for some rows of this call alone, so that what does not treat all rows
-        alike can tell which they are: `rows` are their indices.
+        """Run the network or its blocks for some rows of this call inside the context; `rows` are their indices.
+
+        Modules that do not treat all rows alike read from it which rows they get.
         """
         outer, self.run.only = self.run.only, tuple(rows.tolist())
         try:
@@ -274,14 +279,16 @@ class Call:
             self.run.only = outer
 
     def narrowed(self, rows: Tensor) -> Call:
-        """This call for some of its rows only: `rows` are their ascending indices, on the CPU. Where the call does not
-        `gather`, what rows share would come out wrong.
+        """Return this call restricted to some of its rows; `rows` are their ascending indices, on the CPU.
+
+        If the call does not `gather`, arguments that rows share would be wrong.
         """
         kept = tuple(self.places[row] for row in rows.tolist())
         return replace(self, arguments=self.take(rows), kept=kept)
 
     def take(self, rows: Tensor) -> dict[str, Any]:
-        """The arguments of a call for some of the rows only: `rows` are their indices. What all rows share is kept."""
+        """Return the arguments for some of the rows; `rows` are their indices. Arguments that all rows share are
+        kept."""
         return {
             name: value if name in self.family.shared else self._take(name, value, rows)
             for name, value in self.arguments.items()
@@ -294,12 +301,12 @@ class Call:
 
 
 def in_rows(tensor: Tensor, rows: int) -> Tensor:
-    """A tensor with a row for each of `rows`, where it has one that all share; else as it is."""
+    """Return `tensor` expanded to `rows` rows if it has a single row, else unchanged."""
     return tensor.expand(rows, *tensor.shape[1:]) if tensor.shape[0] == 1 else tensor
 
 
 def take_rows(value: Any, rows: Tensor, full: int) -> Any:
-    """The tensors in `value` that have `full` rows, for the rows of those indices only; all else as it is."""
+    """Select rows of the tensors in `value` that have `full` rows; everything else is returned unchanged."""
     if isinstance(value, Tensor):
         return value[rows] if value.dim() and value.shape[0] == full else value
     if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""The first call of a network whose row was derived: whether its blocks do what the row says."""
+"""Check of a derived family in the network's first call: whether the blocks behave as it states."""
 
 from __future__ import annotations
 
@@ -13,41 +13,42 @@ from flowaccel.hooks.calls import Call, in_rows
 from flowaccel.hooks.families import BlockList, unsupported
 
 Tokens = tuple[Tensor, Tensor | None]
-"""(rows, tokens, width) of the image (after the text, where these are joined), and of the text where it is apart."""
+"""Image tokens (rows, tokens, width), after the text tokens if these are joined, and text tokens if separate."""
 
 
 @dataclass
 class _List:
-    """One list of blocks, as far as the call came."""
+    """Progress of the call through one list of blocks."""
 
     blocks: BlockList
     count: int
     done: int = 0
     fits: bool = True
-    """Whether its blocks, taken alone, run in order and keep the number of tokens."""
+    """Whether the blocks of this list run in order and keep the number of tokens."""
     left: Tokens | None = None
-    """Tokens after its last block so far."""
+    """Output tokens of the last block that ran."""
 
 
 class Walk:
-    """Follows one call, in which everything is computed, from block to block.
+    """Checks one fully computed call from block to block.
 
     Args:
         call: the call.
-        lists: the row's block lists, and how many blocks each has.
+        lists: the family's block lists, each with its number of blocks.
     """
 
     def __init__(self, call: Call, lists: Sequence[tuple[BlockList, int]]) -> None:
         self._call = call
         self._lists = {blocks.path: _List(blocks, count) for blocks, count in lists}
         self._due = [f"{path}.{place}" for path, entry in self._lists.items() for place in range(entry.count)]
-        self._chains: list[list[_List]] = []  # lists that take over the tokens of those before them
+        self._chains: list[list[_List]] = []  # lists whose input tokens are the output of the list before
         self._passed = 0
         self._misfit = ""
 
     def pass_by(self, path: str, arguments: Mapping[str, Any], output: Any) -> BlockList | None:
-        """Take note of one block: its name in the network, what it takes and what it returned. Returns what is learned
-        of its list, or None from the first block on that does not fit.
+        """Check one block by its name in the network, its arguments and its output.
+
+        Returns the list's description with what this block shows, or None from the first block on that does not fit.
         """
         expected = self._due[min(self._passed, len(self._due) - 1)]
         if path != expected:
@@ -65,10 +66,10 @@ class Walk:
         return None if self._misfit else entry.blocks
 
     def finish(self) -> None:
-        """Close the call.
+        """Finish the check at the end of the call.
 
         Raises:
-            UnsupportedModelError: the row does not hold; the error prints the one that the call shows.
+            UnsupportedModelError: the family is wrong; the message prints the one that the call shows.
         """
         if self._passed < len(self._due):
             self._refuse(f"a call ran {self._passed} of its {len(self._due)} blocks")
@@ -100,7 +101,7 @@ class Walk:
         entry.done += 1
 
     def _begin(self, entry: _List, tokens: Tokens) -> None:
-        """Tell how a list comes by its tokens."""
+        """Determine where the tokens of a list come from."""
         before = self._chains[-1][-1] if self._chains else None
         if before is None or before.left is None or before.done < before.count:
             self._chains.append([entry])
@@ -136,9 +137,7 @@ class Walk:
 
 
 def _order(blocks: BlockList, tokens: Tokens, output: Any) -> tuple[str, ...]:
-    """Which of a block's outputs are the image tokens and which the text tokens, from their shapes; empty if that does
-    not tell.
-    """
+    """Return the order of image and text tokens in a block's output by their shapes; empty if it is ambiguous."""
     shapes = _shapes(tokens)
     if isinstance(output, Tensor):
         return ("hidden",) if output.shape == shapes[0] else ()
@@ -160,7 +159,7 @@ def _shapes(tokens: Tokens) -> tuple[torch.Size | None, ...]:
 
 
 def _same(left: Tensor, entering: Tensor) -> bool:
-    """Whether these are the same tokens; a network may hand them on in another type."""
+    """Return whether the tokens are equal up to their dtype, which a network may change between blocks."""
     if left.shape != entering.shape:
         return False
     left = left.to(entering)

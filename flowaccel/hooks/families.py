@@ -1,4 +1,4 @@
-"""What cannot be read off a network at run time: one row per model family, and how a missing row is derived."""
+"""Model families: what cannot be read off a network at run time, and how it is derived for unknown networks."""
 
 from __future__ import annotations
 
@@ -18,77 +18,78 @@ Time = Literal["timestep", "sigma", "one_minus_sigma"]
 
 @dataclass(frozen=True, kw_only=True)
 class BlockList:
-    """A `ModuleList` of blocks that the network runs one after the other, and what they take and return."""
+    """A `ModuleList` of blocks that run one after the other, with their arguments and outputs."""
 
     path: str
-    """Attribute of the network."""
+    """Name of the network's attribute."""
     returns: tuple[str, ...]
-    """`("hidden",)` for a bare tensor, else the order of the returned tuple, such as `("encoder", "hidden")`; empty in
-    a derived row whose order the first network call is to show."""
+    """Output of a block: `("hidden",)` for a bare tensor, else the order of the returned tuple, such as
+    `("encoder", "hidden")`; empty if derived and still to be determined by the first network call."""
     hidden: str = "hidden_states"
-    """Argument with the image tokens (rows, tokens, width)."""
+    """Name of the argument with the image tokens (rows, tokens, width)."""
     encoder: str | None = None
-    """Argument with the text tokens, where the block has one."""
+    """Name of the argument with the text tokens, if the block has one."""
     shared: tuple[str, ...] = ()
-    """Arguments that all rows share: they have no leading rows axis."""
+    """Names of arguments that all rows share: they have no leading rows axis."""
     joined: bool = False
-    """`hidden` holds the text tokens first, then the image tokens."""
+    """Whether `hidden` holds the text tokens followed by the image tokens."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TimeSignal:
-    """Where a network has an embedding of the time (rows, ...) while it runs; one of the two is given."""
+    """Source of a network's time embedding (rows, ...); either `argument` or `module` is given."""
 
     argument: str = ""
-    """Argument of the first block."""
+    """Name of an argument of the first block."""
     module: str = ""
-    """Path of a module of the network that returns it."""
+    """Path of the network's module that returns it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """How the pipelines of one model family call their network."""
+    """Calling conventions of the networks of one model family."""
 
     name: str
     networks: tuple[str, ...]
-    """Class names of the networks, subclasses included."""
+    """Class names of the networks; subclasses are included."""
     blocks: tuple[BlockList, ...]
-    """In the order in which they run."""
+    """Lists of blocks, in the order in which they run."""
     guidance: Guidance = "uncond_cond"
-    """Order of a batch that holds both branches. Pipelines that call the network once per branch call the conditional
-    one first, whatever is said here."""
+    """Order of a batch that holds both branches. Pipelines that call the network once per branch call the
+    conditional one first, regardless of this."""
     time: Time = "timestep"
-    """What the `timestep` argument holds: the scheduler's timestep, that divided by `num_train_timesteps`, or one minus
+    """Unit of the `timestep` argument: the scheduler's timestep, that divided by `num_train_timesteps`, or one minus
     the latter."""
     shared: tuple[str, ...] = ()
-    """Arguments of the network that all rows share."""
+    """Names of the network's arguments that all rows share."""
     lists: tuple[str, ...] = ()
-    """Arguments that are lists with one entry per row, such as the images of Z-Image."""
+    """Names of arguments that are lists with one entry per row, such as the images of Z-Image."""
     extra: tuple[str, ...] = ()
-    """Arguments that mark a call as beyond guidance when they are given, such as SD3's `skip_layers`."""
+    """Names of arguments that mark a call as beyond guidance when they are given, such as SD3's `skip_layers`."""
     time_embedding: TimeSignal | None = None
-    """The embedding of the time as the network's first module for it makes it; None where it is not known."""
+    """Source of the time embedding, the output of the network's first module for the time; None if not known."""
     time_projection: TimeSignal | None = None
-    """The projection of it from which the blocks take their shifts and scales, where the network has one for all."""
+    """Source of the projected time embedding from which the blocks take their shifts and scales, if the network has
+    one for all blocks."""
     own_timesteps: bool = False
-    """Whether the pipelines hand their scheduler timesteps that are not its noise levels (CogView4 shows its network
-    unshifted ones), so that only the scheduler they were made with fits."""
+    """Whether the pipelines pass timesteps that are not the scheduler's noise levels (CogView4 passes unshifted ones
+    to the network), so that only the scheduler they were made with fits."""
     derived: bool = False
-    """Whether the row was derived from the network instead of written."""
+    """Whether the family was derived from the network instead of registered."""
 
 
 _JOINT = ("encoder", "hidden")
 _TEXT = "encoder_hidden_states"
 
 FAMILIES: dict[str, Family] = {}
-"""All rows by name; `register_family` adds to it."""
+"""Registered families by name; `register_family` adds to it."""
 
 
 def register_family(family: Family) -> Family:
-    """Add a row, or replace the one of the same name; later rows win where two name the same network class.
+    """Register a family, or replace the one of the same name; the last one registered for a network class applies.
 
     Raises:
-        ValueError: a row without networks, or a block list that returns no `hidden`.
+        ValueError: a family without networks, or a block list that returns no `hidden`.
     """
     if not family.networks:
         raise ValueError(f"family {family.name!r} must name at least one network class")
@@ -180,8 +181,9 @@ for _family in (
 
 
 def networks(pipe: Any) -> dict[str, nn.Module]:
-    """The networks that a pipeline calls at its steps, by component name: `transformer` and, where there is one,
-    `transformer_2` (Wan 2.2 changes over on the way), or else `unet`.
+    """Return the networks that a pipeline calls at its steps, by component name.
+
+    These are `transformer` and, if present, `transformer_2` (Wan 2.2 switches to it during the run), or else `unet`.
 
     Raises:
         TypeError: the pipeline has none.
@@ -194,7 +196,7 @@ def networks(pipe: Any) -> dict[str, nn.Module]:
 
 
 def denoiser(pipe: Any) -> Any:
-    """The first of `networks(pipe)`.
+    """Return the first of `networks(pipe)`.
 
     Raises:
         TypeError: the pipeline has none.
@@ -203,13 +205,13 @@ def denoiser(pipe: Any) -> Any:
 
 
 def unwrapped(network: nn.Module) -> nn.Module:
-    """The network inside `torch.compile(network)`."""
+    """Return the network inside `torch.compile(network)`."""
     inner = network.__dict__.get("_modules", {}).get("_orig_mod")
     return network if inner is None else inner
 
 
 def family_of(network: nn.Module) -> Family:
-    """The row for a network: the registered one, or one derived from its block lists."""
+    """Return the family of a network: the registered one, or one derived from its block lists."""
     names = {kind.__name__ for kind in type(unwrapped(network)).__mro__}
     for family in reversed(FAMILIES.values()):
         if names & set(family.networks):
@@ -227,7 +229,7 @@ def _derived(network: nn.Module) -> Family:
 
 
 def _derived_lists(network: nn.Module) -> Iterator[BlockList]:
-    """Children that are lists of alike blocks with a tensor argument that by its name holds the tokens."""
+    """Yield the children that are lists of blocks of one class with an argument `hidden_states`."""
     for path, child in network.named_children():
         if not isinstance(child, nn.ModuleList) or len({type(block) for block in child}) != 1:
             continue
@@ -242,7 +244,7 @@ def _derived_lists(network: nn.Module) -> Iterator[BlockList]:
 
 
 def unsupported(network: nn.Module, family: Family, reason: str) -> UnsupportedModelError:
-    """The error for a network whose row could not be derived; it prints the row to write."""
+    """Return the error for a network whose family could not be derived; its message prints the code to register it."""
     lists = family.blocks or (BlockList(path="transformer_blocks", returns=("hidden",)),)
     rows = ", ".join(
         f"BlockList(path={blocks.path!r}, returns={blocks.returns or ('encoder', 'hidden')!r}, "

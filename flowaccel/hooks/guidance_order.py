@@ -1,4 +1,4 @@
-"""Which of a network's two outputs is the conditional one, told from what guidance made of them."""
+"""Detection of the conditional output among a network's two outputs, from the guided output."""
 
 from __future__ import annotations
 
@@ -6,20 +6,21 @@ import torch
 from torch import Tensor
 
 CLOSE = 0.02
-"""Part of the guided output that may be something else than a mixture of the two; half precision rounds."""
+"""Part of the guided output that may not be a linear combination of the two outputs; half precision rounds."""
 
 
 def first_is_conditional(first: Tensor, second: Tensor, guided: Tensor) -> bool | None:
-    """Whether `first` is the conditional output, where the pipeline guides by a scale above 1; None where that cannot
-    be told: guidance off, outputs alike, or a pipeline that does something else with them.
+    """Return whether `first` is the conditional output, where the pipeline's guidance scale is above 1.
 
-    Guidance moves away from the unconditional output: guided = a * cond + b * uncond with b against a + b. That holds
-    of `u + s (c - u)`, of the same rescaled, projected, or with its sign turned.
+    None if that cannot be determined: guidance is off, the outputs are alike, or the pipeline combines them otherwise.
+
+    Guidance moves away from the unconditional output: guided = a * cond + b * uncond, where b and a + b have opposite
+    signs. That holds for `u + s (c - u)`, also if it is rescaled, projected, or negated.
 
     Args:
         first: (images, ...) half of the network's output.
         second: (images, ...) the other half.
-        guided: (images, ...) what the scheduler was handed.
+        guided: (images, ...) the output that the scheduler received.
     """
     parts = [first, second]
     if guided.dim() > 1 and first.dim() == guided.dim() and first.shape[1] == 2 * guided.shape[1]:

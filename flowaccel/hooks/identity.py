@@ -1,4 +1,4 @@
-"""What a network or scheduler is, without its weights: its class and its configuration."""
+"""Identity of a network or scheduler without its weights: its class and its configuration."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from typing import Any, Self
 class Identity:
     """The class of a network or scheduler, and a short hash of its configuration.
 
-    The hash is over what differs from the defaults of the class, so that it stays when diffusers adds an argument.
+    The hash covers the values that differ from the class's defaults, so that it does not change when diffusers adds an
+    argument.
     """
 
     kind: str
@@ -21,7 +22,7 @@ class Identity:
 
     @classmethod
     def of(cls, configured: Any) -> Self:
-        """That of something with a `config`: a network, compiled or not, or a scheduler."""
+        """Return the identity of an object with a `config`: a network, compiled or not, or a scheduler."""
         configured = getattr(configured, "_orig_mod", configured)  # what torch.compile wraps
         parameters = inspect.signature(type(configured).__init__).parameters
         defaults = {name: parameter.default for name, parameter in parameters.items()}
@@ -34,10 +35,10 @@ class Identity:
         return cls(type(configured).__name__, digest[:12])
 
     def __str__(self) -> str:
-        """For messages."""
+        """Return the class name and the hash, for messages."""
         return f"{self.kind} (configuration {self.config})"
 
 
 def _json(value: Any) -> Any:
-    """As it looks after having been written and read: tuples are lists."""
+    """Return the value after a round trip through JSON: tuples become lists."""
     return json.loads(json.dumps(value, default=str))

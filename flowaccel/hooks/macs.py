@@ -1,4 +1,4 @@
-"""Multiply-adds of a network and its modules, counted without computing."""
+"""Multiply-adds of a network and its modules, counted without computing anything."""
 
 from __future__ import annotations
 
@@ -17,14 +17,16 @@ from flowaccel.hooks.families import unwrapped
 
 
 def shapes_of(arguments: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a call with tensors that have shapes and no data."""
+    """Return the arguments of a call with every tensor replaced by one on the meta device."""
     shapes: dict[str, Any] = tree_map(_shape, arguments)
     return shapes
 
 
 def macs_by_module(network: nn.Module, shapes: dict[str, Any]) -> dict[str, int] | None:
-    """Multiply-adds in matrix products, convolutions and attention of one call, of every module by its name in the
-    network; "" is the network. None where they cannot be counted: compiled modules, or a forward that looks at values.
+    """Count the multiply-adds of one call in matrix products, convolutions and attention, for every module by its name.
+
+    The name "" is the network. Returns None if they cannot be counted: compiled modules, or a forward that reads
+    values.
 
     Args:
         network: the network; it is neither called nor changed, and nothing is computed.
@@ -38,7 +40,7 @@ def macs_by_module(network: nn.Module, shapes: dict[str, Any]) -> dict[str, int]
         replica = _replica(network)
         with counter, torch.no_grad():
             replica(**shapes)
-    except Exception:  # whatever a forward of somebody else's does with tensors that hold nothing
+    except Exception:  # custom forwards may raise anything on meta tensors
         return None
     root = type(network).__name__
     return {
@@ -49,16 +51,17 @@ def macs_by_module(network: nn.Module, shapes: dict[str, Any]) -> dict[str, int]
 
 
 def is_compiled(network: nn.Module) -> bool:
-    """Whether a network, or any module of it, is compiled."""
+    """Return whether a network, or any module of it, is compiled."""
     inner = unwrapped(network)
     compiled = any(module.__dict__.get("_compiled_call_impl") is not None for module in inner.modules())
     return compiled or inner is not network
 
 
 def _replica(network: nn.Module) -> nn.Module:
-    """A copy whose tensors have shapes and no data, with all that its modules refer to, so that what a forward keeps on
-    the way (a table of positions, a cache) is kept there. Nobody who watches or surrounds the network's modules, an
-    offloader for one, sees its calls.
+    """Return a copy of a network on the meta device, with everything that its modules refer to.
+
+    What a forward stores on the way (a table of positions, a cache) is stored in the copy. Hooks and wrappers of the
+    network's modules, such as an offloader's, do not see the copy's calls.
     """
     twins = {module: object.__new__(type(module)) for module in network.modules()}
     memo: dict[int, Any] = {id(module): twin for module, twin in twins.items()}
@@ -71,13 +74,13 @@ def _replica(network: nn.Module) -> nn.Module:
             memo |= {id(one): torch.Generator(one.device) for one in generators}  # their states are tensors with data
             twin.__dict__.update(copy.deepcopy(state, memo) | unwatched)
             forward = inspect.unwrap(module.forward, stop=inspect.ismethod)
-            if getattr(forward, "__self__", None) is module:  # somebody's own, or else that of the class
+            if getattr(forward, "__self__", None) is module:  # a forward set on the instance, or that of the class
                 twin.forward = forward.__func__.__get__(twin)
     return twins[network]
 
 
 class _WithoutData(TorchFunctionMode):
-    """While it is on, a copied tensor has a shape and no data."""
+    """Mode in which copied tensors are on the meta device."""
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function in (Tensor.__deepcopy__, Tensor.clone):

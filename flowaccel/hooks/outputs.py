@@ -1,4 +1,4 @@
-"""Return values of networks: the tensors in them, and new ones like them."""
+"""Outputs of networks: extracting their tensors, and building outputs of the same type."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ def tensors_of(output: Any) -> tuple[Tensor, ...]:
 
 
 def require_rows(call: Call, output: Any, what: str) -> tuple[Tensor, ...]:
-    """Return the tensors (rows, ...) of a network's return value; `what` needs them to be all of it.
+    """Return the tensors (rows, ...) of a network's return value; `what` requires that it holds nothing else.
 
     Raises:
-        UnsupportedModelError: it returned something else besides, which would be lost.
+        UnsupportedModelError: the return value holds something else, which would be lost.
     """
     values = [value for value in _values(output) if value is not None]
     if not values or not all(isinstance(value, Tensor) and value.shape[:1] == (call.rows,) for value in values):
@@ -33,7 +33,7 @@ def require_rows(call: Call, output: Any, what: str) -> tuple[Tensor, ...]:
 
 
 def packer(output: Any) -> Callable[[tuple[Tensor, ...]], Any]:
-    """Return a function that makes of tensors (rows, ...), as many as are in `output`, a return value like it."""
+    """Return a function that wraps tensors (rows, ...), as many as `output` holds, in the type of `output`."""
     present = [isinstance(value, Tensor) for value in _values(output)]
     names = list(output) if isinstance(output, dict) else []
     kind: Any = type(output)

@@ -1,4 +1,4 @@
-"""What a run is going to be, read off its pipeline's scheduler: noise levels, where it begins, how long it is."""
+"""Plan of a run as read from the pipeline's scheduler: its noise levels, first timestep and number of evaluations."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from flowaccel.hooks.families import Family
 
 
 def levels(scheduler: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Return the timesteps of a scheduler and the noise level at each of them, see `Run.sigmas`."""
-    timesteps = tuple(map(float, torch.as_tensor(scheduler.timesteps).tolist()))  # one wait for the GPU, not one each
+    """Return the timesteps of a scheduler and the noise level at each of them; see `Run.sigmas`."""
+    timesteps = tuple(map(float, torch.as_tensor(scheduler.timesteps).tolist()))  # one synchronisation with the GPU
     sigmas = getattr(scheduler, "sigmas", None)
     if isinstance(sigmas, Tensor) and len(sigmas) >= len(timesteps):
         return timesteps, tuple(sigmas[: len(timesteps)].tolist())
@@ -25,8 +25,9 @@ def levels(scheduler: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:
 
 
 def span(pipe: Any, timesteps: tuple[float, ...], timestep: Any, family: Family) -> tuple[int, int | None]:
-    """Return where in the scheduler's timesteps the run begins, since image to image leaves out the first ones, and how
-    many evaluations the pipeline says that it makes.
+    """Return the index of the run's first timestep, and the number of evaluations that the pipeline states.
+
+    Image-to-image pipelines skip the first timesteps.
     """
     planned, listed = getattr(pipe, "_num_timesteps", None), len(timesteps)
     steps = getattr(pipe.scheduler, "num_inference_steps", None)
@@ -34,7 +35,7 @@ def span(pipe: Any, timesteps: tuple[float, ...], timestep: Any, family: Family)
         not isinstance(planned, int)
         or planned < 1
         or planned == steps != listed  # a step takes several timesteps
-        or (planned > listed and not by_token(timestep))  # of several walks
+        or (planned > listed and not by_token(timestep))  # counts several passes
     ):
         planned = None
     begin = getattr(pipe.scheduler, "begin_index", None)
@@ -47,17 +48,17 @@ def span(pipe: Any, timesteps: tuple[float, ...], timestep: Any, family: Family)
 
 
 def by_token(timestep: Any) -> bool:
-    """Whether frames or tokens have times of their own."""
+    """Return whether the timestep differs between frames or tokens."""
     return isinstance(timestep, Tensor) and timestep.dim() > 1
 
 
 def _starts(scheduler: Any, timesteps: tuple[float, ...], timestep: Any, family: Family) -> list[int]:
-    """The positions of the time that a network was called at."""
+    """Return the indices of the timestep that a network was called at."""
     if timestep is None:
         return []
     scale = scheduler.config.get("num_train_timesteps", 1000)
     value = float(torch.as_tensor(timestep).float().max())  # tokens of a given first frame have timestep 0
-    if family.derived:  # of which it is not known what they are shown; a timestep itself can be told
+    if family.derived:  # unit unknown; an exact timestep can be recognised
         return [index for index, time in enumerate(timesteps) if time == value and value > 1]
     value = {"timestep": value, "sigma": value * scale, "one_minus_sigma": (1 - value) * scale}[family.time]
     nearest = min(timesteps, key=lambda time: abs(time - value))

@@ -1,11 +1,11 @@
-"""Run, step, sigma, branch and images of every network call of one pipeline, derived once for all accelerators.
+"""Sessions: run, step, sigma, branch and images of every network call of a pipeline, shared by all accelerators.
 
-A run starts when the pipeline's scheduler gets `set_timesteps`. It ends with the scheduler's last step, when the
-pipeline's progress bar closes, or when something raises; where all of these are missing, the next start ends it. All
-state hangs on the run, so that none outlives it. Only instances are wrapped, never classes.
+A run starts with a call of the scheduler's `set_timesteps`. It ends with the scheduler's last step, when the
+pipeline's progress bar closes, or with an exception; without any of these, the next start ends it. All
+state belongs to the run, so that none outlives it. Only instances are wrapped, never classes.
 
-A run belongs to the call of the pipeline, or the loop, that started it. All other calls of what is wrapped, by another
-pipeline or in another thread, pass through as if nothing were.
+A run belongs to the call of the pipeline, or the loop, that started it. All other calls of wrapped objects, by another
+pipeline or in another thread, pass through unchanged.
 """
 
 from __future__ import annotations
@@ -38,20 +38,25 @@ from flowaccel.hooks.wrap import Wrapped, entry_point, lend, wrap
 _ATTACHED = "_flowaccel_session"
 
 CallAround = Callable[[Callable[..., Any], Call], Any]
-"""`around(proceed, call)` returns the network's return value; `proceed()` runs the network as it was called,
-`proceed(arguments)` with other arguments (a dictionary like `call.arguments`), and `proceed(call.narrowed(rows))` for
-some of the rows, so that those who stand further inside see no others."""
+"""Wrapper of a network call: `around(proceed, call)` returns the network's return value.
+
+`proceed()` runs the network as it was called, `proceed(arguments)` with other arguments (a dictionary like
+`call.arguments`), and `proceed(call.narrowed(rows))` for some of the rows, so that inner wrappers see no others.
+"""
 
 StepObserver = Callable[[Tensor, Tensor, Tensor], Tensor | None]
-"""`observer(velocity, sample, result)`, (images, ...) each: the guided output of the network and the state that the
-scheduler was handed, and the state that it returned. Returns None, or a state (images, ...) to go on with instead."""
+"""`observer(velocity, sample, result)` returns None, or a state (images, ...) to continue with instead of `result`.
+
+`velocity` is the guided output of the network, `sample` the state that the scheduler received, and `result` the state
+that it returned, (images, ...) each.
+"""
 
 
 class Session:
-    """Everything that is wrapped for one accelerated pipeline; made by `open_session`."""
+    """All wrappers on one accelerated pipeline; made by `open_session`."""
 
     def __init__(self, pipe: Any) -> None:
-        self._pipe = weakref.ref(pipe)  # what wraps the network must not keep a dropped pipeline alive
+        self._pipe = weakref.ref(pipe)  # wrappers of the network must not keep the pipeline alive
         self._call_arounds: list[CallAround] = []
         self._step_observers: list[StepObserver] = []
         self._networks: dict[str, _Network] = {}
@@ -60,36 +65,36 @@ class Session:
         self._latent_rows: int | None = None
         self._latent_channels: int | None = None
         self._runs = 0
-        self._conditional_first = False  # in calls of both branches, where no written row says
-        self._guided_calls: list[_Guided] = []  # of the present step, until the run shows which branch is which
+        self._conditional_first = False  # in calls of both branches, for derived families
+        self._guided_calls: list[_Guided] = []  # of the current step, until the order of the branches is known
         self._blocks = BlockHooks(lambda: self._networks.values())
         self._lock = threading.RLock()
-        self._holder: Caller | None = None  # whose the pipeline is
-        self._starter: Caller | None = None  # whose the present run is
+        self._holder: Caller | None = None  # the caller that reserved the pipeline
+        self._starter: Caller | None = None  # the caller that started the current run
         self.run: Run | None = None
-        """The present run, or the last one."""
+        """The current run, or the last one."""
         self._last: Run | None = None
 
     @property
     def pipe(self) -> Any:
-        """The pipeline; None once it was dropped."""
+        """The pipeline; None once it was garbage-collected."""
         return self._pipe()
 
     @property
     def last_run(self) -> Run | None:
-        """The last run that called a network or began its loop: pipelines also set timesteps that they do not use."""
+        """The last run that called a network or began its loop; pipelines also set timesteps that they do not use."""
         run = self.run
         return run if run is not None and (run.begin is not None or run.looped) else self._last
 
     @property
     def families(self) -> tuple[str, ...]:
-        """The families of the pipeline's networks."""
+        """Names of the model families of the pipeline's networks."""
         return tuple(dict.fromkeys(network.family.name for network in self._networks.values()))
 
-    # -- what accelerators use
+    # -- interface of accelerators
 
     def on_call(self, around: CallAround) -> Callable[[], None]:
-        """Surround every network call of a run with `around(proceed, call)`; returns what undoes it.
+        """Surround every network call of a run with `around(proceed, call)`; returns a function that undoes it.
 
         The one that was added last is outermost. Calls outside of a run are not surrounded.
         """
@@ -97,13 +102,14 @@ class Session:
         return lambda: self._call_arounds.remove(around)
 
     def on_step(self, observer: StepObserver) -> Callable[[], None]:
-        """Show every step of the scheduler in a run to `observer(velocity, sample, result)`; returns what undoes it."""
+        """Call `observer(velocity, sample, result)` after every step of a run; returns a function that undoes it."""
         self._step_observers.append(observer)
         return lambda: self._step_observers.remove(observer)
 
     def on_block(self, around: BlockAround) -> Callable[[], None]:
-        """Surround every block of every network call of a run with `around(proceed, call, block)`; returns what undoes
-        it.
+        """Surround every block in every network call of a run; returns a function that undoes it.
+
+        The result of `around(proceed, call, block)` replaces the block's output.
 
         Raises:
             UnsupportedModelError: the network's blocks are not known and cannot be derived.
@@ -112,8 +118,10 @@ class Session:
         return self._blocks.add(around)
 
     def on_module(self, around: ModuleAround, kinds: tuple[str, ...]) -> Callable[[], None]:
-        """Surround the modules of every block whose name begins with one of `kinds` (`ATTENTION`, `FEED_FORWARD`) with
-        `around(proceed, call, path)`; returns what undoes it.
+        """Surround the modules of every block whose name starts with one of `kinds`; returns a function that undoes it.
+
+        `kinds` is `ATTENTION` or `FEED_FORWARD`; the result of `around(proceed, call, path)` replaces the module's
+        output.
 
         Raises:
             UnsupportedModelError: the blocks are not known, or have no such modules.
@@ -124,8 +132,7 @@ class Session:
     # -- wrapping
 
     def follow(self) -> None:
-        """Wrap what the user or an accelerator put in the place of a network or the scheduler since, and what lost its
-        wrapper.
+        """Wrap networks and schedulers that were exchanged meanwhile, and those that lost their wrapper.
 
         Raises:
             RecipeConflictError: another framework caches in a network, or another pipeline's session is on it.
@@ -144,7 +151,7 @@ class Session:
         self._follow_scheduler()
 
     def methods_of_pipe(self) -> list[tuple[str, Callable[..., Any]]]:
-        """The pipeline's own methods to surround, and by what."""
+        """Return the pipeline's own methods to wrap, each with its wrapper."""
         arounds = {
             "check_inputs": self._around_check,
             "progress_bar": self._around_progress_bar,
@@ -169,7 +176,7 @@ class Session:
         self._scheduler, self._scheduler_wraps = None, []
 
     def close(self) -> None:
-        """Take every wrapper off. Idempotent."""
+        """Remove all wrappers. Idempotent."""
         self._end()
         self._blocks.clear()
         for network in self._networks.values():
@@ -195,7 +202,7 @@ class Session:
         return None if self.run is None or self.run.ended else self.run
 
     def _own_run(self) -> Run | None:
-        """The present run, if what is called belongs to it."""
+        """Return the current run, if the present call belongs to it."""
         run = self._active()
         if run is None or self.pipe is None or self._starter is None:
             return None
@@ -203,10 +210,10 @@ class Session:
         return run if caller is not None and self._starter.owns(caller) else None
 
     def _claim(self, caller: Caller) -> None:
-        """Let the pipeline be `caller`'s.
+        """Reserve the pipeline for `caller`.
 
         Raises:
-            PipelineBusyError: it is somebody else's, or was accelerated or restored meanwhile.
+            PipelineBusyError: another caller uses it, or it was accelerated or restored meanwhile.
         """
         scheduler = self._scheduler
         with self._lock:
@@ -217,7 +224,7 @@ class Session:
             if self._holder is not None and not self._holder.is_same(caller):
                 if self._is_busy(self._holder, caller):
                     raise PipelineBusyError(_busy(self.pipe, self._holder.thread == caller.thread))
-                self._end(failed=True)  # left behind by one that is gone
+                self._end(failed=True)  # a run whose caller has ended
             self._holder = caller
 
     def _is_busy(self, holder: Caller, caller: Caller | None = None) -> bool:
@@ -227,10 +234,10 @@ class Session:
 
     @contextmanager
     def idle(self) -> Iterator[None]:
-        """Within, no run can start.
+        """Prevent runs from starting inside the context.
 
         Raises:
-            PipelineBusyError: there is one.
+            PipelineBusyError: the pipeline is running.
         """
         with self._lock:
             holder = self._holder
@@ -242,7 +249,7 @@ class Session:
     def _around_check(self, check_inputs: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         caller = caller_of(self.pipe)
         if caller is not None:
-            self._claim(caller)  # here, because a call that went on would change what the pipeline remembers
+            self._claim(caller)  # early, because the call would change the pipeline's state
         return check_inputs(*args, **kwargs)
 
     def _around_set_timesteps(self, set_timesteps: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -277,8 +284,9 @@ class Session:
         return returned
 
     def _tell_order(self, run: Run, guided: Any) -> None:
-        """At the first guided step, tell from what guidance made of the outputs which of them was conditional. Where
-        a batch held it where the other was taken for it, what accelerators made of the call is made again.
+        """Determine, at the first guided step, which output was conditional, from the guided output.
+
+        If a batch held the branches in the other order than assumed, the accelerators' work on that call is redone.
         """
         calls, images = self._guided_calls.copy(), run.images or 0
         self._guided_calls.clear()
@@ -295,12 +303,12 @@ class Session:
             calls[0].again()
 
     def _observed(self, images: int, velocity: Tensor, sample: Tensor, returned: Any) -> Any:
-        """What the scheduler's step returned, or with the state that an observer put in its place."""
+        """Return the scheduler's output, with the state replaced if an observer returned one."""
         for observer in self._step_observers:
             result = returned[0]
             replaced = observer(velocity[:images], sample[:images], result[:images])
             if replaced is not None:
-                # SiT hands over a row per branch: those after the first are copies of the images' states.
+                # SiT passes a row per branch: those after the first branch are copies of the images' states.
                 state = torch.cat([replaced.to(result)] * (len(result) // images))
                 returned = (state,) if isinstance(returned, tuple) else type(returned)(prev_sample=state)
         return returned
@@ -314,7 +322,7 @@ class Session:
             return bar
 
         def close(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-            # Of the run that opened it alone: an aborted run's bar may be collected during the next one.
+            # Ends only the run that opened the bar: an aborted run's bar may be collected during the next one.
             run.end(failed=not run.complete and not run.stopped)
             return original(*args, **kwargs)
 
@@ -333,7 +341,7 @@ class Session:
         return returned
 
     def _around_get_timesteps(self, get_timesteps: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Image to image leaves out steps; some pipelines would count the evaluations of our samplers instead."""
+        """Translate the number of steps for image to image: some pipelines count our samplers' evaluations instead."""
         count_steps = getattr(self.pipe.scheduler, "count_steps", None)
         bound = inspect.signature(get_timesteps).bind(*args, **kwargs)
         if count_steps is not None and "num_inference_steps" in bound.arguments:
@@ -344,7 +352,7 @@ class Session:
 
     def _around_network(self, network: _Network, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         pipe = self.pipe
-        if pipe is not None and pipe.scheduler is not self._scheduler:  # exchanged since: its set_timesteps went unseen
+        if pipe is not None and pipe.scheduler is not self._scheduler:  # exchanged: its set_timesteps was not seen
             caller = caller_of(pipe)
             if caller is not None:
                 self._claim(caller)
@@ -418,7 +426,7 @@ class Session:
         )
 
     def _refuse_apart(self, clock: Any) -> None:
-        """Frames whose times differ from each other are walked in windows: what was computed last is of others."""
+        """Refuse frames with different timesteps: they are denoised in windows, each of other frames."""
         run = self.run
         assert run is not None
         listed = len(run.timesteps)
@@ -449,8 +457,9 @@ class Session:
         return ((COND, UNCOND)[earlier],) if earlier < 2 else (EXTRA,), rows
 
     def _more_than_guidance(self, run: Run, sample: Any, copies: int) -> bool:
-        """Whether a batch holds others than the two branches of guidance: three for InstructPix2Pix, a perturbed one
-        for PAG. Frames that are called as rows do not repeat each other.
+        """Return whether a batch holds other branches than the two of guidance.
+
+        InstructPix2Pix has three, and PAG a perturbed one. Frames that are called as rows do not repeat each other.
         """
         if copies == 2:
             return getattr(self.pipe, "do_classifier_free_guidance", None) is False
@@ -469,7 +478,7 @@ class _Guided(NamedTuple):
 
 
 class _Network:
-    """A wrapped network."""
+    """A wrapped network of the pipeline."""
 
     def __init__(self, name: str, module: nn.Module, around: Callable[..., Any]) -> None:
         self.name, self.module, self.family = name, module, family_of(module)
@@ -484,15 +493,15 @@ class _Network:
 
     @property
     def in_place(self) -> bool:
-        """Whether calls still come by here, and do so outside of what `module.compile()` traces."""
+        """Whether calls still pass through the wrapper, outside of the graph that `module.compile()` traces."""
         return self._wrapped.reachable and self._entry == entry_point(self.module)
 
     def bind(self, args: Any, kwargs: Any) -> dict[str, Any]:
-        """The arguments of a call by name."""
+        """Return the arguments of a call by name."""
         return dict(self._signature.bind(*args, **kwargs).arguments)
 
     def unwrap(self) -> None:
-        """Take the wrapper off."""
+        """Remove the wrapper."""
         self._wrapped.remove()
         _SESSIONS.pop(self.module, None)
 
@@ -505,7 +514,7 @@ def _refuse_second_session(name: str, module: nn.Module) -> None:
     if session is None:
         return
     gc.collect()  # a pipeline and its own wrappers refer to each other
-    if session.pipe is None:  # dropped without `restore`
+    if session.pipe is None:  # garbage-collected without `restore`
         session.close()
         return
     raise RecipeConflictError(
@@ -534,7 +543,7 @@ def _busy(pipe: Any, here: bool) -> str:
 
 
 def require_idle(pipe: Any, what: str) -> None:
-    """Raise a PipelineBusyError in a callback of the pipeline, or while another thread is in a call of it."""
+    """Raise a PipelineBusyError within a callback of the pipeline, or while another thread is in a call of it."""
     if is_called(pipe):
         raise PipelineBusyError(
             f"cannot {what} a {type(pipe).__name__} while it runs; do so when its call has returned"
@@ -542,7 +551,7 @@ def require_idle(pipe: Any, what: str) -> None:
 
 
 _Inner = Callable[[Call, dict[str, Any] | None], Any]
-"""Makes a call's output, with other arguments than its own if any are given."""
+"""Computes a call's output, with other arguments than its own if any are given."""
 
 
 def _surrounded(around: CallAround, inner: _Inner) -> _Inner:
@@ -562,8 +571,10 @@ def _rows(sample: Any) -> int:
 
 
 def _images(arguments: dict[str, Any], network: _Network, rows: int) -> int:
-    """Images in a batch whose pipeline did not tell by `prepare_latents`: half the rows where the second half repeats
-    the sample, and does so for the null class if there are classes."""
+    """Return the number of images in a batch, for pipelines without `prepare_latents`.
+
+    It is half the rows if the second half repeats the sample, with the null class if there are classes.
+    """
     labels, sample, half = arguments.get("class_labels"), arguments[network.sample], rows // 2
     if rows % 2 or not isinstance(sample, Tensor) or not torch.equal(sample[:half], sample[half:]):
         return rows
@@ -576,14 +587,14 @@ def _images(arguments: dict[str, Any], network: _Network, rows: int) -> int:
 
 
 class _Attached(NamedTuple):
-    """What hangs on the pipeline."""
+    """The session and the undo functions that are stored on a pipeline."""
 
     session: Session
     undo: list[Callable[[], None]]
 
 
 def open_session(pipe: Any) -> Session:
-    """Start observing a pipeline; `close_session` undoes it.
+    """Start observing a pipeline; undone by `close_session`.
 
     Raises:
         TypeError: the pipeline has no network to accelerate.
@@ -601,7 +612,7 @@ def open_session(pipe: Any) -> Session:
 
 
 def close_session(pipe: Any) -> None:
-    """Take everything off that `open_session` put on. Idempotent."""
+    """Remove everything that `open_session` added. Idempotent."""
     attached = pipe.__dict__.get(_ATTACHED)
     if attached is not None:
         attached.session.close()
@@ -610,7 +621,7 @@ def close_session(pipe: Any) -> None:
 
 
 def session_of(pipe: Any) -> Session:
-    """The session of a pipeline.
+    """Return the session of a pipeline.
 
     Raises:
         ValueError: the pipeline has none; `flowaccel.accelerate` opens it.

@@ -1,4 +1,4 @@
-"""Another network in a pipeline's place for one."""
+"""Exchange of a network in a pipeline."""
 
 from __future__ import annotations
 
@@ -9,19 +9,20 @@ from flowaccel.hooks.families import networks
 
 
 def exchange(pipe: Any, old: Any, new: Any) -> Callable[[], None]:
-    """Put `new` where the pipeline has the network `old`; returns what undoes it. Offloading of whole models, where it
-    is switched on, follows.
+    """Replace the pipeline's network `old` by `new`; returns a function that undoes it.
+
+    Model offloading, where it is enabled, is updated as well.
     """
     name = next(name for name, module in networks(pipe).items() if module is old)
 
     def put(module: Any) -> None:
         setattr(pipe, name, module)
-        pipe.maybe_free_model_hooks()  # puts diffusers' offloading on what is there now; without any it does nothing
+        pipe.maybe_free_model_hooks()  # applies diffusers' offloading, if any, to the new components
 
     put(new)
 
     def undo() -> None:
-        if getattr(pipe, name) is new:  # and not what the user put there meanwhile
+        if getattr(pipe, name) is new:  # unless the user exchanged it meanwhile
             put(old)
 
     return undo

@@ -1,4 +1,4 @@
-"""Wrapping a method of one object, and taking the wrapper off again without harming neighbours."""
+"""Wrapping a method of one object, and removing the wrapper without harming other wrappers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def _same(method: Any) -> Any:
 
 
 class _Method:
-    """What stands in the place of the wrapped method."""
+    """Callable that replaces the wrapped method."""
 
     def __init__(self, wrapped: Wrapped, original: Callable[..., Any]) -> None:
         functools.update_wrapper(self, original)
@@ -28,12 +28,12 @@ class _Method:
         return self.stock(*args, **kwargs)
 
     def __reduce__(self) -> Any:
-        """A copy is one of the method below, of the copied owner: an EMA or a teacher must not run the original."""
+        """Reduce to the method below, of the copied owner: a copy (an EMA, a teacher) must not run the original."""
         return _same, (self.stock,)
 
 
 class Wrapped:
-    """A method of one instance, surrounded; made by `wrap`."""
+    """A wrapped method of one instance; made by `wrap`."""
 
     def __init__(self, owner: Any, name: str, around: Around) -> None:
         self.owner, self.name, self.around = owner, name, around
@@ -45,11 +45,11 @@ class Wrapped:
 
     @property
     def reachable(self) -> bool:
-        """Whether a call of the method still comes by here; who removes a wrapper of theirs may take ours along."""
+        """Whether a call of the method still reaches this wrapper; removing another wrapper may remove this one too."""
         return any(method is self._method for method in _layers(self.owner.__dict__.get(self.name)))
 
     def remove(self) -> None:
-        """Switch the wrapper off, and unlink it wherever that cannot drop somebody else's wrapper. Idempotent."""
+        """Disable the wrapper, and unlink it unless that would drop another library's wrapper. Idempotent."""
         self.armed = False
         if self.owner.__dict__.get(self.name) is self._method:
             shadowed = self._live_below()
@@ -63,7 +63,7 @@ class Wrapped:
         _PlainState.of(self.owner).tidy()
 
     def _live_below(self) -> Any:
-        """The instance's own method below this wrapper and below those of ours that were switched off meanwhile."""
+        """Return the instance's own method below this wrapper and below our own wrappers that are disabled."""
         below = self._shadowed
         while isinstance(below, _Method) and not below._wrapped.armed:
             below = below._wrapped._shadowed
@@ -71,8 +71,9 @@ class Wrapped:
 
 
 class _PlainState:
-    """Stands as `__getstate__` of an object that holds anything of ours, so that what copies and pickles it leaves that
-    out: a copy is what the object would be without us.
+    """Callable installed as `__getstate__` of a wrapped object, so that copies and pickles contain no wrapper.
+
+    A copy equals the object as it was before wrapping.
     """
 
     def __init__(self, owner: Any) -> None:
@@ -86,7 +87,7 @@ class _PlainState:
         return found
 
     def tidy(self) -> None:
-        """Go, if nothing of ours is left."""
+        """Uninstall itself if the object holds no wrapper or lent attribute any more."""
         ours = self.lent or self.exchanged or any(isinstance(value, _Method) for value in vars(self._owner).values())
         if not ours:
             self._owner.__dict__.pop("__getstate__", None)
@@ -100,17 +101,18 @@ class _PlainState:
                 state[name] = before
         if not self.exchanged:
             return state
-        twin = kind.__new__(kind)  # whose `setattr` keeps its configuration in step
+        twin = kind.__new__(kind)  # its `setattr` updates the configuration too
         twin.__dict__.update(state)
         for name, (old, new) in self.exchanged.items():
-            if getattr(twin, name) is new:  # and not what the user put there meanwhile
+            if getattr(twin, name) is new:  # unless the user exchanged it meanwhile
                 setattr(twin, name, old)
         return vars(twin)
 
 
 def _before(name: str, value: Any) -> Any:
-    """What an instance had in the place of a wrapped method, None for nothing; the method below where a neighbour keeps
-    the wrapper under another name.
+    """Return an instance's attribute as it was before wrapping, or None if there was none.
+
+    It is the method below if another library keeps the wrapper under another name.
     """
     while isinstance(value, _Method):
         value = value._wrapped._shadowed if value._wrapped.name == name else value.stock
@@ -118,7 +120,7 @@ def _before(name: str, value: Any) -> Any:
 
 
 def lend(owner: Any, name: str, value: Any) -> Callable[[], None]:
-    """Give an object an attribute that copies of it do not get; returns what takes it away."""
+    """Set an attribute that copies of the object do not get; returns a function that removes it."""
     state = _PlainState.of(owner)
     state.lent.add(name)
     owner.__dict__[name] = value
@@ -132,7 +134,7 @@ def lend(owner: Any, name: str, value: Any) -> Callable[[], None]:
 
 
 def exchanged(owner: Any, attributes: Mapping[str, tuple[Any, Any]]) -> Callable[[], None]:
-    """Let copies of an object have the old ones of attributes (old, new); returns what undoes that."""
+    """Make copies of an object take the old values of attributes (old, new); returns a function that undoes that."""
     state = _PlainState.of(owner)
     state.exchanged.update(attributes)
 
@@ -150,7 +152,7 @@ def _layers(method: Any) -> Iterator[Any]:
 
 
 def _kept_by_neighbours(owner: Any) -> Iterator[tuple[Any, str]]:
-    """Where others keep the method that they wrapped: accelerate's offload hooks and diffusers' hook registry."""
+    """Yield where accelerate's offload hooks and diffusers' hook registry keep the method that they wrapped."""
     if "_old_forward" in owner.__dict__:
         yield owner, "_old_forward"
     for reference in getattr(owner.__dict__.get("_diffusers_hook"), "_fn_refs", ()):
@@ -158,12 +160,12 @@ def _kept_by_neighbours(owner: Any) -> Iterator[tuple[Any, str]]:
 
 
 def wrap(owner: Any, name: str, around: Around) -> Wrapped:
-    """Replace `owner.name` by `around(original, *args, **kwargs)`, on this instance only and with its signature kept.
+    """Replace `owner.name` by `around(original, *args, **kwargs)`, on this instance only; its signature is kept.
 
     Args:
         owner: a module, scheduler or pipeline.
         name: the method.
-        around: called in its place with the method it surrounds as the first argument.
+        around: called instead, with the original method as the first argument.
 
     Returns:
         The handle whose `remove` undoes it.
@@ -172,8 +174,8 @@ def wrap(owner: Any, name: str, around: Around) -> Wrapped:
 
 
 def entry_point(module: nn.Module) -> str:
-    """The method to wrap on a module: `forward`, or what `module.compile()` put before it.
+    """Return the name of the method to wrap on a module: `forward`, or the compiled call of `module.compile()`.
 
-    A wrapper of `forward` would be traced into the compiled graph; around the compiled call it stays outside.
+    A wrapper of `forward` would be traced into the compiled graph; a wrapper of the compiled call is not.
     """
     return "forward" if module.__dict__.get("_compiled_call_impl") is None else "_compiled_call_impl"

@@ -1,4 +1,4 @@
-"""Networks that diffusers does not have, and the readers of their official checkpoints."""
+"""Networks that diffusers does not have, and loaders of their official checkpoints."""
 
 from flowaccel.models.features import DigitsClassifier as DigitsClassifier
 from flowaccel.models.features import FeatureClassifier as FeatureClassifier

@@ -1,4 +1,4 @@
-"""The pipeline's choice of an attention backend, for the networks that accelerators bring along."""
+"""Transfer of the pipeline's attention backend to the networks of accelerators."""
 
 from __future__ import annotations
 
@@ -15,12 +15,14 @@ from diffusers.models.attention_processor import (
 from torch import nn
 
 _NAMELESS = (AttnProcessor2_0, JointAttnProcessor2_0, XFormersAttnProcessor, XFormersJointAttnProcessor)
-"""Processors that have no backend to choose: each computes by its own, and none has weights."""
+"""Processors without a selectable backend: each computes in its own way, and none has weights."""
 
 
 def attend_like(network: nn.Module, base: nn.Module) -> Callable[[], None]:
-    """Let the attention of a network compute by what was chosen for that of the same name in `base`; what was chosen
-    for neither is left. If that fails, nothing is changed. Undone by putting back what was there.
+    """Set the attention backends of a network to those of the modules of the same name in `base`.
+
+    Modules for which neither has a backend set are unchanged. On failure nothing is changed. Returns a function that
+    restores the previous processors.
 
     Raises:
         ValueError: a backend that cannot add the position biases of a network with mediators.
@@ -40,7 +42,7 @@ def attend_like(network: nn.Module, base: nn.Module) -> Callable[[], None]:
 def _choose(layer: Any, backend: Any, undo: ExitStack) -> None:
     if backend is None:
         return
-    if hasattr(layer, "try_backend"):  # of layers that no backend may be able to compute
+    if hasattr(layer, "try_backend"):  # layers that may support no backend
         layer.try_backend(backend)
     undo.callback(setattr, layer.processor, "_attention_backend", layer.processor._attention_backend)
     layer.processor._attention_backend = backend

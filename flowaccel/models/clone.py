@@ -1,4 +1,4 @@
-"""A second module tree around the same parameters."""
+"""A second module tree that shares its parameters with the first."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ _HOOKS = (
 
 
 def twin(module: Module, *, hooks: bool = True) -> Module:
-    """A tree of modules like `module` that holds the very same parameters and buffers.
+    """Return a module tree like `module` that shares its parameters and buffers.
 
     Args:
-        module: stays as it is.
-        hooks: whether its forward hooks are taken over.
+        module: the module, which is not changed.
+        hooks: whether to copy its forward hooks.
 
     Raises:
-        RecipeConflictError: a part of it is compiled, or its weights are moved by hooks of its parts.
+        RecipeConflictError: a submodule is compiled, or hooks of submodules move its weights.
     """
     kept = {name: _copied(value) for name, value in module.__dict__.items() if name not in AROUND_FORWARD}
     if kept.get("_compiled_call_impl") is not None:

@@ -1,4 +1,4 @@
-"""Small classifiers whose last hidden layer serves as features for Frechet distances on the embedded data sets."""
+"""Small classifiers whose last hidden layer provides features for Frechet distances on the embedded data sets."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ register_components()
 
 
 class FeatureClassifier(ModelMixin, ConfigMixin):
-    """Abstract base: a convolutional trunk on uint8 images, whose output are features, and heads on these.
+    """Abstract base class: a convolutional trunk on uint8 images that outputs features, and classifier heads on these.
 
     Called on uint8 images it returns features, so it can be handed to torchmetrics as `feature=`.
     """
 
     image_shape: ClassVar[tuple[int, int, int]]
-    """(C, H, W)."""
+    """Shape of an image, (C, H, W)."""
     num_features: int
     trunk: nn.Module
 
@@ -32,11 +32,11 @@ class FeatureClassifier(ModelMixin, ConfigMixin):
         super().__init__()
 
     def forward(self, images: Tensor) -> Tensor:
-        """uint8 (N, *image_shape) -> features (N, num_features), float32, in (-1, 1)."""
+        """Map uint8 images (N, *image_shape) to features (N, num_features), float32, in (-1, 1)."""
         return self.trunk(self.preprocess(images))
 
     def preprocess(self, images: Tensor) -> Tensor:
-        """uint8 in 0 .. 255 -> this network's dtype in [-1, 1].
+        """Convert uint8 images in 0 .. 255 to this network's dtype in [-1, 1].
 
         Raises:
             ValueError: images that are not uint8 or of another shape.
@@ -78,15 +78,15 @@ class DigitsClassifier(FeatureClassifier):
         self.head = nn.Linear(num_features, num_classes)
 
     def logits(self, features: Tensor) -> Tensor:
-        """Features (N, num_features) -> class logits (N, num_classes)."""
+        """Map features (N, num_features) to class logits (N, num_classes)."""
         return self.head(features)
 
 
 class ShapesClassifier(FeatureClassifier):
-    """Tells the attributes of the pictures of `flowaccel.data.shapes`: 3x32x32.
+    """Classifier of the attributes of 3x32x32 pictures of `flowaccel.data.shapes`.
 
     Args:
-        attribute_sizes: how many values each attribute has, in the order of `flowaccel.data.shapes.ATTRIBUTES`.
+        attribute_sizes: number of values of each attribute, in the order of `flowaccel.data.shapes.ATTRIBUTES`.
         num_features: width of the last hidden layer.
         channels: width of the first convolution.
     """
@@ -110,16 +110,16 @@ class ShapesClassifier(FeatureClassifier):
             nn.GELU(),
             nn.Conv2d(3 * channels, channels, 3, padding=1, stride=2),
             nn.GELU(),
-            nn.Flatten(),  # not pooled: where things are is one of the attributes
+            nn.Flatten(),  # not pooled: positions are attributes
             nn.Linear(channels * 16, num_features),
             nn.Tanh(),
         )
         self.heads = nn.ModuleList(nn.Linear(num_features, size) for size in attribute_sizes)
 
     def attribute_logits(self, features: Tensor) -> list[Tensor]:
-        """Features (N, num_features) -> for each attribute (N, its number of values)."""
+        """Map features (N, num_features) to the logits of each attribute (N, its number of values)."""
         return [head(features) for head in self.heads]
 
     def attributes(self, features: Tensor) -> Tensor:
-        """Features (N, num_features) -> the index of the likeliest value of every attribute, (N, A) int64."""
+        """Map features (N, num_features) to the index of the likeliest value of every attribute, (N, A) int64."""
         return torch.stack([logits.argmax(1) for logits in self.attribute_logits(features)], dim=1)

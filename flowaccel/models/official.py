@@ -48,7 +48,7 @@ _BLOCK_RENAMES = {
     "adaLN_modulation.1": "modulation",
 }
 _QKV = ("attn.to_q", "attn.to_k", "attn.to_v")
-# what the sizes are read from, and how many axes it has
+# key that a size is read from -> its number of axes
 _AXES = {
     "x_embedder.proj.weight": 4,
     "pos_embed": 3,
@@ -57,7 +57,7 @@ _AXES = {
     "blocks.0.attn.qkv.weight": 2,
     "blocks.0.mlp.fc1.weight": 2,
 }
-# what the readers raise on a truncated or corrupted file, found by cutting and overwriting files at random places
+# exceptions of the readers for truncated and corrupted files, found by cutting and overwriting files at random
 _UNREADABLE = (
     SafetensorError,
     pickle.UnpicklingError,
@@ -76,7 +76,7 @@ _UNREADABLE = (
 
 
 def preset_config(name: str) -> dict[str, Any]:
-    """Constructor arguments of a published SiT size such as `"SiT-XL/2"`.
+    """Return the constructor arguments of a published SiT size such as `"SiT-XL/2"`.
 
     Raises:
         ValueError: unknown name.
@@ -94,7 +94,7 @@ def preset_config(name: str) -> dict[str, Any]:
 
 
 def load_official_state(source: str | Path | Mapping[str, Any], which: str | None = None) -> dict[str, Tensor]:
-    """The flat state dict inside `source` (a `.pt` or `.safetensors` file, or a dictionary already read).
+    """Return the flat state dict in `source` (a `.pt` or `.safetensors` file, or a dictionary already loaded).
 
     Raises:
         WeightsNotFoundError: no such file.
@@ -136,7 +136,9 @@ def _read(path: Path) -> Mapping[str, Any]:
 
 
 def infer_sit_config(state: Mapping[str, Tensor], overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """Constructor arguments that fit an official state dict; `overrides` win and fill what the weights cannot tell.
+    """Infer the constructor arguments from an official state dict; `overrides` take precedence.
+
+    They also supply the arguments that the weights do not determine.
 
     Raises:
         CheckpointError: keys missing, or a width whose number of heads is unknown and not given.
@@ -176,20 +178,22 @@ def infer_sit_config(state: Mapping[str, Tensor], overrides: Mapping[str, Any]) 
 
 
 def every_channel(config: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """`config` of a network that returns all channels that it computes, learned variances too, unless `overrides` say
-    otherwise; as the official DyDiT and DiffMoE classes do."""
+    """Return `config` with all computed channels returned, learned variances too, unless `overrides` say otherwise.
+
+    The official DyDiT and DiffMoE classes do so.
+    """
     if config["learn_sigma"] and not {"learn_sigma", "out_channels"} & overrides.keys():
         return config | {"learn_sigma": False, "out_channels": 2 * config["out_channels"]}
     return config
 
 
 def _depth(state: Mapping[str, Tensor]) -> int:
-    """Number of blocks that an official state dict holds: counted, so that a stray index cannot ask for a million."""
+    """Count the blocks in an official state dict, so that a stray index cannot ask for a million of them."""
     return len({match[1] for key in state if (match := re.match(r"blocks\.(\d+)\.", key))})
 
 
 def sit_from_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Official SiT or DiT keys -> `SiTTransformer2DModel` keys.
+    """Convert official SiT or DiT keys to `SiTTransformer2DModel` keys.
 
     Raises:
         CheckpointError: a key that the layout does not have.
@@ -221,7 +225,7 @@ def _rename(key: str, value: Tensor) -> list[tuple[str, Tensor]]:
 
 
 def sit_to_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """`SiTTransformer2DModel` keys -> official keys (query, key and value are fused again).
+    """Convert `SiTTransformer2DModel` keys to official keys (query, key and value are fused again).
 
     Raises:
         ValueError: a weight that the layout has no name for, such as an adapter's.
@@ -247,7 +251,7 @@ def sit_to_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def dit_from_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Official DiT keys -> stock `diffusers.DiTTransformer2DModel` keys (which holds one embedder copy per block)."""
+    """Convert official DiT keys to those of diffusers' `DiTTransformer2DModel` (one embedder copy per block)."""
     depth = _depth(state)
     names = {
         "time_embed.linear_1": "norm1.emb.timestep_embedder.linear_1",
@@ -262,7 +266,7 @@ def dit_from_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
             converted |= {f"transformer_blocks.{i}.{names[stem]}.{leaf}": value for i in range(depth)}
         elif stem in renames:
             converted[f"{renames[stem]}.{leaf}"] = value
-        elif key != "pos_embed":  # a table that the stock class computes itself
+        elif key != "pos_embed":  # the stock class computes this table itself
             converted[key.replace(".modulation.", ".norm1.linear.").replace(".attn.", ".attn1.")] = value
     return converted
 
@@ -270,13 +274,13 @@ def dit_from_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def dit_transformer_from_official(
     source: str | Path | Mapping[str, Any], which: str | None = None, overrides: Mapping[str, Any] | None = None
 ) -> DiTTransformer2DModel:
-    """An official DiT checkpoint as diffusers' own `DiTTransformer2DModel`.
+    """Load an official DiT checkpoint as diffusers' own `DiTTransformer2DModel`.
 
     diffusers spaces the 128 time frequencies by 1/127 where DiT's code has 1/128, which moves the output by about 1e-3
     (diffusers' own conversion of DiT-XL/2 does the same).
 
     Raises:
-        CheckpointError: as `SiTTransformer2DModel.from_official`.
+        CheckpointError: as for `SiTTransformer2DModel.from_official`.
     """
     state = load_official_state(source, which)
     config = infer_sit_config(state, overrides or {})
@@ -296,7 +300,7 @@ def dit_transformer_from_official(
 
 
 def load_converted(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Load `state` strictly, or raise a `CheckpointError` that names the first misfits and leave `model` as it was."""
+    """Load `state` strictly; on a mismatch raise a `CheckpointError` that lists it and leave `model` unchanged."""
     own = model.state_dict()
     problems = [f"missing {key}" for key in own if key not in state]
     problems += [f"unexpected {key}" for key in state if key not in own]

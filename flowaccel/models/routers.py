@@ -14,23 +14,23 @@ import torch
 from torch import Tensor, nn
 
 WIDTH_BIAS, TOKEN_BIAS, TAU = 15.0, 35.0, 5.0
-"""The published start (nearly everything on) and temperature."""
+"""Published initial biases (nearly everything on) and temperature."""
 _BOTTLENECK = 16
 
 
 def logistic_noise(shape: tuple[int, ...], generator: torch.Generator | None = None) -> Tensor:
-    """What the difference of two Gumbel variables is, on the CPU in float32.
+    """Sample logistic noise, the difference of two Gumbel variables, on the CPU in float32.
 
     Args:
-        shape: of the result.
-        generator: where the randomness comes from.
+        shape: shape of the result.
+        generator: the random generator; None takes torch's default.
     """
     uniform = torch.rand(shape, generator=generator).clamp(1e-6, 1 - 1e-6)
     return torch.logit(uniform)
 
 
 def straight_through(logits: Tensor, noise: Tensor, tau: float = TAU) -> Tensor:
-    """Gates of exactly 0 or 1 whose gradient is that of sigmoid((logits + noise) / tau).
+    """Return gates of exactly 0 or 1 whose gradient is that of sigmoid((logits + noise) / tau).
 
     The probability that a gate is on is sigmoid(logit) whatever `tau` is; `tau` shapes the gradient alone.
 
@@ -45,14 +45,14 @@ def straight_through(logits: Tensor, noise: Tensor, tau: float = TAU) -> Tensor:
 
 
 def widened(value: Tensor) -> Tensor:
-    """`value` in float32, or as it is if it is float64: what logits are computed in."""
+    """Return `value` in float32, or unchanged if it is float64: the dtype of logits."""
     return value if value.dtype == torch.float64 else value.float()
 
 
 def never_narrower(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """`fn`, as of `Module._apply`, but for floating-point tensors that it would make narrower: those are only moved.
+    """Wrap `fn` of `Module._apply` so that it never narrows floating-point tensors; those are only moved.
 
-    For what decides, `network.to(dtype)` then does what `_keep_in_fp32_modules` does where diffusers loads.
+    For routers, `network.to(dtype)` then behaves as `_keep_in_fp32_modules` does when diffusers loads a network.
     """
 
     def moved(value: Tensor) -> Tensor:
@@ -64,7 +64,7 @@ def never_narrower(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[None]:
-    """In it nothing is cast on a device, which may also be one that has no autocast, such as `meta`."""
+    """Return a context that disables autocast on a device, which may not support it, such as `meta`."""
     kind = device.type
     casts = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
     off: AbstractContextManager[None] = torch.autocast(kind, enabled=False) if casts else nullcontext()
@@ -72,7 +72,7 @@ def without_autocast(device: torch.device) -> AbstractContextManager[None]:
 
 
 class _WideLinear(nn.Linear):
-    """Computes in the type of its input, whatever its own is, also under autocast."""
+    """Linear layer that computes in the dtype of its input, even under autocast."""
 
     def forward(self, value: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.to(value.dtype)
@@ -81,13 +81,13 @@ class _WideLinear(nn.Linear):
 
 
 class WidthRouter(_WideLinear):
-    """Timestep embedding (B, width) -> logits (B, units - 1) of all units but the first, which is always on.
+    """Router from a timestep embedding (B, width) to logits (B, units - 1); the first unit is always on.
 
     Args:
-        width: of the timestep embedding.
+        width: width of the timestep embedding.
         units: heads, or groups of channels.
-        bias: what the logits start at.
-        gain: of the Xavier weights; with 0 all logits start at `bias` exactly.
+        bias: initial value of the logits.
+        gain: gain of the Xavier weights; with 0 all logits start at `bias` exactly.
     """
 
     def __init__(self, width: int, units: int, bias: float = WIDTH_BIAS, gain: float = 1.0) -> None:
@@ -97,17 +97,17 @@ class WidthRouter(_WideLinear):
         nn.init.constant_(self.bias, bias)
 
     def forward(self, embedding: Tensor) -> Tensor:
-        """Logits in float32 or wider."""
+        """Return logits in float32 or wider."""
         return super().forward(widened(embedding))
 
 
 class TokenRouter(nn.Sequential):
-    """Residual stream (B, tokens, width) -> logits (B, tokens, 1).
+    """Router from the residual stream (B, tokens, width) to logits (B, tokens, 1).
 
     Args:
-        width: of the residual stream.
-        bias: what the logits start at.
-        gain: of the last layer's Xavier weights; with 0 all logits start at `bias` exactly.
+        width: width of the residual stream.
+        bias: initial value of the logits.
+        gain: gain of the last layer's Xavier weights; with 0 all logits start at `bias` exactly.
     """
 
     def __init__(self, width: int, bias: float = TOKEN_BIAS, gain: float = 1.0) -> None:
@@ -120,6 +120,6 @@ class TokenRouter(nn.Sequential):
         nn.init.constant_(last.bias, bias)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """Logits in float32 or wider."""
+        """Return logits in float32 or wider."""
         logits: Tensor = super().forward(widened(hidden_states))
         return logits

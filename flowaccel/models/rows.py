@@ -1,4 +1,4 @@
-"""Rows of one call that are computed apart, because something is set differently for them."""
+"""Grouping of the rows of a call that are computed with different settings."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Setting = TypeVar("Setting", bound=Hashable)
 
 
 def grouped(settings: Sequence[Setting], device: torch.device | None = None) -> dict[Setting, Tensor]:
-    """The indices of the rows of each setting, in the order in which settings first occur."""
+    """Return the indices of the rows of each setting, in the order in which settings first occur."""
     found: dict[Setting, list[int]] = {}
     for row, setting in enumerate(settings):
         found.setdefault(setting, []).append(row)
@@ -20,7 +20,7 @@ def grouped(settings: Sequence[Setting], device: torch.device | None = None) -> 
 
 
 def joined(parts: Sequence[Tensor], groups: Mapping[Setting, Tensor]) -> Tensor:
-    """What was computed for each group, (rows of it, ...), in the order of all rows."""
+    """Merge the results of the groups, (rows of the group, ...) each, in the order of all rows."""
     order = torch.cat(list(groups.values())).to(parts[0].device)
     together = torch.cat(list(parts))
     return torch.empty_like(together).index_copy(0, order, together)

@@ -1,4 +1,4 @@
-"""Settings from the entries of a network's configuration."""
+"""Conversion of entries of a network's configuration to settings."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ Settings = TypeVar("Settings")
 
 
 def settings_from(kind: type[Settings], given: Settings | dict[str, Any] | None, argument: str) -> Settings:
-    """`kind`, a dataclass, made of the entries of the constructor's `argument`; what is one already stays.
+    """Build the dataclass `kind` from the entries of the constructor's `argument`; an instance is returned unchanged.
 
     Raises:
         ValueError: an entry that is not known.

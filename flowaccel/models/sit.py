@@ -36,7 +36,7 @@ class SiTAttnProcessor:
     _parallel_config = None
 
     def __call__(self, attn: Any, hidden_states: Tensor) -> Tensor:
-        """`hidden_states` (B, L, D) -> (B, L, D), before the output projection."""
+        """Map `hidden_states` (B, L, D) to (B, L, D), before the output projection."""
         if attn.fused_projections:
             projections = attn.to_qkv(hidden_states).chunk(3, dim=-1)
         else:
@@ -68,13 +68,13 @@ class SiTAttention(nn.Module, AttentionModuleMixin):
         self.processor = SiTAttnProcessor()
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """(B, L, D) -> (B, L, D)."""
+        """Apply self-attention, (B, L, D) -> (B, L, D)."""
         attended: Tensor = self.processor(self, hidden_states)
         return self.to_out[0](attended)
 
 
 def modulate(hidden_states: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """`hidden_states` (B, L, D) * (1 + `scale`) + `shift`, both (B, D)."""
+    """Modulate `hidden_states` (B, L, D): `hidden_states` * (1 + `scale`) + `shift`, both (B, D)."""
     return hidden_states * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
 
 
@@ -90,7 +90,7 @@ class SiTBlock(nn.Module):
         self.modulation = nn.Linear(dim, 6 * dim)
 
     def forward(self, hidden_states: Tensor, temb: Tensor) -> Tensor:
-        """`hidden_states` (B, L, D), `temb` (B, D): SiLU of time plus label -> (B, L, D)."""
+        """Map `hidden_states` (B, L, D) to (B, L, D); `temb` (B, D) is the SiLU of time plus label."""
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(temb).chunk(6, dim=-1)
         attended = self.attn(modulate(self.norm1(hidden_states), shift1, scale1))
         hidden_states = hidden_states + gate1.unsqueeze(1) * attended
@@ -104,7 +104,7 @@ register_block(SiTBlock)
 class SiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
     """Velocity network of SiT (arXiv 2401.08740). At depth 1 with doubled input channels it is FlowTurbo's refiner.
 
-    It speaks SiT's own convention (`flow_convention`): time t in [0, 1] with t = 1 data, output data - noise.
+    It uses SiT's own convention (`flow_convention`): time t in [0, 1] with t = 1 data, output data - noise.
     `SiTPipeline` translates for diffusers' schedulers.
 
     Args:
@@ -172,12 +172,12 @@ class SiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapter
         self.reset_parameters()
 
     def _position_table(self, dim: int) -> Tensor:
-        # diffusers would squeeze every grid into 16 places; SiT counts tokens
+        # diffusers would scale every grid to 16 positions; SiT counts tokens
         table = get_2d_sincos_pos_embed(dim, self.grid_size, base_size=self.grid_size, output_type="pt")
-        return table.to(torch.get_default_dtype()).unsqueeze(0)  # which diffusers sets where it loads
+        return table.to(torch.get_default_dtype()).unsqueeze(0)  # which diffusers sets while loading
 
     def reset_parameters(self) -> None:
-        """SiT's initialisation: xavier everywhere, zero gates and zero output, so that a fresh network returns 0."""
+        """Initialise as SiT does: xavier everywhere, zero gates and zero output, so that a fresh network returns 0."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -193,7 +193,7 @@ class SiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapter
 
     @property
     def null_label(self) -> int:
-        """The label that stands for "no class" in classifier-free guidance."""
+        """Label of "no class" in classifier-free guidance."""
         return self.config.num_classes
 
     def forward(
@@ -203,7 +203,7 @@ class SiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapter
         class_labels: Tensor,
         return_dict: bool = True,
     ) -> Transformer2DModelOutput | tuple[Tensor]:
-        """Velocity (data - noise) at `hidden_states`.
+        """Predict the velocity (data - noise) at `hidden_states`.
 
         Args:
             hidden_states: (B, in_channels, S, S).
@@ -249,7 +249,7 @@ class SiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapter
 
     @classmethod
     def from_preset(cls, name: str, **overrides: Any) -> Self:
-        """A freshly initialised network of a published size.
+        """Build a freshly initialised network of a published size.
 
         Args:
             name: `"SiT-S/2"`, `"SiT-B/4"`, `"SiT-XL/2"` and so on: S, B, L or XL with patch size 2, 4 or 8.
@@ -270,8 +270,8 @@ class SiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapter
             path_or_state_dict: a `.pt` or `.safetensors` file, or a state dict. `.pt` files are read by torch's
                 restricted loader; of a training checkpoint `ema` is taken, else `model`, else the flat dictionary.
             which: take this entry of a training checkpoint instead.
-            overrides: constructor arguments that the weights do not tell, above all `num_attention_heads` for a width
-                that no published size has, and `out_channels` for a refiner.
+            overrides: constructor arguments that the weights do not determine, above all `num_attention_heads` for a
+                width that no published size has, and `out_channels` for a refiner.
 
         Raises:
             CheckpointError: a truncated, foreign or hostile file, or weights that do not fit; nothing is changed.
@@ -283,7 +283,8 @@ class SiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapter
         return model.eval()
 
     def to_official(self) -> dict[str, Tensor]:
-        """This network's weights under the official key names (a new dict; tensors are shared where they are
-        unchanged).
+        """Return this network's weights under the official key names, as a new dict.
+
+        Tensors are shared where they are unchanged.
         """
         return official.sit_to_official(self.state_dict())

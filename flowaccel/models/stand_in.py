@@ -1,4 +1,4 @@
-"""Processors that stand in the place of a network's own."""
+"""Base class of processors that replace a network's own."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 
 class StandIn:
-    """Abstract: stands in the place of something else, `stock`; a copy of it, or what is unpickled, is one of that."""
+    """Base class of objects that replace another one, `stock`; copies and unpickled objects are copies of `stock`."""
 
     stock: Any
 

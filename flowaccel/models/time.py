@@ -1,9 +1,9 @@
-"""The one place that knows which way time and velocity point.
+"""Conventions of time and velocity: the only module that depends on their directions.
 
-diffusers' flow-matching schedulers run sigma from 1 (noise) to 0 (data), hand the network `timestep = 1000 * sigma`
+diffusers' flow-matching schedulers run sigma from 1 (noise) to 0 (data), pass `timestep = 1000 * sigma` to the network
 and expect `noise - data`. SiT (arXiv 2401.08740) and everything built on it (FlowTurbo, DiffMoE, Attention Mediators)
-run t from 0 (noise) to 1 (data), hand the network t itself and predict `data - noise`. A network class states which of
-the two it speaks in its `flow_convention` attribute; a class without one speaks diffusers' own.
+run t from 0 (noise) to 1 (data), pass t itself to the network and predict `data - noise`. A network class states its
+convention in its `flow_convention` attribute; a class without one uses diffusers'.
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True, kw_only=True)
 class FlowConvention:
-    """How a network states time and velocity."""
+    """Convention of a network's time and velocity."""
 
     data_at_one: bool
-    """True: t = 1 is data and the output is data - noise. False: sigma = 1 is noise and the output is noise - data."""
+    """Whether t = 1 is data and the output is data - noise; otherwise sigma = 1 is noise and the output noise -
+    data."""
     time_scale: float
-    """What a time in [0, 1] is multiplied by before the network sees it."""
+    """Factor that scales a time in [0, 1] to the network's argument."""
 
     @property
     def velocity_sign(self) -> float:
@@ -28,7 +29,7 @@ class FlowConvention:
         return -1.0 if self.data_at_one else 1.0
 
     def network_time(self, sigma: Tensor) -> Tensor:
-        """The network's time argument at noise level `sigma` in [0, 1] (any shape)."""
+        """Return the network's time argument at noise level `sigma` in [0, 1] (any shape)."""
         return self.time_scale * (1 - sigma if self.data_at_one else sigma)
 
 
@@ -37,5 +38,5 @@ SIT = FlowConvention(data_at_one=True, time_scale=1.0)
 
 
 def convention_of(network: nn.Module) -> FlowConvention:
-    """The convention that `network` speaks: its `flow_convention` attribute, else diffusers' own."""
+    """Return the convention of `network`: its `flow_convention` attribute, else diffusers' own."""
     return getattr(network, "flow_convention", DIFFUSERS)

@@ -1,4 +1,4 @@
-"""What another form of a stock network has in common with every other such form."""
+"""Base class of variants of stock networks."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from flowaccel.models.clone import twin
 
 
 class VariantMixin:
-    """A form of a stock network whose constructor takes one more argument.
+    """Mixin for a variant of a stock network, whose constructor takes one more argument.
 
-    A subclass names the `argument` and says what it becomes (`settings_of`) and what is built of that (`install`); its
-    other base class is the stock one.
+    A subclass defines the `argument`, its conversion (`settings_of`) and what is built from it (`install`); its other
+    base class is the stock one.
     """
 
     stock: ClassVar[type[nn.Module]]
-    """The class that it is a form of."""
+    """Class of the stock network."""
     argument: ClassVar[str]
     """Name of the constructor's argument, and of the entry in the configuration."""
 
@@ -33,34 +33,35 @@ class VariantMixin:
 
     @classmethod
     def settings_of(cls, given: Any) -> Any:
-        """What `install` takes, of the argument."""
+        """Convert the constructor's argument to the settings that `install` takes."""
         raise NotImplementedError
 
     def install(self, settings: Any) -> None:
-        """Make the stock network what it is a form of."""
+        """Turn the stock network into its variant."""
         raise NotImplementedError
 
     @classmethod
     def around(cls, base: nn.Module) -> Any:
-        """A stock network of this class around the very weights of `base`, which stays as it is; not installed."""
+        """Return a stock network of this class that shares the weights of `base`, without calling `install`."""
         network: Any = twin(base)
         network.__class__ = cls
         own = {name: value for name, value in network._internal_dict.items() if name != "_name_or_path"}
-        network._internal_dict = FrozenDict(own)  # not where the stock network was loaded from
+        network._internal_dict = FrozenDict(own)  # without the path of the stock network
         return network
 
     @classmethod
     def own_config(cls, network: Any) -> dict[str, Any]:
-        """The stock network's arguments."""
+        """Return the configuration without the variant's argument."""
         return {name: value for name, value in network.config.items() if name != cls.argument}
 
     def routing(self) -> list[Tensor]:
-        """The parameters and buffers that decide what is computed."""
+        """Return the parameters and buffers that decide what is computed."""
         raise NotImplementedError
 
     def place(self, device: Any, dtype: torch.dtype) -> Self:
-        """To a device and a floating-point type, but for what decides, which keeps its type: another decision changes
-        the network.
+        """Move the network to a device and floating-point dtype, except for the dtype of the `routing` tensors.
+
+        In another dtype they might decide otherwise, which changes the network.
         """
         network: Any = self
         kept = {id(tensor) for tensor in self.routing()}
@@ -87,5 +88,5 @@ def _add_argument(cls: type[VariantMixin]) -> None:
 
 
 def stock_class(network: nn.Module) -> Any:
-    """The class that a network would have if it were no other form of it."""
+    """Return the class of the network that a variant is based on, or the network's own class."""
     return getattr(network, "stock", type(network))

@@ -1,4 +1,4 @@
-"""What is checked of weights wherever they are read: which files they are in, how many, and that all are finite."""
+"""Checks of weights wherever they are loaded: which files they are in, how many, and that all are finite."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _SIZES, _LARGEST = ("size", "dim", "channel", "width", "head", "feature"), 2**20
 
 
 def check_folder(folder: Path) -> None:
-    """Check what the JSON files of a network or a pipeline choose, before a library builds anything from them.
+    """Check the JSON files of a network or a pipeline for what they select, before a library builds anything from them.
 
     Raises:
         CheckpointError: an index names shards that are no safetensors files beside it (libraries would unpickle them
@@ -69,16 +69,16 @@ def _tensors(file: Path) -> int:
         with safe_open(file, "pt") as weights:
             return len(weights.keys())
     except (OSError, SafetensorError):
-        return 0  # what is wrong with it, its loader says
+        return 0  # its loader reports the error
 
 
 def not_finite(network: nn.Module) -> str | None:
-    """The name of the first parameter that holds NaN or infinity, or None."""
+    """Return the name of the first parameter that holds NaN or infinity, or None."""
     return next((name for name, value in network.named_parameters() if not is_finite(value)), None)
 
 
 def is_finite(values: Tensor) -> bool:
-    """Whether all of `values` are finite; without a copy as large as they are."""
+    """Return whether all of `values` are finite, without a copy as large as they are."""
     if values.device.type == "meta" or not values.numel() or not values.is_floating_point():
         return True
     if values.element_size() == 1:  # float8 has no minimum
@@ -87,7 +87,7 @@ def is_finite(values: Tensor) -> bool:
 
 
 def check_finite(network: nn.Module, where: Any) -> None:
-    """Raise a CheckpointError where a parameter of a network that was loaded from `where` holds NaN or infinity."""
+    """Raise a CheckpointError if a parameter of a network that was loaded from `where` holds NaN or infinity."""
     name = not_finite(network)
     if name is not None:
         raise CheckpointError(

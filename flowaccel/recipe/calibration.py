@@ -1,4 +1,4 @@
-"""What a cache or a step grid was fitted on, and the warning where it is used on something else."""
+"""Calibration records of caches and step grids, and the warning if they are used on something else."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from flowaccel.hooks import Call, Identity, Session, denoiser
 
 @dataclass(frozen=True, kw_only=True)
 class Fitted:
-    """What something was fitted on: the run that it belongs to. Subclasses add how well that went.
+    """Base class of calibration records: the run that something was fitted on. Subclasses add how good the fit is.
 
     Args:
-        method: such as `teacache`.
+        method: the method, such as `teacache`.
         network: class of the network.
         network_config: hash of its configuration (`flowaccel.hooks.Identity`).
         scheduler: class of the scheduler.
         scheduler_config: hash of its configuration.
         steps: network evaluations of a run, at least 1; guidance does not count twice.
-        guidance_scale: that of the runs; None where the pipeline has none.
-        conditions: how many different prompts or classes were used.
-        images: how many images were made.
+        guidance_scale: guidance scale of the runs; None if the pipeline has none.
+        conditions: number of different prompts or classes.
+        images: number of images.
         model: the name of the pipeline.
 
     Raises:
@@ -32,7 +32,7 @@ class Fitted:
     """
 
     what: ClassVar[str]
-    """What was fitted, for messages."""
+    """Name of what was fitted, for messages."""
 
     method: str
     network: str
@@ -50,13 +50,13 @@ class Fitted:
             raise ValueError(f"steps must be a whole number of at least 1, got {self.steps!r}")
 
     def fits_network(self, network: Identity) -> bool:
-        """Whether it was made on such a network."""
+        """Return whether the fit was made on this network."""
         return network == Identity(self.network, self.network_config)
 
     def differences(
         self, network: Identity, scheduler: Identity, steps: int, guidance_scale: float | None = None
     ) -> list[str]:
-        """What differs from a run, in words; empty where it was made for this. Guidance counts where both are known."""
+        """Return the differences to a run, in words; the guidance scale counts if it is known of both."""
         pairs: list[tuple[str, Any, Any]] = [
             ("network", Identity(self.network, self.network_config), network),
             ("scheduler", Identity(self.scheduler, self.scheduler_config), scheduler),
@@ -69,14 +69,14 @@ class Fitted:
 
 @dataclass(frozen=True, kw_only=True)
 class Calibration(Fitted):
-    """What `flowaccel calibrate` fitted a cache on, and how well that went.
+    """Record of the runs that `flowaccel calibrate` fitted a cache on, and of the quality of the fit.
 
     Args:
         method, network, network_config, scheduler, scheduler_config, steps, guidance_scale, conditions, images, model:
             as in `Fitted`.
-        target_speedup: asked for: network calls over computed network calls.
-        predicted_speedup: the same, found by replaying the recorded signals.
-        measured_speedup: the same, counted in a run with the cache.
+        target_speedup: requested speed-up: network calls over computed network calls.
+        predicted_speedup: speed-up predicted by replaying the recorded signals.
+        measured_speedup: speed-up counted in a run with the cache.
         rel_l2: mean relative L2 error of that run's images against the untouched ones.
         r_squared: part of the variance that the fit explains, at most 1; None where nothing is fitted.
         fitted_range: least and largest value that the fit saw.
@@ -98,16 +98,16 @@ class Calibration(Fitted):
 
 @dataclass(frozen=True, kw_only=True)
 class GridCalibration(Fitted):
-    """What `flowaccel calibrate` searched a step grid on, and what it does on held-out images.
+    """Record of the runs that `flowaccel calibrate` searched a step grid on, and of its error on held-out images.
 
     Args:
         method: `boss` or `oss`.
         network, network_config, scheduler, scheduler_config, steps, guidance_scale, conditions, model: as in `Fitted`;
             the scheduler is the one that runs the grid.
-        images: how many images the search saw.
+        images: number of images in the search.
         fine_steps: steps of the run that the grid was searched in.
-        metric: what the search compared, `state` or `x0`.
-        held_out: how many other images the errors are means over.
+        metric: quantity that the search compared, `state` or `x0`.
+        held_out: number of other images that the errors are averaged over.
         rel_l2: mean relative L2 error of images of the searched grid against those of the fine run.
         default_rel_l2: the same for the pipeline's own grid of as many steps.
         difference_ci95: 95% interval of the mean paired difference of the two, searched less default; None for a
@@ -133,7 +133,7 @@ GRID_CALIBRATIONS: dict[str, type[GridCalibration]] = {GridCalibration.name: Gri
 
 
 def watch(session: Session, calibration: Fitted) -> Callable[[], None]:
-    """Warn once per pipeline where a run differs from what the calibration was made on; returns what undoes it."""
+    """Warn once per pipeline if a run differs from the calibration's; returns a function that undoes it."""
 
     def around(proceed: Callable[..., Any], call: Call) -> Any:
         if call.step == 0:
@@ -155,13 +155,13 @@ def watch(session: Session, calibration: Fitted) -> Callable[[], None]:
 
 
 def identities(pipe: Any) -> tuple[Identity, Identity]:
-    """Those of the pipeline's network and scheduler."""
+    """Return the identities of the pipeline's network and scheduler."""
     return Identity.of(denoiser(pipe)), Identity.of(pipe.scheduler)
 
 
 def calibrate_command(pipe: Any, call: Call, method: str) -> str:
-    """What to type to calibrate a method for such a run."""
-    # A solver of higher order makes more evaluations than the steps that it is asked for.
+    """Return the command that calibrates a method for this run."""
+    # A solver of higher order makes more evaluations than steps.
     steps = getattr(pipe.scheduler, "num_inference_steps", None) or call.run.num_steps
     return f"flowaccel calibrate PIPE --method {method} --steps {steps}"
 
@@ -170,7 +170,7 @@ _WARNED: weakref.WeakKeyDictionary[Any, set[Hashable]] = weakref.WeakKeyDictiona
 
 
 def warn_once(pipe: Any, key: Hashable, message: str) -> None:
-    """A UserWarning, but for the first time only with this pipeline and key."""
+    """Issue a UserWarning, once per pipeline and key."""
     said = _WARNED.setdefault(pipe, set())
     if key not in said:
         said.add(key)

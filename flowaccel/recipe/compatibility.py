@@ -1,4 +1,4 @@
-"""Which accelerators go together, as data: a table of rules with their reasons, and the function that applies it."""
+"""Compatibility of accelerators: a table of rules with their reasons, and the function that applies them."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ class Rule:
     """One rule about accelerators, which it knows by their tags: a `Tag`, or the name of one of them.
 
     Args:
-        kind: `excludes`: never both. `before`: where both are, `first` comes first. `requires_before`: whoever has the
-            tag `first` comes after one with the tag `second`. `at_most_one`: one accelerator with the tag `first`;
-            `ANY`: one of each name.
+        kind: `excludes`: never both. `before`: where both are, `first` comes first. `requires_before`: an accelerator
+            with the tag `first` comes after one with the tag `second`. `at_most_one`: one accelerator with the tag
+            `first`; `ANY`: one of each name.
         first: a tag.
         second: a tag; not for `at_most_one`.
         reason: why, and what to do; ends the error message.
@@ -54,7 +54,7 @@ class Rule:
     reason: str = ""
 
     def __str__(self) -> str:
-        """The rule in words, without its reason."""
+        """Return the rule in words, without its reason."""
         if self.kind == "at_most_one":
             return f"at most one {'of each accelerator' if self.first == Tag.ANY else self.first}"
         words = {"excludes": "excludes", "before": "comes before", "requires_before": "needs before it"}
@@ -108,7 +108,7 @@ def check(accelerators: Sequence[Accelerator], name: str, rules: Sequence[Rule] 
 
     Args:
         accelerators: the accelerators.
-        name: how errors call the recipe.
+        name: name of the recipe in errors.
         rules: the rules.
 
     Raises:
@@ -121,7 +121,7 @@ def check(accelerators: Sequence[Accelerator], name: str, rules: Sequence[Rule] 
 
 
 def _conflict(rule: Rule, accelerators: Sequence[Accelerator]) -> str | None:
-    """What breaks the rule, in words."""
+    """Return the violation of the rule in words, or None."""
     if rule.kind == "at_most_one":
         return _repeated(rule.first, accelerators)
     first, second = _places(rule.first, accelerators), _places(rule.second, accelerators)

@@ -1,4 +1,4 @@
-"""The text form of recipes: `NAME:option=value,flag@STEPS`, joined by `+`. Everything that reads names uses it.
+"""Text form of recipes: `NAME:option=value,flag@STEPS`, joined by `+`. Everything that reads names uses it.
 
 ```
 recipe  = part { "+" part }
@@ -15,14 +15,14 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
-# not the sign of a number's exponent, as in threshold=1e+9
+# not the + of an exponent, as in threshold=1e+9
 _JOIN = re.compile(r"\s*\+\s*(?=[A-Za-z_./~])")
 _STEPS = re.compile(r"0*[1-9][0-9]*")
 
 
 @dataclass(frozen=True)
 class Term:
-    """One part of a recipe's text that names a preset."""
+    """One preset in the text of a recipe, with its options and steps."""
 
     name: str
     options: dict[str, Any] = field(default_factory=dict)
@@ -65,7 +65,7 @@ def parse_options(name: str, text: str) -> dict[str, Any]:
 
 
 def separate(text: str) -> list[str]:
-    """Split at the commas that stand in no brackets."""
+    """Split the text at commas outside of brackets."""
     parts, depth = [""], 0
     for letter in text:
         depth += (letter == "[") - (letter == "]")
@@ -77,8 +77,8 @@ def separate(text: str) -> list[str]:
 
 
 def parse_value(text: str) -> Any:
-    """Return what a value stands for: JSON or a number, or else the text itself."""
-    for read in (json.loads, float):  # JSON knows no .3
+    """Return the value of a text: JSON or a number, or else the text itself."""
+    for read in (json.loads, float):  # JSON does not allow .3
         try:
             return read(text)
         except ValueError:

@@ -1,4 +1,4 @@
-"""Reading learned networks from the folders that they were saved to."""
+"""Loading of learned networks from the folders that they were saved to."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from flowaccel.recipe.registry import NETWORKS
 
 
 def beside(pipe: Any, name: str, what: str, advice: str) -> Path:
-    """The folder of a learned part that lies beside the pipeline's components.
+    """Return the folder of a learned part that is stored next to the pipeline's components.
 
     Args:
         pipe: the pipeline.
-        name: of the folder.
-        what: how errors call the part.
-        advice: what to do without it.
+        name: name of the folder.
+        what: name of the part in errors.
+        advice: advice in the error if it is missing.
 
     Raises:
         WeightsNotFoundError: there is none.
@@ -45,8 +45,8 @@ def load_network(folder: Path, what: str) -> nn.Module:
     """Load a network saved by `save_pretrained`, whatever its class.
 
     Args:
-        folder: where it lies.
-        what: how errors call it.
+        folder: folder of the network.
+        what: name of the network in errors.
 
     Raises:
         WeightsNotFoundError: no configuration in `folder`.

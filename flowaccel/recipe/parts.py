@@ -1,4 +1,4 @@
-"""String sugar: accelerators that are made of parts take the parts' names, and their options as keywords."""
+"""String arguments of accelerators: names of their parts, and the options of the parts as keywords."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import Any
 
 
 def chosen_part(kind: str, value: Any, registry: Mapping[str, type], base: type | None = None) -> Any:
-    """A part: the object itself, or one with default numbers for a name.
+    """Return a part: the object itself, or for a name the part with default options.
 
     Args:
-        kind: how errors call it.
+        kind: name of the part in errors.
         value: the object or its name.
         registry: name -> class.
-        base: what objects must be an instance of, where anybody may write another; None for those in the registry.
+        base: base class of objects, if custom classes are allowed; None for the classes in the registry.
 
     Raises:
         ValueError: an unknown name.
@@ -30,7 +30,7 @@ def chosen_part(kind: str, value: Any, registry: Mapping[str, type], base: type 
 
 
 def with_options(chosen: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
-    """The parts, by kind, with every option given to the one that owns it.
+    """Return the parts by kind, with every option set on the part that has it.
 
     Raises:
         ValueError: a part refuses a value.

@@ -1,4 +1,4 @@
-"""The preset names, as a table; `flowaccel.recipe.resolve` makes recipes of them."""
+"""Table of the preset names; `flowaccel.recipe.resolve` makes recipes of them."""
 
 from __future__ import annotations
 
@@ -12,16 +12,18 @@ PRESETS: dict[str, str] = {
     NONE: "Nothing: the pipeline as it is.",
     **{name: preset.summary for name, preset in registry.entries("presets").items()},
 }
-"""Preset names and what they are. `@N` after a name asks for N steps; samplers, caches and guidance take options, as in
-`fbcache:threshold=0.1`."""
+"""Descriptions of the presets, by name.
+
+`@N` after a name requests N steps; samplers, caches and guidance take options, as in `fbcache:threshold=0.1`.
+"""
 
 
 def find_preset(name: str, text: str) -> tuple[registry.Preset, dict[str, str]]:
-    """Return a preset, and what its name says where that is one of many (`flowturbo-H2P4R2`).
+    """Return a preset, and the arguments that its name states if the name is a pattern (`flowturbo-H2P4R2`).
 
     Args:
         name: the name.
-        text: where it stands, for the message.
+        text: the text that contains it, for the message.
 
     Raises:
         ValueError: unknown name; the message names the nearest ones.

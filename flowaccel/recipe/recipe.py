@@ -1,4 +1,4 @@
-"""A recipe: accelerators in order, and its JSON form."""
+"""Recipes: ordered accelerators, and their JSON form."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _KEYS = ["schema", "name", "num_inference_steps", "base", "accelerators"]
 
 @dataclass(frozen=True)
 class Base:
-    """The network that learned parts were made for: its class, and a short hash of its configuration.
+    """The network that learned parts were trained for: its class, and a short hash of its configuration.
 
     The hash is that of `flowaccel.hooks.Identity`.
     """
@@ -33,22 +33,22 @@ class Base:
 
     @classmethod
     def of(cls, pipe: Any) -> Self:
-        """The base that `pipe` holds."""
+        """Return the base of the network of `pipe`."""
         found = Identity.of(denoiser(pipe))
         return cls(found.kind, found.config)
 
     def __str__(self) -> str:
-        """For messages."""
+        """Return the class and the hash, for messages."""
         return f"{self.network} (configuration {self.config})"
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Accelerators in the order in which they are attached.
+    """An ordered list of accelerators, attached in this order.
 
     Args:
         accelerators: the accelerators; an empty list is the untouched pipeline.
-        name: how tables and plots call it.
+        name: name in tables and plots.
         num_inference_steps: the number of steps to run it with, where it prescribes one; None leaves it to the caller.
         base: the network that its learned parts were made for, where that is known (`for_pipeline`).
 
@@ -87,11 +87,11 @@ class Recipe:
         return next(iter(asked.values()), None)
 
     def loaded(self, pipe: Any) -> Recipe:
-        """This recipe with all learned parts in memory, so that putting it on `pipe` costs no disk access."""
+        """Return this recipe with all learned parts in memory, so that attaching it reads nothing from disk."""
         return replace(self, accelerators=[a.loaded(pipe) for a in self.accelerators]).for_pipeline(pipe)
 
     def for_pipeline(self, pipe: Any) -> Recipe:
-        """This recipe with the network of `pipe` recorded as its base, if it carries anything fitted to a network.
+        """Return this recipe with the network of `pipe` as its base, if anything in it was fitted to a network.
 
         Raises:
             UnsupportedModelError: it was made for another class of network.
@@ -110,11 +110,11 @@ class Recipe:
 
     @property
     def networks(self) -> dict[str, nn.Module]:
-        """The networks that its accelerators call besides the pipeline's own; complete once `loaded`."""
+        """Networks that the accelerators call besides the pipeline's own, by name; complete once `loaded`."""
         return {name: network for a in self.accelerators for name, network in a.networks.items()}
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-serialisable form, without learned parts."""
+        """Return the recipe as JSON-serialisable data, without learned parts."""
         return self._encoded({})
 
     def _encoded(self, parts: dict[str, Part]) -> dict[str, Any]:
@@ -133,18 +133,18 @@ class Recipe:
     def save_pretrained(
         self, folder: str | Path, push_to_hub: bool = False, *, repo_id: str | None = None, **kwargs: Any
     ) -> None:
-        """Write `flowaccel.json` and the learned parts to `folder`; if that fails, nothing is written.
+        """Write `flowaccel.json` and the learned parts to `folder`; on failure nothing is written.
 
-        Parts that were given as folders are copied, so that the result is whole and can be moved and shared.
+        Parts that were given as folders are copied, so that the result is complete and can be moved and shared.
 
         Args:
             folder: made if absent; other files in it stay.
             push_to_hub: upload the recipe afterwards.
-            repo_id: where to; None takes the name of the folder.
-            kwargs: those of `push_to_hub`.
+            repo_id: repository to upload to; None takes the name of the folder.
+            kwargs: arguments of `push_to_hub`.
 
         Raises:
-            TypeError, ValueError: it holds what a recipe file cannot; the message names where.
+            TypeError, ValueError: it holds a value that a recipe file cannot; the message states where.
             WeightsNotFoundError, CheckpointError: a part was given as a folder that cannot be read.
         """
         if kwargs and not push_to_hub:
@@ -154,7 +154,7 @@ class Recipe:
             self.push_to_hub(repo_id or Path(folder).resolve().name, **kwargs)
 
     def save_beside(self, folder: Path, taken: Iterable[str]) -> None:
-        """`save_pretrained` into a folder in which the sub-folders `taken` belong to others."""
+        """Write the recipe as `save_pretrained` does, to a folder in which the sub-folders `taken` are in use."""
         parts: dict[str, Part] = dict.fromkeys(taken, Part("", _unused))
         others = set(parts)
         data = self._encoded(parts)
@@ -170,13 +170,13 @@ class Recipe:
         commit_message: str = "Upload a flowaccel recipe",
         create_pr: bool = False,
     ) -> str:
-        """Upload the recipe and its learned parts to the Hub; returns the address of the commit.
+        """Upload the recipe and its learned parts to the Hub; returns the URL of the commit.
 
         Args:
             repo_id: OWNER/NAME, or NAME in your own space; made if absent. Other files in it stay.
             private: whether a repository that is made is private.
-            token: the one to use; None takes the stored one.
-            commit_message: of the commit.
+            token: access token; None takes the stored one.
+            commit_message: message of the commit.
             create_pr: open a pull request instead of committing.
         """
         with tempfile.TemporaryDirectory() as folder:

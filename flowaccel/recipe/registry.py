@@ -1,8 +1,8 @@
-"""The methods that there are, told by strings: listing them imports neither torch nor diffusers.
+"""Registry of methods by strings, so that listing them imports neither torch nor diffusers.
 
 Every method describes itself as `METHOD` in the `__init__` of its own package: `flowaccel.caching`, a package below
-`flowaccel.methods`, or whatever another distribution names in the entry-point group `flowaccel.methods`. In a script or
-a notebook, `register` adds one.
+`flowaccel.methods`, or a package that another distribution lists in the entry-point group `flowaccel.methods`. In a
+script or a notebook, `register` adds one.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from importlib.metadata import entry_points
 from typing import Any
 
 _METHODS = "flowaccel.methods"
-"""The package of our own methods, and the entry-point group of those of others."""
+"""Package of flowaccel's methods, and entry-point group of other distributions' methods."""
 
 _registered: list[Method] = []
 
 
 @dataclass(frozen=True, kw_only=True)
 class Preset:
-    """A name that `accelerate`, recipes and the command line take for accelerators of a method.
+    """A name for accelerators of a method in `accelerate`, recipes and the command line.
 
     Args:
         summary: what it is, in a sentence.
-        make: `"module:name"` of what is called with the options, and returns an accelerator or a list of them.
+        make: `"module:name"` of a function of the options that returns an accelerator or a list of them.
         arguments: keyword arguments of that call besides the options.
         options: whether it takes options, as in `NAME:threshold=0.1`.
         pattern: regular expression of the names that it stands for, where its name is a placeholder; named groups
@@ -47,7 +47,7 @@ class Preset:
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """A method: what it is called, and where its parts are.
+    """A method: its name, and references to its parts.
 
     References are `"module:name"`, which is imported when it is used, or the object itself.
 
@@ -56,7 +56,7 @@ class Method:
         presets: by name.
         networks: classes of the networks that it saves, by class name.
         former: names that JSON of earlier releases holds; each refers to a function that turns such an entry (a dict)
-            into one of today.
+            into a current one.
         fit: methods of `flowaccel calibrate`, by name; each refers to an object with `calibrate`.
         train: sub-commands of `flowaccel train`, by name; each refers to a typer command.
         commands: further commands of `flowaccel`, by name.
@@ -73,9 +73,9 @@ class Method:
 
 @functools.cache
 def all_methods() -> tuple[Method, ...]:
-    """Return the methods of flowaccel, of other installed distributions, and those that were registered.
+    """Return the methods of flowaccel, of other installed distributions, and registered at run time.
 
-    A distribution whose method cannot be read, or that takes a name which is taken, is left out with a warning.
+    A distribution whose method cannot be imported, or that uses a name already taken, is skipped with a warning.
     """
     spec = importlib.util.find_spec(_METHODS)
     folders = pkgutil.iter_modules(spec.submodule_search_locations if spec else None)
@@ -87,7 +87,7 @@ def all_methods() -> tuple[Method, ...]:
             if not isinstance(method, Method):
                 raise TypeError(f"it is a {type(method).__name__}, not a flowaccel.recipe.registry.Method")
             _check_names(method, found)
-        except Exception as error:  # whatever somebody else's module does while it is imported
+        except Exception as error:  # an import of another distribution may raise anything
             warnings.warn(
                 f"the method {point.name!r} ({point.value}) of another distribution is left out: "
                 f"{type(error).__name__}: {error}",
@@ -100,10 +100,10 @@ def all_methods() -> tuple[Method, ...]:
 
 
 def register(method: Method) -> Callable[[], None]:
-    """Add a method for as long as the process runs; returns what takes it out again.
+    """Register a method until the process ends; returns a function that removes it.
 
     Raises:
-        ValueError: it has a name that is taken.
+        ValueError: a name is already taken.
     """
     _check_names(method, list(all_methods()))
     _registered.append(method)
@@ -129,7 +129,7 @@ def entries(kind: str) -> dict[str, Any]:
 
 
 def load(reference: Any) -> Any:
-    """Import what `"module:name"` refers to; anything but text is returned as it is."""
+    """Import the object that `"module:name"` refers to; anything but text is returned unchanged."""
     if not isinstance(reference, str):
         return reference
     module, _, name = reference.partition(":")
@@ -137,7 +137,7 @@ def load(reference: Any) -> Any:
 
 
 class Loaded(Mapping[str, Any]):
-    """One field of all methods by name, whose values are imported when they are asked for."""
+    """Mapping of one field of all methods by name; its values are imported on access."""
 
     def __init__(self, kind: str) -> None:
         self._kind = kind
@@ -156,6 +156,6 @@ class Loaded(Mapping[str, Any]):
 
 
 ACCELERATORS: Mapping[str, Any] = Loaded("accelerators")
-"""Classes of accelerators by their names in recipes."""
+"""Classes of accelerators, by their names in recipes."""
 NETWORKS: Mapping[str, Any] = Loaded("networks")
 """Classes of the networks that methods save, by class name."""

@@ -1,4 +1,4 @@
-"""Whatever names a recipe, as a `Recipe`."""
+"""Conversion of everything that denotes a recipe into a `Recipe`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ RecipeLike = RecipePart | Sequence[RecipePart]
 
 
 def resolve(recipe: RecipeLike) -> Recipe:
-    """Return whatever names a recipe as a `Recipe`.
+    """Return the recipe that a name, an object or a folder denotes.
 
     Args:
         recipe: a recipe; an accelerator; a path; a text; or a list of these, which are joined. A text is, in this
@@ -30,8 +30,8 @@ def resolve(recipe: RecipeLike) -> Recipe:
             (see `flowaccel.recipe.grammar`), or a Hub id (OWNER/NAME).
 
     Raises:
-        RecipeConflictError: what is joined does not go together.
-        ValueError, TypeError, FileNotFoundError: it names none.
+        RecipeConflictError: the joined recipes are incompatible.
+        ValueError, TypeError, FileNotFoundError: it denotes no recipe.
     """
     if isinstance(recipe, Recipe):
         return recipe
@@ -92,11 +92,11 @@ def _no_options(name: str, stem: str) -> ValueError:
 
 
 def joined(name: str, recipes: Sequence[Recipe]) -> Recipe:
-    """Return one recipe of the accelerators of several, in their order.
+    """Return one recipe with the accelerators of several, in their order.
 
     Raises:
         ValueError: they ask for different numbers of steps, or were made for different networks.
-        RecipeConflictError: they do not go together.
+        RecipeConflictError: they are incompatible.
     """
     counts = {recipe.num_inference_steps for recipe in recipes if recipe.num_inference_steps is not None}
     if len(counts) > 1:
@@ -119,7 +119,7 @@ def _from_hub(repo_id: str) -> Recipe:
 
 
 def saved_recipe(path_or_id: str | Path, **hub: Any) -> Recipe | None:
-    """Return the recipe that lies beside the components of a saved pipeline, or None.
+    """Return the recipe saved with a pipeline, or None.
 
     Args:
         path_or_id: the pipeline's folder, zoo:NAME, or its Hub id.

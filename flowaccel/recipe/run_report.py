@@ -1,4 +1,4 @@
-"""What the last run of an accelerated pipeline did, and why nothing was saved if so."""
+"""Report of the last run of an accelerated pipeline, including the reason if nothing was saved."""
 
 from __future__ import annotations
 
@@ -13,46 +13,47 @@ from flowaccel.recipe.recipe import Recipe
 from flowaccel.recipe.verbs import recipe_of
 
 _BY_NETWORK = (COMPUTED, "mixed", REUSED, "unguided", "partly guided")
-"""What the network itself did, at least in part; refiners and the like count nothing here."""
+"""Kinds of calls by the work of the network itself, at least in part; refiners and the like do not count."""
 _LETTERS = 16
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepReport:
-    """One evaluation of the run, with all its network calls."""
+    """Report of one evaluation of the run, with all its network calls."""
 
     step: int
     timestep: float
-    """The scheduler's."""
+    """The scheduler's timestep."""
     sigma: float
     calls: tuple[CallRecord, ...]
 
     @property
     def computed(self) -> tuple[bool, ...]:
-        """Per image, whether an accelerator that decides let it be computed; empty where none does."""
+        """Per image, whether an accelerator let it be computed; empty if none decides that."""
         images = [call.computed for call in self.calls if call.computed]
         return tuple(any(image) for image in zip(*images, strict=False))
 
     @property
     def times(self) -> tuple[float | None, ...]:
-        """Per image, its own timestep, None where it is done; empty where all have the scheduler's."""
+        """Per image, its own timestep, None once it is done; empty if all have the scheduler's."""
         return next((call.times for call in self.calls if call.times), ())
 
     @property
     def guided(self) -> tuple[bool, ...]:
-        """Per image, whether it was guided; empty where no accelerator decides that."""
+        """Per image, whether it was guided; empty if no accelerator decides that."""
         return next((call.guided for call in self.calls if call.guided), ())
 
     @property
     def seconds(self) -> float:
-        """Spent in its network calls, by the host's clock."""
+        """Time spent in the network calls, on the host's clock."""
         return sum(call.seconds for call in self.calls)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """What one run did. Seconds are the host's clock: on a GPU they end when the work is queued, so measure with
-    `flowaccel evaluate`.
+    """Report of one run.
+
+    Seconds are on the host's clock: on a GPU they end when the work is queued, so measure with `flowaccel evaluate`.
     """
 
     pipeline: str
@@ -60,27 +61,29 @@ class Report:
     families: tuple[str, ...]
     images: int
     num_steps: int
-    """Evaluations that the run was to make (guidance does not count twice); fewer were made if it ended early."""
+    """Planned number of evaluations (the branches of guidance count as one); fewer were made if the run ended early."""
     steps: tuple[StepReport, ...]
     seconds: float
-    """From the start of the run to its end."""
+    """Time from the start of the run to its end."""
     failed: bool
-    """Whether it ended early: an exception, or `pipe._interrupt`."""
+    """Whether the run ended early, by an exception or `pipe._interrupt`."""
     unsaved: str | None
-    """Why no network call was saved; None if some were."""
+    """Reason why no network call was saved; None if some were."""
     counted: Callable[[], tuple[int | None, int | None]] = field(repr=False, compare=False)
-    """Counts `macs` and `macs_saved`, once one of them is asked for: it takes a while."""
+    """Counts `macs` and `macs_saved` on first access, because it is slow."""
 
     @property
     def macs(self) -> int | None:
-        """Multiply-adds that the networks did; None where they cannot be counted (compiled networks)."""
+        """Multiply-adds of the networks; None if they cannot be counted (compiled networks)."""
         return self.counted()[0]
 
     @property
     def macs_saved(self) -> int | None:
-        """Multiply-adds that they would have done besides, had every call been computed, and had experts taken as many
-        tokens as in training, and attention always gone through the most mediators of the recipe; negative where they
-        did more."""
+        """Multiply-adds saved against a run in which every call is computed; negative if more were done.
+
+        In that run experts take as many tokens as in training, and attention always uses the most mediators of the
+        recipe.
+        """
         return self.counted()[1]
 
     @property
@@ -89,58 +92,58 @@ class Report:
         return [call for step in self.steps for call in step.calls]
 
     def stats(self, name: str) -> list[Any]:
-        """Return what the method of that name did, in the calls that it took part in."""
+        """Return the statistics of a method, for the calls that it took part in."""
         return [call.stats[name] for call in self.calls if name in call.stats]
 
     def count(self, what: str) -> int:
-        """Network calls that were `what`: `computed`, `reused`, `refined` and so on."""
+        """Return the number of network calls whose `what` is `computed`, `reused`, `refined` and so on."""
         return sum(call.what == what for call in self.calls)
 
     @property
     def hit_rate(self) -> float:
-        """Part of the images and steps that was reused, from 0 to 1."""
+        """Fraction of the images and steps that was reused, from 0 to 1."""
         images = [computed for step in self.steps for computed in step.computed]
         return images.count(False) / len(images) if images else 0.0
 
     @property
     def guided_rate(self) -> float | None:
-        """Part of the images and steps that was guided, from 0 to 1; None where no accelerator decides that."""
+        """Fraction of the images and steps that was guided, from 0 to 1; None if no accelerator decides that."""
         images = [guided for step in self.steps for guided in step.guided]
         return images.count(True) / len(images) if images else None
 
     @property
     def seconds_saved(self) -> float | None:
-        """Estimate: had every call taken as long as the computed ones did on average; None without any of either."""
+        """Estimated time saved, from the mean time of the computed calls; None if all calls or none were computed."""
         computed = [call.seconds for call in self.calls if call.what == COMPUTED]
         others = [call.seconds for call in self.calls if call.what != COMPUTED]
         return len(others) * sum(computed) / len(computed) - sum(others) if computed and others else None
 
     @property
     def near_ties(self) -> int:
-        """Decisions so close to the threshold that rounding may take them otherwise."""
+        """Number of decisions so close to the threshold that rounding errors may change them."""
         return sum(call.near_ties for call in self.calls)
 
     @property
     def host_reads(self) -> int:
-        """How often the host waited for the device to take a decision."""
+        """Number of times the host waited for the device to take a decision."""
         return sum(call.host_reads for call in self.calls)
 
     @property
     def cache_bytes(self) -> int:
-        """The most that caches held of computed values."""
+        """Peak size of the computed values that caches held."""
         return max((call.cache_bytes for call in self.calls), default=0)
 
     @property
     def gate_bytes(self) -> int:
-        """The most that caches held besides, to decide by."""
+        """Peak size of the data that caches held to decide by."""
         return max((call.gate_bytes for call in self.calls), default=0)
 
     def rows(self, what: str) -> int:
-        """Rows of those calls."""
+        """Return the number of rows in all calls of the kind `what`."""
         return sum(call.rows for call in self.calls if call.what == what)
 
     def __str__(self) -> str:
-        """A table with a line per evaluation."""
+        """Return a table with a line per evaluation."""
         counts = ", ".join(f"{number} {what}" for what, number in Counter(c.what for c in self.calls).items())
         title = f"{self.pipeline}, recipe {self.recipe!r}: {self.images} images, {len(self.steps)} evaluations"
         lines = [
@@ -175,13 +178,13 @@ class Report:
         return f"{abs(share):.0%} {fewer} multiply-adds than with all calls computed {compared}"
 
     def _within(self) -> list[str]:
-        """Return what methods say that they saved within calls, where nothing else was saved."""
+        """Return the savings within calls that methods state, if nothing else was saved."""
         macs = self._macs_share()
         said = [type(stats[0]).summary(stats, len(self.calls), macs or "") for stats in self._by_method()]
         return [line for line in said if line is not None][:1]
 
     def _savings(self) -> list[str]:
-        """What caches and guidance left out, in a line or two."""
+        """Return the savings of caches and guidance, in one or two lines."""
         parts = [f"Reused: {self.hit_rate:.0%}"] if any(step.computed for step in self.steps) else []
         parts += [] if self.guided_rate is None else [f"{'not' if parts else 'Not'} guided: {1 - self.guided_rate:.0%}"]
         if not parts:
@@ -197,7 +200,7 @@ class Report:
 
 
 def _pattern(step: StepReport) -> str:
-    """Which images were computed, and which guided."""
+    """Return which images were computed and which were guided, as text."""
     if step.times and len(step.times) <= _LETTERS:
         pairs = zip(step.times, step.computed, strict=True)
         return "  " + "".join("." if time is None else "C" if on else "r" for time, on in pairs)
@@ -205,7 +208,7 @@ def _pattern(step: StepReport) -> str:
 
 
 def _letters(images: Sequence[bool], letters: str, what: str) -> str:
-    """The first letter or the second for each image, or, where they are many, the number of the first."""
+    """Return one of two letters for each image, or the number of the first letter if there are many images."""
     if len(images) > _LETTERS:
         return f"  {sum(images)} of {len(images)} {what}"
     return "  " + "".join(letters[not image] for image in images) if images else ""
@@ -217,7 +220,7 @@ def _describe(call: CallRecord) -> str:
 
 
 def report(pipe: Any) -> Report:
-    """What the last run of an accelerated pipeline did; print it for a table.
+    """Return a report of the last run of an accelerated pipeline; print it for a table.
 
     Raises:
         ValueError: the pipeline is not accelerated, or has not run since.
@@ -241,7 +244,7 @@ def report(pipe: Any) -> Report:
 
 
 def _macs(run: Run) -> tuple[int | None, int | None]:
-    """Return the multiply-adds done and saved, by the shapes of every network's first call."""
+    """Return the multiply-adds done and saved, from the shapes of every network's first call."""
     done = saved = 0
     for name, (network, shapes, rows) in run.shapes.items():
         counts = macs_by_module(network, shapes)

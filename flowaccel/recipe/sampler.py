@@ -1,4 +1,4 @@
-"""Another sampler: the pipeline's scheduler is exchanged for one that needs fewer or cheaper steps."""
+"""Replacement of the pipeline's scheduler by a sampler that needs fewer or cheaper steps."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ SAMPLERS: dict[str, tuple[type[FlowSampler], dict[str, Any]]] = {
     "ab2": (FlowAdamsBashforthScheduler, {}),
     "sde": (FlowSDEScheduler, {}),
 }
-FLOW_PREDICTION = "flow_prediction"  # what diffusers' solvers for several kinds of models call it
-# what a FlowMatch scheduler may be configured to do that these samplers do not
+FLOW_PREDICTION = "flow_prediction"  # name in diffusers' solvers for several kinds of models
+# options of FlowMatch schedulers that these samplers do not support
 _UNSUPPORTED = (
     "shift_terminal",
     "invert_sigmas",
@@ -44,7 +44,7 @@ _UNSUPPORTED = (
 
 @dataclass(frozen=True)
 class Sampler(Accelerator):
-    """Exchange the pipeline's scheduler; the time shift of the old one is kept.
+    """Accelerator that replaces the pipeline's scheduler; the time shift of the old one is kept.
 
     Args:
         sampler: `flowturbo`, `euler`, `heun`, `midpoint`, `rk4`, `ab2` or `sde`.
@@ -77,12 +77,12 @@ class Sampler(Accelerator):
 
     @property
     def num_inference_steps(self) -> int | None:
-        """FlowTurbo's H + P + R, or the steps of a grid; None for samplers that take any number of steps."""
+        """FlowTurbo's H + P + R, or the number of steps of a grid; None if the sampler takes any number of steps."""
         return self._scheduler().default_num_inference_steps
 
     @property
     def tags(self) -> frozenset[str]:
-        """Those of every accelerator, and whether there are R steps for a refiner."""
+        """Tags of every accelerator, and one for whether the sampler has R steps for a refiner."""
         blocks = getattr(self._scheduler(), "blocks", None)
         refines = blocks is not None and blocks.refine > 0
         return super().tags | {Tag.SAMPLER, Tag.R_STEPS if refines else Tag.NO_R_STEPS}
@@ -92,7 +92,7 @@ class Sampler(Accelerator):
         return scheduler_class(**fixed, **self.options)
 
     def attach(self, pipe: Any) -> Detach:
-        """Exchange `pipe.scheduler`; undone by putting the old object back."""
+        """Replace `pipe.scheduler`; undoing puts the old object back."""
         scheduler_class, fixed = SAMPLERS[self.sampler]
         with ExitStack() as undo:
             undo.callback(
@@ -104,17 +104,17 @@ class Sampler(Accelerator):
 
 
 def exchanged_scheduler(pipe: Any, scheduler_class: type[FlowSampler], what: str, **options: Any) -> Detach:
-    """Put a flow sampler with the time shift of the pipeline's scheduler in its place; returns what undoes it.
+    """Replace the pipeline's scheduler by a flow sampler with the same time shift; returns a function that undoes it.
 
     Args:
         pipe: the pipeline.
-        scheduler_class: of the new one.
-        what: how errors call it.
-        options: constructor arguments besides.
+        scheduler_class: class of the new scheduler.
+        what: name of the sampler in errors.
+        options: further constructor arguments.
 
     Raises:
-        UnsupportedModelError: the network predicts no velocity, or is shown other times than its scheduler's.
-        ValueError: the present scheduler does what these samplers do not.
+        UnsupportedModelError: the network predicts no velocity, or gets other times than its scheduler's.
+        ValueError: the current scheduler has options that these samplers do not support.
     """
     replaced = pipe.scheduler
     prediction = replaced.config.get("prediction_type", FLOW_PREDICTION)
@@ -151,7 +151,7 @@ _GRID_FIELDS = (
 
 def _grid_config(config: Any) -> dict[str, Any]:
     kept = {name: config[name] for name in _GRID_FIELDS if config.get(name) is not None}
-    if config.get("flow_shift") is not None:  # what UniPC and DPM-Solver call it
+    if config.get("flow_shift") is not None:  # its name in UniPC and DPM-Solver
         kept["shift"] = config["flow_shift"]
     return kept
 

@@ -1,8 +1,8 @@
-"""Frozen dataclasses <-> plain JSON data, one scheme for every accelerator and for the components it is made of.
+"""Conversion between frozen dataclasses and plain JSON data, for every accelerator and its components.
 
 A field holds a plain value (None, bool, number, text, lists or tuples and string-keyed dicts of these, a path), or, if
-it was declared with `component`, another frozen dataclass, or, if with `learned`, a network that lies in a folder of
-its own. A component is written as `{"name": ..., FIELD: ...}`, where `name` is its class variable.
+it was declared with `component`, another frozen dataclass, or, if with `learned`, a network that is stored in a folder
+of its own. A component is written as `{"name": ..., FIELD: ...}`, where `name` is its class variable.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _REGISTRY, _LEARNED = "flowaccel_registry", "flowaccel_learned"
 
 @dataclass(frozen=True)
 class Learned:
-    """How a learned part is stored: the sub-folder it is written to, and what loads it from there."""
+    """Storage of a learned part: the sub-folder it is written to, and the function that loads it."""
 
     folder: str
     load: Callable[[Path], nn.Module]
@@ -34,14 +34,14 @@ class Learned:
 
 @dataclass(frozen=True)
 class Part:
-    """One learned part of an accelerator: the network, or the folder that it still lies in."""
+    """A learned part of an accelerator: the network, or the folder that it is stored in."""
 
     value: nn.Module | str | Path
     load: Callable[[Path], nn.Module]
 
     @property
     def network(self) -> nn.Module:
-        """The network, read from disk if need be."""
+        """The network, loaded from disk if necessary."""
         return self.value if isinstance(self.value, nn.Module) else self.load(Path(self.value))
 
 
@@ -50,9 +50,9 @@ class Source:
     """The folder that a recipe is read from.
 
     Args:
-        folder: where its learned parts lie.
-        contained: refuse what lies outside that folder; only a file that the user named may point elsewhere.
-        fetch: brings a sub-folder into `folder` (from the Hub); None where all is there.
+        folder: folder of its learned parts.
+        contained: refuse paths outside of that folder; only a file that the user named may point elsewhere.
+        fetch: downloads a sub-folder to `folder` (from the Hub); None if all are present.
     """
 
     folder: Path
@@ -60,7 +60,7 @@ class Source:
     fetch: Callable[[str], None] | None = None
 
     def inside(self, text: str, path: str) -> Path:
-        """The path that `text` names.
+        """Return the path that `text` denotes.
 
         Raises:
             ValueError: it leads out of the folder.
@@ -75,7 +75,7 @@ class Source:
         return self.folder / text
 
     def part(self, text: str, path: str) -> Path:
-        """The folder of a learned part.
+        """Return the folder of a learned part.
 
         Raises:
             ValueError: it leads out of the recipe's folder.
@@ -92,48 +92,48 @@ class Source:
         return found
 
     def _reaches(self, text: str) -> bool:
-        """Whether `text` stays below the folder also where folders are links."""
+        """Return whether `text` stays below the folder after links are resolved."""
         return (self.folder / text).resolve().is_relative_to(self.folder.resolve())
 
 
 def component(registry: Mapping[str, type], **options: Any) -> Any:
-    """A dataclass field that holds one of the components in `registry` (or None, or several of them).
+    """Return a dataclass field for a component in `registry` (or None, or several of them).
 
     Args:
         registry: name -> frozen dataclass with a class variable `name`.
-        options: of `dataclasses.field`.
+        options: arguments of `dataclasses.field`.
     """
     return dataclasses.field(metadata={_REGISTRY: registry}, **options)
 
 
 def learned(folder: str, load: Callable[[Path], nn.Module], **options: Any) -> Any:
-    """A dataclass field that holds a network with `save_pretrained`, the folder it lies in, or None.
+    """Return a dataclass field for a network with `save_pretrained`, the folder that it is stored in, or None.
 
     Args:
         folder: name of the sub-folder that it is saved to.
-        load: reads it from a folder.
-        options: of `dataclasses.field`.
+        load: loads it from a folder.
+        options: arguments of `dataclasses.field`.
     """
     return dataclasses.field(metadata={_LEARNED: Learned(folder, load)}, **options)
 
 
 def storage_of(kind: type, name: str) -> Learned:
-    """How the field `name` of a dataclass, which is `learned`, is stored."""
+    """Return the storage of the `learned` field `name` of a dataclass."""
     stored: Learned = kind.__dataclass_fields__[name].metadata[_LEARNED]  # type: ignore[attr-defined]
     return stored
 
 
 def encode(value: Any, parts: dict[str, Part], path: str = "") -> dict[str, Any]:
-    """The fields of a dataclass as JSON data.
+    """Return the fields of a dataclass as JSON data.
 
     Args:
         value: the dataclass.
         parts: gets every learned part under the name of the sub-folder that the data refers to; names that it already
             holds are not used again.
-        path: how errors call `value`.
+        path: name of `value` in errors.
 
     Raises:
-        TypeError, ValueError: a field holds what JSON cannot; the message names it.
+        TypeError, ValueError: a field holds a value that JSON cannot; the message names it.
     """
     return {
         field.name: _encode_field(field, getattr(value, field.name), parts, f"{path}.{field.name}".lstrip("."))
@@ -142,7 +142,7 @@ def encode(value: Any, parts: dict[str, Part], path: str = "") -> dict[str, Any]
 
 
 def encode_component(value: Any, parts: dict[str, Part], path: str) -> dict[str, Any]:
-    """A component, as `{"name": ..., FIELD: ...}`; raises as `encode` does."""
+    """Return a component as `{"name": ..., FIELD: ...}`; raises as `encode` does."""
     name = getattr(value, "name", None)
     if not dataclasses.is_dataclass(value) or not isinstance(name, str):
         raise TypeError(f"{path}: must hold a frozen dataclass with a class variable `name`, got {value!r}")
@@ -150,16 +150,16 @@ def encode_component(value: Any, parts: dict[str, Part], path: str) -> dict[str,
 
 
 def decode(registry: Mapping[str, type], data: Any, path: str, source: Source) -> Any:
-    """The inverse of `encode_component`.
+    """Build a component from its JSON data; the inverse of `encode_component`.
 
     Args:
         registry: name -> class.
-        data: what JSON held.
-        path: where it stood, for errors.
-        source: where learned parts lie.
+        data: the JSON data.
+        path: its position in the JSON data, for errors.
+        source: the source of learned parts.
 
     Raises:
-        ValueError: unknown name or key, or a value that the class refuses; the message begins with where it stands.
+        ValueError: unknown name or key, or a value that the class refuses; the message begins with its position.
         WeightsNotFoundError: a learned part is missing.
     """
     if not isinstance(data, dict) or not isinstance(data.get("name"), str):
@@ -184,14 +184,14 @@ def decode(registry: Mapping[str, type], data: Any, path: str, source: Source) -
 
 
 def check_keys(data: Iterable[str], allowed: list[str], path: str = "") -> None:
-    """Raise a ValueError for a key that is not allowed; it names the nearest one that is."""
+    """Raise a ValueError for a key that is not allowed; its message names the closest allowed key."""
     for key in data:
         if key not in allowed:
             raise ValueError(f"{path}.{key}: unknown; {_allowed(key, allowed)}".lstrip("."))
 
 
 def load_parts(value: Any) -> Any:
-    """The same dataclass with every learned part in memory."""
+    """Return the dataclass with every learned part in memory."""
     changes = {}
     for field in _fields(value):
         current = getattr(value, field.name)
@@ -226,7 +226,7 @@ def _encode_field(field: dataclasses.Field[Any], value: Any, parts: dict[str, Pa
 
 
 def _claim(stored: Learned, value: Any, parts: dict[str, Part]) -> str:
-    """Enter a learned part under the first name that is free."""
+    """Store a learned part under the first unused name."""
     name, number = stored.folder, 1
     while name in parts:
         number += 1
@@ -268,7 +268,7 @@ def _decode_field(field: dataclasses.Field[Any], hint: Any, value: Any, path: st
 
 
 def _typed(hint: Any, value: Any, path: str, source: Source) -> Any:
-    """JSON has neither tuples nor paths: what it holds in their place, as the field's annotation says."""
+    """Convert JSON data to the tuples and paths that the annotation states; JSON has neither."""
     union = typing.get_origin(hint) in (typing.Union, types.UnionType)
     options = typing.get_args(hint) if union else (hint,)
     if isinstance(value, str) and Path in options and str not in options:
@@ -285,7 +285,7 @@ def _typed(hint: Any, value: Any, path: str, source: Source) -> Any:
 
 
 def _element_kinds(hint: Any, count: int) -> tuple[Any, ...]:
-    """The annotations of `count` elements of a tuple or sequence; those that it does not mention are free."""
+    """Return the annotations of `count` elements of a tuple or sequence; `Any` for those that it does not cover."""
     inner = typing.get_args(hint)
     if len(inner) > 1 and inner[1] is not ...:  # tuple[int, str]
         return (*inner, *[Any] * count)[:count]

@@ -1,4 +1,4 @@
-"""Where recipes are kept: a file, a folder or a Hub repository with `flowaccel.json` and a sub-folder per learned part.
+"""Storage of recipes: a file, a folder or a Hub repository with `flowaccel.json` and a sub-folder per learned part.
 
 Only JSON and safetensors are read, and from the Hub only these are downloaded.
 """
@@ -24,12 +24,12 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 def is_hub_id(text: str | Path) -> bool:
-    """Whether `text` has the form OWNER/NAME."""
+    """Return whether `text` has the form OWNER/NAME."""
     return isinstance(text, str) and _HUB_ID.fullmatch(text) is not None
 
 
 def locate(path_or_id: str | Path, **hub: Any) -> tuple[Path, Source]:
-    """The JSON file of a recipe, and where its learned parts come from.
+    """Return the JSON file of a recipe, and the source of its learned parts.
 
     Args:
         path_or_id: a file, a folder or a Hub id.
@@ -49,7 +49,7 @@ def locate(path_or_id: str | Path, **hub: Any) -> tuple[Path, Source]:
 
 
 def holds_recipe(path_or_id: str | Path, **hub: Any) -> bool:
-    """Whether there is a recipe in a folder, or in a Hub repository.
+    """Return whether a folder or a Hub repository contains a recipe.
 
     Raises:
         WeightsNotFoundError: the Hub cannot be asked.
@@ -64,7 +64,7 @@ def _locate_on_hub(repo_id: str, hub: Mapping[str, Any]) -> tuple[Path, Source]:
     folder = _download(repo_id, [FILE_NAME], hub)
     if not (folder / FILE_NAME).is_file():
         raise WeightsNotFoundError(f"{repo_id} on the Hub holds no recipe: it has no {FILE_NAME}")
-    pinned = {**hub, "revision": folder.name}  # the commit, so that parts and JSON belong together
+    pinned = {**hub, "revision": folder.name}  # the commit, so that parts and JSON match
 
     def fetch(part: str) -> None:
         _download(repo_id, [f"{part}/*.json", f"{part}/*.safetensors"], pinned)
@@ -83,7 +83,7 @@ def _download(repo_id: str, patterns: list[str], hub: Mapping[str, Any]) -> Path
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """The object in a JSON file.
+    """Return the object in a JSON file.
 
     Raises:
         ValueError: it holds something else.
@@ -98,16 +98,16 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def write(folder: Path, data: Mapping[str, Any], parts: Mapping[str, Part], verify: Callable[[Path], Any]) -> None:
-    """Write a recipe: all of it, or nothing.
+    """Write a recipe atomically: completely, or not at all.
 
     Args:
-        folder: where to; made if absent. Other files in it stay.
-        data: what goes to `flowaccel.json`.
-        parts: learned parts by sub-folder; those that lie on disk are read and written anew.
-        verify: called with the finished copy before anything in `folder` is touched; raises if it is no good.
+        folder: target folder, created if absent. Other files in it are kept.
+        data: content of `flowaccel.json`.
+        parts: learned parts by sub-folder; those on disk are loaded and saved again.
+        verify: called with the finished copy before anything in `folder` is touched; raises if it is invalid.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    near = folder if folder.is_dir() else folder.parent  # so that moving is renaming
+    near = folder if folder.is_dir() else folder.parent  # on the same file system, so that a move is a rename
     with tempfile.TemporaryDirectory(prefix=".flowaccel-", dir=near) as temporary:
         staging, replaced = Path(temporary, "new"), Path(temporary, "old")
         staging.mkdir()
@@ -133,7 +133,7 @@ def write(folder: Path, data: Mapping[str, Any], parts: Mapping[str, Part], veri
 def upload(
     folder: Path, repo_id: str, *, private: bool | None, token: str | bool | None, message: str, create_pr: bool
 ) -> str:
-    """Upload a folder to a model repository, which is made if absent; returns the address of the commit."""
+    """Upload a folder to a model repository, which is created if absent; returns the URL of the commit."""
     huggingface_hub.create_repo(repo_id, private=private, token=token, exist_ok=True)
     commit = huggingface_hub.upload_folder(
         repo_id=repo_id, folder_path=folder, token=token, commit_message=message, create_pr=create_pr

@@ -1,4 +1,4 @@
-"""What the accelerators have in common that put another form of a network in its place."""
+"""Base class of accelerators that replace a network by another form of it."""
 
 from __future__ import annotations
 
@@ -20,21 +20,23 @@ from flowaccel.recipe.serialization import storage_of
 
 
 class Variant(Accelerator):
-    """Abstract: a subclass has a learned field `network`, the other form, or the folder that it lies in; None takes the
-    folder of the field's name for it beside the pipeline's components.
+    """Abstract base class of accelerators that replace the network by a variant.
+
+    A subclass has a learned field `network`: the variant, or the folder that it is stored in. With None it is loaded
+    from the folder of the field's name next to the pipeline's components.
     """
 
     kind = "variant"
     network: Any
     what: ClassVar[str]
-    """How errors call the network."""
+    """Name of the network in error messages."""
     advice: ClassVar[str]
-    """What to do without one."""
+    """Advice in error messages if there is no network."""
 
     @staticmethod
     @abstractmethod
     def is_form(network: nn.Module) -> bool:
-        """Whether a network is such a form, or makes one."""
+        """Return whether a network is a variant of this kind, or makes one."""
 
     def check_network(self) -> None:
         """Raise a TypeError unless the network is a module of the right form, a folder or None."""
@@ -45,20 +47,20 @@ class Variant(Accelerator):
 
     @property
     def networks(self) -> dict[str, nn.Module]:
-        """None: it is the pipeline's own network while it is attached."""
+        """Empty: the variant is the pipeline's own network while it is attached."""
         return {}
 
     def loaded(self, pipe: Any) -> Self:
-        """With the network as a module."""
+        """Return this accelerator with the network as a module."""
         changes: dict[str, Any] = {"network": self.resolve(pipe)}
         return replace(self, **changes)
 
     def resolve(self, pipe: Any = None) -> nn.Module:
-        """The network as a module, loaded if a folder was given.
+        """Return the network as a module, loaded if a folder was given.
 
         Raises:
-            WeightsNotFoundError, CheckpointError: as `load_network`, or there is none beside the pipeline's components.
-            TypeError: there is a network of another form.
+            WeightsNotFoundError, CheckpointError: as for `load_network`, or there is none beside the components.
+            TypeError: the network is not such a variant.
         """
         if isinstance(self.network, nn.Module):
             return self.network
@@ -70,10 +72,10 @@ class Variant(Accelerator):
         return stored.load(Path(folder))
 
     def fitted_to(self, network: Any, base: Any) -> Any:
-        """The network to put in the place of `base`, on its device and of its type, ready for use.
+        """Return the network that replaces `base`, on its device and of its dtype, in evaluation mode.
 
         Raises:
-            ValueError: it is a form of another network.
+            ValueError: it is a variant of another network.
             RecipeConflictError: the weights of `base` are offloaded piece by piece.
         """
         stock = stock_class(network)
@@ -100,9 +102,10 @@ class Variant(Accelerator):
 
 
 def put_in_place(pipe: Any, network: nn.Module, around: CallAround) -> Detach:
-    """Put a network in the place of the pipeline's own, with the attention backend that was chosen for that, and
-    `around` about its calls; if that fails, nothing is changed. Undone by putting back the old object, and the backend
-    that the network had.
+    """Replace the pipeline's network by `network`, and wrap its calls in `around`.
+
+    The network takes over the attention backend that was chosen for the old one. On failure nothing is changed. Undoing
+    puts back the old object, and the backend that the network had.
 
     Raises:
         ValueError: the network cannot compute attention by that backend.

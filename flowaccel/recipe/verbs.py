@@ -1,4 +1,4 @@
-"""The verbs that put a recipe on a pipeline and take it off."""
+"""Functions that attach a recipe to a pipeline and detach it."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from flowaccel.recipe.recipe import Recipe
 from flowaccel.recipe.resolution import RecipeLike, resolve
 
 _ATTACHED = "_flowaccel_attached"
-_TURNS = threading.RLock()  # of those who accelerate and restore, pipelines that share networks included
+_TURNS = threading.RLock()  # serialises accelerate and restore, also of pipelines that share networks
 
 
 class _Attached(NamedTuple):
-    """What hangs on an accelerated pipeline."""
+    """The recipe and the undo functions that are stored on an accelerated pipeline."""
 
     recipe: Recipe
     undo: ExitStack
 
 
 def accelerate(pipe: Any, recipe: RecipeLike) -> Any:
-    """Make `pipe` faster, in place; `restore` undoes it exactly.
+    """Accelerate `pipe` in place; `restore` undoes it exactly.
 
-    While it is in force, `pipe.save_pretrained(folder)` writes the components of before, the recipe and its learned
-    parts: a folder that plain diffusers reads as the untouched pipeline, and `AcceleratedPipeline` as this one.
+    Until then, `pipe.save_pretrained(folder)` writes the original components, the recipe and its learned parts: a
+    folder that plain diffusers loads as the original pipeline, and `AcceleratedPipeline` as this one.
 
     Args:
         pipe: a diffusers pipeline.
@@ -55,7 +55,7 @@ def accelerate(pipe: Any, recipe: RecipeLike) -> Any:
         with session.idle(), ExitStack() as attached:
             for accelerator in chosen.accelerators:
                 attached.callback(accelerator.attach(pipe))
-            session.follow()  # what was exchanged
+            session.follow()  # wrap the exchanged components
             after = pipe.components
             changes = {name: (old, after[name]) for name, old in before.items() if after[name] is not old}
             attached.callback(exchanged(pipe, changes))
@@ -67,13 +67,12 @@ def accelerate(pipe: Any, recipe: RecipeLike) -> Any:
 
 
 def is_accelerated(pipe: Any) -> bool:
-    """Whether `accelerate` is in force on `pipe`."""
+    """Return whether `pipe` is accelerated."""
     return _ATTACHED in pipe.__dict__
 
 
 def restore(pipe: Any) -> Any:
-    """Make `pipe` what it was before `accelerate`; does nothing to a pipeline that is not accelerated. Returns
-    `pipe`.
+    """Undo `accelerate` on `pipe`, if it is accelerated, and return it.
 
     Raises:
         PipelineBusyError: it is being called.
@@ -87,14 +86,14 @@ def restore(pipe: Any) -> Any:
 
 
 def recipe_of(pipe: Any) -> Recipe:
-    """The recipe that is in force on `pipe`, an empty one if none is."""
+    """Return the recipe that `pipe` is accelerated with, an empty one if it is not."""
     attached = pipe.__dict__.get(_ATTACHED)
     return Recipe() if attached is None else attached.recipe
 
 
 @contextmanager
 def accelerated(pipe: Any, recipe: RecipeLike) -> Iterator[Any]:
-    """`with accelerated(pipe, recipe): ...` - accelerate, and restore at the end whatever happens."""
+    """Accelerate a pipeline within a `with` statement; it is restored at the end, even on an exception."""
     accelerate(pipe, recipe)
     try:
         yield pipe
@@ -103,7 +102,7 @@ def accelerated(pipe: Any, recipe: RecipeLike) -> Iterator[Any]:
 
 
 def _saving(pipe: Any, recipe: Recipe) -> Callable[..., Any]:
-    """What surrounds `pipe.save_pretrained`."""
+    """Return a wrapper of `pipe.save_pretrained`."""
 
     def around(save_pretrained: Callable[..., Any], save_directory: Any, *args: Any, **kwargs: Any) -> Any:
         # First, so that push_to_hub, which is the end of save_pretrained, finds it in the folder.

@@ -20,36 +20,36 @@ Found = TypeVar("Found")
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """One checkpoint of the zoo."""
+    """A checkpoint of the zoo."""
 
     name: str
     kind: str
-    """`pipeline`, `recipe`, `features` or `clip`."""
+    """Kind of the checkpoint: `pipeline`, `recipe`, `features` or `clip`."""
     description: str
     features: str | None = None
-    """The feature network that fits this pipeline's images. This and what follows are the evaluator's defaults."""
+    """Feature network for this pipeline's images. This and the fields below are the evaluator's defaults."""
     reference: str | None = None
-    """The reference images that fit them."""
+    """Set of reference images."""
     prompts: str | None = None
-    """What to sample for."""
+    """Set of prompts to sample."""
     clip: str | None = None
-    """The CLIP network that knows its words."""
+    """CLIP network for its prompts."""
     attributes: str | None = None
-    """Reads from prompts what images have to show."""
+    """Attribute set that reads from prompts what images must show."""
     metrics: tuple[str, ...] | None = None
-    """The metrics that say most about it."""
+    """Metrics that are most informative for this pipeline."""
     guidance_scale: float | None = None
     arguments: Mapping[str, Any] = field(default_factory=dict)
     """Further arguments of every pipeline call."""
 
     @property
     def folder(self) -> Path:
-        """Where the weights lie."""
+        """Folder of the weights."""
         return _ROOT / self.name
 
     @property
     def command(self) -> str:
-        """The command that rebuilds it."""
+        """Command that rebuilds the checkpoint."""
         return f"flowaccel zoo build {self.name} --out DIR"
 
 
@@ -104,7 +104,7 @@ ENTRIES = {
             attributes="zoo:shapes",
             metrics=("fid", "clip_score", "attribute_accuracy", "rel_l2"),
             guidance_scale=3.0,
-            arguments={"max_sequence_length": 16},  # of zeros, as its T5 returns nothing else; 256 by default
+            arguments={"max_sequence_length": 16},  # all zeros, as its T5 returns nothing else; 256 by default
         ),
         Entry(
             name="shapes-features",
@@ -121,15 +121,15 @@ ENTRIES = {
 
 
 def find(table: Mapping[str, Found], name: str, what: str) -> Found:
-    """What `table` has under `name`, with or without `zoo:`.
+    """Return the entry of `table` under `name`, with or without `zoo:`.
 
     Args:
-        table: by names without `zoo:`.
-        name: which.
-        what: what the table holds, for the message.
+        table: entries by names without `zoo:`.
+        name: name of the entry.
+        what: name of the table's entries, for the message.
 
     Raises:
-        ValueError: nothing of that name; the message has the nearest one and all of them.
+        ValueError: no such entry; the message lists the closest one and all names.
     """
     stem = name.removeprefix(PREFIX)
     if stem not in table:
@@ -139,7 +139,7 @@ def find(table: Mapping[str, Found], name: str, what: str) -> Found:
 
 
 def entry(name: str) -> Entry:
-    """The entry called `name`, with or without `zoo:`.
+    """Return the entry called `name`, with or without `zoo:`.
 
     Raises:
         ValueError: no such entry; the message names those there are.
@@ -148,7 +148,7 @@ def entry(name: str) -> Entry:
 
 
 def folder(name: str) -> Path:
-    """The folder of an entry's weights.
+    """Return the folder of an entry's weights.
 
     Raises:
         ValueError: no such entry.
@@ -163,7 +163,7 @@ def folder(name: str) -> Path:
 
 
 def recipe_folder(name: str) -> Path:
-    """The folder of a recipe of the zoo.
+    """Return the folder of a recipe of the zoo.
 
     Raises:
         ValueError: no such entry, or one of another kind.
@@ -173,7 +173,7 @@ def recipe_folder(name: str) -> Path:
 
 
 def folder_of_kind(name: str, kind: str) -> Path:
-    """Return the folder of an entry that must be of a kind; raises as `recipe_folder`."""
+    """Return the folder of an entry that must be of a given kind; raises as `recipe_folder`."""
     if entry(name).kind != kind:
         known = ", ".join(PREFIX + found.name for found in ENTRIES.values() if found.kind == kind)
         wanted = "feature network" if kind == "features" else kind

@@ -1,4 +1,4 @@
-"""Networks of the zoo."""
+"""Loading of the zoo's networks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _CLASSIFIERS = {network.__name__: network for network in (DigitsClassifier, Shap
 
 
 def load_classifier(name: str) -> FeatureClassifier:
-    """A feature network of the zoo in float32, ready for evaluation, of the class that its configuration names.
+    """Load a feature network of the zoo in float32, in evaluation mode, of the class that its configuration names.
 
     Raises:
         ValueError: no such entry, or one of another kind.

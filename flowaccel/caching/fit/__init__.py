@@ -1,1 +1,1 @@
-"""What `flowaccel calibrate` does to a cache: observe untouched runs, fit, choose, verify."""
+"""Calibration of caches (`flowaccel calibrate`): observe runs without a cache, fit, choose a threshold, verify."""

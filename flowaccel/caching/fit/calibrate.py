@@ -1,4 +1,4 @@
-"""One calibration from start to finish: observe, fit, choose, verify."""
+"""A complete calibration: observe, fit, choose, verify."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ from flowaccel.training.sampling import Notify, Sampling
 
 @dataclass(frozen=True, kw_only=True)
 class Observation:
-    """What untouched runs of a pipeline showed."""
+    """Data recorded from runs of a pipeline without a cache."""
 
     trace: Trace
     images: Tensor
     """uint8 (N, C, H, W)."""
     facts: dict[str, Any]
-    """What a `Calibration` says about the runs."""
+    """Fields of a `Calibration` that describe the runs."""
 
 
 def find_method(name: str) -> Calibrator:
-    """Return a method that calibrates caches, by name.
+    """Return a calibration method for caches by its name.
 
     Raises:
         ValueError: unknown name, or that of a method that searches step grids.
@@ -68,21 +68,21 @@ def calibrate(
     model: str | None = None,
     notify: Notify = lambda *_: None,
 ) -> Recipe:
-    """Fit a cache to the user's own runs, and see in as many runs with it what it does.
+    """Fit a cache to the user's own runs, and measure it in as many runs with the cache.
 
     Args:
         pipe: a pipeline that is not accelerated.
         method: `teacache`, `magcache`, `adacache`, `easycache` or `ab_cache`.
         target: speed-up aimed at in computed network calls, above 1.
         sampling: the runs.
-        base: what the cache is put on top of, such as another sampler.
-        guard: instead of the method's own.
-        predictor: instead of the method's own.
+        base: recipe that the cache is appended to, such as another sampler.
+        guard: replaces the method's own.
+        predictor: replaces the method's own.
         model: the name of the pipeline, for the record.
         notify: called as work proceeds.
 
     Returns:
-        `base` with the calibrated `FeatureCache` at its end, whose `calibration` says how good it is.
+        `base` with the calibrated `FeatureCache` at its end, whose `calibration` holds the measurements.
 
     Raises:
         ValueError: an unknown method, a target that is not above 1 or out of reach under the guard, fewer than 3 steps,
@@ -94,7 +94,7 @@ def calibrate(
     check_target(target)
     check_prompt_lengths(pipe, sampling.conditions.texts(range(sampling.num_samples)), sampling.arguments)
     base = base or Recipe()
-    with_cache(base, FeatureCache())  # refuses now what would be refused when all is done
+    with_cache(base, FeatureCache())  # raises now what would otherwise be raised at the end
     observation = observe_methods(pipe, sampling, [chosen], base=base, model=model, notify=notify)
     cache = fitted(chosen, observation, target, guard=guard, predictor=predictor)
     return verified(pipe, cache, observation, sampling, base=base, notify=notify)
@@ -109,7 +109,7 @@ def observe_methods(
     model: str | None = None,
     notify: Notify = lambda *_: None,
 ) -> Observation:
-    """Sample untouched, and keep what the methods need; see `calibrate`."""
+    """Sample without a cache, and record what the methods need; see `calibrate`."""
     if sampling.steps < 3:
         raise ValueError(f"steps must be at least 3, got {sampling.steps}: with fewer there is nothing to reuse")
     with accelerated(pipe, base or Recipe()):
@@ -126,7 +126,7 @@ def fitted(
     guard: Guard | None = None,
     predictor: Predictor | None = None,
 ) -> FeatureCache:
-    """The cache that a method makes of what was observed; see `calibrate`."""
+    """Fit a method's cache to the recorded runs; see `calibrate`."""
     check_target(target)
     guard = guard or method.guard
     gate, fit, predicted = method.choose(observation.trace, guard, target)
@@ -150,7 +150,7 @@ def verified(
     base: Recipe | None = None,
     notify: Notify = lambda *_: None,
 ) -> Recipe:
-    """Sample the same with the cache, and return the recipe with what was measured in its calibration."""
+    """Repeat the sampling with the cache, and return the recipe with the measurements in its calibration."""
     recipe = with_cache(base or Recipe(), cache)
     computed = decided = 0
     error = 0.0
@@ -174,15 +174,15 @@ def verified(
 
 
 def with_cache(base: Recipe, cache: FeatureCache) -> Recipe:
-    """A recipe with a cache at its end.
+    """Return a recipe with a cache appended.
 
     Raises:
-        RecipeConflictError: they do not go together.
+        RecipeConflictError: they are incompatible.
     """
     return Recipe([*base.accelerators, cache], name=base.name, num_inference_steps=base.num_inference_steps)
 
 
 def _computed(run: Run) -> tuple[int, int]:
-    """Network calls of images that were computed, and all of them."""
+    """Return the number of computed network calls, and of all network calls, counted per image."""
     decided = [record.computed for record in run.records if record.computed]
     return sum(map(sum, decided)), sum(map(len, decided))

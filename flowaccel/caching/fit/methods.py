@@ -1,4 +1,4 @@
-"""What each method looks at in a run, and what it fits to that."""
+"""Calibration methods: the signals that each records in a run, and the gate that it fits to them."""
 
 from __future__ import annotations
 
@@ -20,43 +20,44 @@ from flowaccel.caching.predictors import Hold, Newton, Predictor
 from flowaccel.caching.scopes import Output, Scope, Stack
 
 DEGREE = 4
-"""Of TeaCache's polynomial."""
+"""Degree of TeaCache's polynomial."""
 REUSES = (6, 5, 4, 3, 2, 1)
-"""After how many steps AdaCache computes again, from the least change to the greatest (the published 30-step book)."""
+"""Numbers of steps after which AdaCache computes again, from the least change to the greatest (the published 30-step
+book)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Fit:
-    """A gate for every threshold, and how good the fit behind it is."""
+    """A gate for every threshold, and the quality of the fit behind it."""
 
     gate: Callable[[float], Gate]
-    """Of the threshold; for a codebook, of a factor of its bounds."""
+    """Builds the gate for a threshold; for a codebook, for a factor of its bounds."""
     seen: Callable[[int], Seen]
-    """What the gate would have seen of an evaluation."""
+    """Returns the signal and feedback that the gate would have read at an evaluation."""
     r_squared: float | None = None
-    """Part of the variance that is explained, at most 1."""
+    """Coefficient of determination of the fit, at most 1."""
     fitted_range: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Calibrator:
-    """A way to fit a cache to untouched runs."""
+    """A method that fits a cache to recorded runs."""
 
     name: str
     watch: Watch
     guard: Guard
-    """The published one."""
+    """The published guard."""
     predictor: Predictor
     fit: Callable[[Trace], Fit] | None
-    """None: the steps are spread evenly, and there is nothing to fit."""
+    """Fits the gate; None if the computed steps are spread evenly, and nothing is fitted."""
 
     @property
     def scope(self) -> Scope:
-        """What is stood in for."""
+        """Scope of the cache."""
         return self.watch.scope
 
     def choose(self, trace: Trace, guard: Guard, target: float) -> tuple[Gate, Fit | None, float]:
-        """The gate that meets a target in computed network calls, the fit, and the speed-up that it is to give.
+        """Return the gate that reaches a target in computed network calls, its fit, and the predicted speed-up.
 
         Raises:
             ValueError: the target is out of reach under the guard, or there is nothing to fit to.
@@ -78,7 +79,7 @@ class Calibrator:
 
 
 def _changes(now: Seen, before: Seen | None) -> dict[str, Tensor]:
-    """Relative L1 changes since the step before, 0 at the first."""
+    """Return the relative L1 changes since the previous step, 0 at the first."""
     assert now.signal is not None and now.feedback is not None
     if before is None:
         zeros = torch.zeros(len(now.signal))
@@ -108,7 +109,9 @@ def _fit_teacache(trace: Trace) -> Fit:
 
 
 def polynomial(x: Any, y: Any) -> tuple[tuple[float, ...], float]:
-    """Least-squares polynomial of degree 4 (less where there are too few different x), highest power first, and R^2.
+    """Fit a least-squares polynomial of degree 4; returns its coefficients, highest power first, and R^2.
+
+    The degree is lower if there are too few distinct x.
 
     Args:
         x: (n,) float array.
@@ -129,15 +132,15 @@ def polynomial(x: Any, y: Any) -> tuple[tuple[float, ...], float]:
 
 
 def as_path(changes: Tensor) -> Tensor:
-    """Numbers with given relative changes from one to the next, (images, evaluations) float32.
+    """Return a sequence with the given relative changes from one number to the next, (images, evaluations) float32.
 
-    They stand for whatever changed so, where a gate reads nothing but relative changes.
+    It replaces the recorded signal of a gate that reads only relative changes.
     """
     return (1 + changes.double()).cumprod(dim=1).float()
 
 
 def _followed(trace: Trace) -> list[int]:
-    """The evaluations with one of the same network before them."""
+    """Return the indices of the evaluations that follow one of the same network."""
     first = {network: trace.networks.index(network) for network in trace.networks}
     return [index for index, network in enumerate(trace.networks) if index != first[network]]
 
@@ -211,7 +214,9 @@ def _fit_easycache(trace: Trace) -> Fit:
 
 
 def spread(steps: int, guard: Guard, target: float, allowed: str) -> Mask:
-    """A mask that reuses as few evaluations as meet the target, evenly spread over those that the guard leaves free.
+    """Return a mask that reuses as few evaluations as reach the target, spread evenly.
+
+    The evaluations that the guard forces are computed.
 
     Raises:
         ValueError: the target is out of reach.

@@ -1,4 +1,4 @@
-"""What a run with every step computed shows to a gate."""
+"""Recording of the signals that gates read, in runs with every step computed."""
 
 from __future__ import annotations
 
@@ -23,21 +23,24 @@ _NUMBERS = 2**14
 
 
 class Seen(NamedTuple):
-    """What a gate saw of one step."""
+    """Signal and feedback that a gate read at one step."""
 
     signal: Tensor | None
-    """(images, ...)"""
+    """Signal (images, ...), or None."""
     feedback: Tensor | None
-    """(images, ...)"""
+    """Feedback (images, ...), or None."""
 
 
 Measure = Callable[[Seen, Seen | None], dict[str, Tensor]]
-"""What to keep of a step, from it and the step before (None at the first one of a network): tensors (images, ...)."""
+"""Function that returns what to record of a step, as tensors (images, ...), from the step and the previous one.
+
+The previous step is None at the first step of a network.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Watch:
-    """What to look at: the signal and feedback of a gate in its scope."""
+    """Specification of what to record: the signal and feedback of a gate in its scope."""
 
     signal: Signal
     feedback: Feedback
@@ -47,28 +50,28 @@ class Watch:
 
 @dataclass(frozen=True, kw_only=True)
 class Trace:
-    """What was kept of all runs."""
+    """Values recorded in all runs."""
 
     times: tuple[float, ...]
     """The scheduler's timestep at each evaluation."""
     networks: tuple[str, ...]
-    """The network that was called at each evaluation."""
+    """Name of the network that was called at each evaluation."""
     images: int
     kept: Mapping[str, Tensor] = field(default_factory=dict)
-    """(images, evaluations, ...) on the CPU."""
+    """Recorded values (images, evaluations, ...), on the CPU."""
 
     @property
     def steps(self) -> int:
-        """Evaluations of a run."""
+        """Number of evaluations of a run."""
         return len(self.times)
 
     def step(self, index: int) -> Step:
-        """Where in the run evaluation `index` is."""
+        """Return the position of evaluation `index` in the run."""
         return Step(index=index, count=self.steps, time=self.times[index])
 
 
 class Recorder(Gate):
-    """A gate that computes every step, and keeps what it sees."""
+    """Gate that computes every step and records its signal and feedback."""
 
     name = "recorder"
 
@@ -78,17 +81,17 @@ class Recorder(Gate):
 
     watch: Watch
     kept: list[dict[str, Tensor]]
-    """Of every evaluation of the present run, in order."""
+    """Records of every evaluation of the current run, in order."""
 
     def score(self, state: State, signal: Tensor | None, step: Step) -> tuple[Tensor, State]:
-        """Infinite."""
+        """Return infinite scores, so that every unit is computed."""
         images = next(iter(state.values())).shape[0]
         return torch.full((images,), torch.inf), state
 
     def update(
         self, state: State, signal: Tensor | None, feedback: Tensor | None, computed: Tensor, step: Step
     ) -> State:
-        """Keep this step, and remember it for the next."""
+        """Record this step, and keep it in the state for the next."""
         now = Seen(signal, feedback)
         before = Seen(state.get("signal"), state.get("feedback")) if state else None
         self.kept.append({name: value.float().cpu() for name, value in self.watch.measure(now, before).items()})
@@ -98,22 +101,22 @@ class Recorder(Gate):
 def observe(
     pipe: Any, sampling: Sampling, watches: Sequence[Watch], notify: Notify = lambda *_: None
 ) -> tuple[Trace, Tensor]:
-    """Sample with every step computed.
+    """Sample with every step computed, and record the signals.
 
     Args:
         pipe: an accelerated pipeline (an empty recipe will do) without a cache.
         sampling: what to sample.
-        watches: what to look at; what they keep has different names.
+        watches: what to record; names of records must differ between watches.
         notify: called as work proceeds.
 
     Returns:
-        What was kept, and the images, uint8 (N, C, H, W): those of the untouched pipeline, bit for bit.
+        The records, and the images, uint8 (N, C, H, W), bit for bit equal to those without recording.
 
     Raises:
         UnsupportedModelError: the network has no known blocks, and one of the watches needs them.
     """
     session = session_of(pipe)
-    # Around whom another one stands never sees the aborted run of a block that reads the modulated input.
+    # A recorder inside of another never sees the aborted run of a block that reads the modulated input.
     ordered = sorted(watches, key=lambda watch: watch.signal != "modulated_input")
     recorders = [Recorder(watch) for watch in ordered]
     batches: list[dict[str, Tensor]] = []
@@ -140,11 +143,11 @@ def observe(
 
 
 def _stacked(kept: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """(images, ...) of every evaluation -> (images, evaluations, ...)."""
+    """Stack records (images, ...) of every evaluation to (images, evaluations, ...)."""
     return {name: torch.stack([step[name] for step in kept], dim=1) for name in (kept[0] if kept else ())}
 
 
 def some_numbers(tensor: Tensor) -> Tensor:
-    """(images, ...) -> (images, n), evenly spread over each image's numbers: at most 2**14, for memory."""
+    """Subsample (images, ...) evenly to (images, n) with n at most 2**14, to bound the memory."""
     flat = tensor.flatten(1)
     return flat[:, :: -(-flat.shape[1] // _NUMBERS)]

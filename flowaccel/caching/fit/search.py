@@ -1,4 +1,4 @@
-"""Which threshold meets a target: recorded signals are replayed through the real gate and guard."""
+"""Search for the threshold that reaches a target, by replaying recorded signals through the real gate and guard."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ _LEAST, _MOST, _HALVINGS = 1e-6, 1e9, 40
 
 
 def replay(gate: Gate, guard: Guard, trace: Trace, seen: Callable[[int], Seen]) -> Tensor:
-    """(images, evaluations) bool, on the CPU: what would be computed if the signals were those of the trace.
+    """Return which evaluations would be computed for recorded signals, (images, evaluations) bool, on the CPU.
 
-    Reuse changes what follows, so a run departs from this by as much as its signals depart from the recorded ones.
+    Reuse changes the later signals, so a real run deviates as far as its signals deviate from the recorded ones.
 
     Args:
         gate: the gate.
         guard: the guard.
         trace: the run.
-        seen: what the gate reads and is told at an evaluation.
+        seen: returns the signal and feedback of an evaluation.
     """
     deciders: dict[str, Decider] = {}
     computed = []
@@ -40,20 +40,20 @@ def replay(gate: Gate, guard: Guard, trace: Trace, seen: Callable[[int], Seen]) 
 
 
 def speedup(computed: Tensor) -> float:
-    """Network calls over computed network calls, from (images, evaluations) bool."""
+    """Return network calls over computed network calls, from (images, evaluations) bool."""
     return computed.numel() / int(computed.sum())
 
 
 def least(speed: Callable[[float], float], target: float, allowed: str) -> float:
-    """The least value, to three digits, at which `speed` reaches the target.
+    """Return the least value, to three digits, at which `speed` reaches the target.
 
     Args:
         speed: speed-up at a threshold; it rises, though not strictly.
         target: above 1.
-        allowed: what bounds it, for the message.
+        allowed: description of what limits it, for the message.
 
     Raises:
-        ValueError: it is never reached; the message says the most that is.
+        ValueError: it is never reached; the message states the maximum.
     """
     most = speed(_MOST)
     if most < target:
@@ -69,7 +69,7 @@ def least(speed: Callable[[float], float], target: float, allowed: str) -> float
     for _ in range(_HALVINGS):
         middle = (low + high) / 2
         low, high = (low, middle) if speed(middle) >= target else (middle, high)
-    # Upwards: the bound itself is some image's score, which rounding in a run may put on either side.
+    # Rounded upwards: the bound itself is an image's score, which rounding errors may put on either side.
     unit = 10.0 ** (math.floor(math.log10(high)) - 2)
     rounded = float(f"{math.ceil(high / unit) * unit:.3g}")
     return rounded if speed(rounded) >= target else high

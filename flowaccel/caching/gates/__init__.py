@@ -1,4 +1,4 @@
-"""When to compute: small frozen objects, pure functions of a signal, per image."""
+"""Gates, which decide when to compute: small frozen objects, pure functions of a signal, per image."""
 
 from flowaccel.caching.gates.base import Gate as Gate
 from flowaccel.caching.gates.base import Step as Step
@@ -14,7 +14,7 @@ from flowaccel.caching.gates.third_difference import ThirdDifference as ThirdDif
 GATES: dict[str, type[Gate]] = {
     kind.name: kind for kind in (Interval, Mask, FirstBlock, ModulatedInput, Magnitude, Easy, Codebook, ThirdDifference)
 }
-"""By the names that recipes use."""
+"""Gates by their names in recipes."""
 
 __all__ = [
     "GATES",

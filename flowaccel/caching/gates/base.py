@@ -1,4 +1,4 @@
-"""What every gate is: a pure function that says for each unit whether to compute."""
+"""Base class of gates: pure functions that decide for each unit whether to compute."""
 
 from __future__ import annotations
 
@@ -11,28 +11,28 @@ import torch
 from torch import Tensor
 
 State = dict[str, Tensor]
-"""What a gate remembers, each tensor with a leading units axis; empty before the first step."""
+"""State of a gate, each tensor with a leading units axis; empty before the first step."""
 
 Signal = Literal["none", "input", "condition", "first_block", "modulated_input", "time_embedding", "time_projection"]
-"""What a gate reads before it decides: nothing; the network's input; the embedding that modulates the blocks; the
-residual of its first blocks; the input of the first block's attention, which is normalised and modulated by the
+"""Signal that a gate reads before it decides: nothing; the network's input; the embedding that modulates the blocks;
+the residual of its first blocks; the input of the first block's attention, which is normalised and modulated by the
 timestep; the embedding of the time alone; the projection of it to the shifts and scales of the blocks (see
 `hooks.Family.time_embedding`)."""
 TIME_SIGNALS = ("time_embedding", "time_projection")
 INSIDE = ("condition", "first_block", "modulated_input", *TIME_SIGNALS)
-"""Those that are only known within the network."""
+"""Signals that are only available within the network."""
 
 Feedback = Literal["none", "output", "feature", "middle_block"]
-"""What a gate sees of a step that was computed: nothing; the network's output; what the scope caches; the residual of
-the middle block."""
+"""Feedback that a gate gets from a computed step: nothing; the network's output; what the scope caches; the residual
+of the middle block."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """Where in the run a decision is taken."""
+    """Position in the run at which a decision is taken."""
 
     index: int
-    """0 .. `count` - 1."""
+    """Index of the evaluation, 0 .. `count` - 1."""
     count: int
     time: float
     """The scheduler's timestep."""
@@ -44,15 +44,15 @@ class Step:
 
 @dataclass(frozen=True)
 class Gate(ABC):
-    """Abstract base. A subclass is a frozen dataclass with a `name`, entered in `GATES`.
+    """Abstract base class of gates. A subclass is a frozen dataclass with a `name`, entered in `GATES`.
 
-    A unit is an image, a row or a whole batch. Every step `score` is asked, and then `update` told what was done. A
-    unit is computed where its score is not below 1, thus also where it is not a number; the score is the gate's signal
-    divided by its threshold, and at least 0 unless the gate says otherwise.
+    A unit is an image, a row or a whole batch. At every step `score` is called, and then `update`. A unit is computed
+    if its score is not below 1, which includes NaN; the score is the gate's signal divided by its threshold, and at
+    least 0 unless the gate states otherwise.
     """
 
     name: ClassVar[str]
-    """The name in recipes."""
+    """Name in recipes."""
     signal: ClassVar[Signal] = "none"
     feedback: ClassVar[Feedback] = "none"
     needs_grid: ClassVar[bool] = False
@@ -60,22 +60,22 @@ class Gate(ABC):
 
     @property
     def static(self) -> bool:
-        """Whether the decisions do not depend on the images, so that there is one unit for all."""
+        """Whether the decisions do not depend on the images, so that there is a single unit."""
         return self.signal == "none" and self.feedback == "none"
 
     @property
     def probe(self) -> int:
-        """How many blocks run before the gate decides."""
+        """Number of blocks that run before the gate decides."""
         return 0
 
     @abstractmethod
     def score(self, state: State, signal: Tensor | None, step: Step) -> tuple[Tensor, State]:
-        """Score of every unit.
+        """Return the score of every unit.
 
         Args:
-            state: what `update` returned last, not empty.
-            signal: (units, ...), what the gate reads; None for the signal "none".
-            step: where.
+            state: the state that `update` returned last, not empty.
+            signal: (units, ...) signal of the gate; None for the signal "none".
+            step: the position in the run.
 
         Returns:
             (units,) float scores, and the state that goes to `update`.
@@ -85,15 +85,15 @@ class Gate(ABC):
     def update(
         self, state: State, signal: Tensor | None, feedback: Tensor | None, computed: Tensor, step: Step
     ) -> State:
-        """Take note of what was done at a step.
+        """Return the state after a step.
 
         Args:
             state: from `score`, or empty at the first step.
             signal: as in `score`.
-            feedback: (units, ...), what the gate sees of a computed step; None where no unit was computed, and at
-                units that were not computed it holds nothing of use.
+            feedback: (units, ...) feedback of the step, undefined for units that were not computed; None if no unit
+                was computed.
             computed: (units,) bool, on the CPU.
-            step: where.
+            step: the position in the run.
 
         Returns:
             The state for the next step.
@@ -107,13 +107,13 @@ def check_threshold(threshold: float) -> None:
 
 
 def mean_abs(tensor: Tensor) -> Tensor:
-    """(units, ...) -> (units,) mean of the absolute values, in float32 or, if they are, in float64."""
+    """Return the mean absolute value per unit, (units, ...) -> (units,), in float32, or in float64 for float64."""
     flat = tensor.flatten(1)
     return torch.linalg.vector_norm(flat, ord=1, dim=1, dtype=_precise(flat)) / flat.shape[1]
 
 
 def mean_square(tensor: Tensor) -> Tensor:
-    """(units, ...) -> (units,) mean of the squares, in the type of `mean_abs`."""
+    """Return the mean square per unit, (units, ...) -> (units,), in the dtype of `mean_abs`."""
     flat = tensor.flatten(1)
     return torch.linalg.vector_norm(flat, dim=1, dtype=_precise(flat)).square() / flat.shape[1]
 
@@ -123,12 +123,12 @@ def _precise(tensor: Tensor) -> torch.dtype:
 
 
 def relative_change(new: Tensor, old: Tensor) -> Tensor:
-    """(units, ...) twice -> (units,) mean|new - old| / mean|old|."""
+    """Return the relative change mean|new - old| / mean|old| per unit, (units, ...) twice -> (units,)."""
     return mean_abs(new - old) / mean_abs(old)
 
 
 def where(units: Tensor, new: Tensor, old: Tensor | None) -> Tensor:
-    """`new` at the units that are true, `old` (None: `new`) at the others; `units` is on the CPU."""
+    """Return `new` at the units that are true, `old` (None: `new`) at the others; `units` is on the CPU."""
     if old is None or bool(units.all()):
         return new
     if not bool(units.any()):

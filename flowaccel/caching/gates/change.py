@@ -41,18 +41,18 @@ class FirstBlock(Gate):
 
     @property
     def probe(self) -> int:
-        """`blocks`."""
+        """Number of blocks that run before the gate decides, `blocks`."""
         return self.blocks
 
     def score(self, state: State, signal: Tensor | None, step: Step) -> tuple[Tensor, State]:
-        """Relative change since the last computed step."""
+        """Return the relative change since the last computed step, over the threshold."""
         assert signal is not None
         return relative_change(signal, state["computed"]) / self.threshold, state
 
     def update(
         self, state: State, signal: Tensor | None, feedback: Tensor | None, computed: Tensor, step: Step
     ) -> State:
-        """Keep the residual of the computed units."""
+        """Store the residual of the computed units."""
         assert signal is not None
         return {"computed": where(computed, signal, state.get("computed"))}
 
@@ -63,14 +63,14 @@ class ModulatedInput(Gate):
 
     At every step the change since the step before, mean(abs(new - old)) / mean(abs(old)), goes through a fitted
     polynomial and is added; a computed step starts from 0 again. Some published polynomials were fitted to the changes
-    of the time embedding or of its projection instead, and then that is what is read.
+    of the time embedding or of its projection, which are then read instead.
 
     Args:
         threshold: compute from this sum on.
-        coefficients: of the polynomial, highest power first; fitted per model and number of steps by `flowaccel
-            calibrate --method teacache`. Or the name of a published fit, such as `flux` (see `PUBLISHED`), for that
-            very checkpoint. The default takes the change as it is.
-        fitted_range: changes seen by the fit; others are clipped to it, because such a polynomial means nothing
+        coefficients: polynomial coefficients, highest power first; fitted per model and number of steps by `flowaccel
+            calibrate --method teacache`. Or the name of a published fit, such as `flux` (see `PUBLISHED`), for
+            that checkpoint only. The default takes the change as it is.
+        fitted_range: changes seen by the fit; others are clipped to it, because the polynomial is not valid
             outside. None takes that of a published fit, if it is one.
         bounded: clip changes to the range and count negative values of the polynomial as 0. False takes the polynomial
             as it is, like the published code, so that sums can fall; then the range has no effect.
@@ -107,11 +107,11 @@ class ModulatedInput(Gate):
 
     @property
     def signal(self) -> Signal:  # type: ignore[override]
-        """What the polynomial was fitted to."""
+        """Signal that the polynomial was fitted to."""
         return PUBLISHED[self.coefficients].signal if isinstance(self.coefficients, str) else "modulated_input"
 
     def rescaled(self, change: Tensor) -> Tensor:
-        """The polynomial of a relative change."""
+        """Return the polynomial of a relative change."""
         if isinstance(self.coefficients, str):
             fit = PUBLISHED[self.coefficients]
             coefficients: Sequence[float] = fit.coefficients
@@ -126,7 +126,7 @@ class ModulatedInput(Gate):
         return value.clamp(min=0) if self.bounded else value
 
     def score(self, state: State, signal: Tensor | None, step: Step) -> tuple[Tensor, State]:
-        """The sum, this step's change included; it can be negative where nothing is `bounded`."""
+        """Return the sum with this step's change, over the threshold; it can be negative if not `bounded`."""
         assert signal is not None
         total = state["total"] + self.rescaled(relative_change(signal, state["before"]))
         return total / self.threshold, state | {"total": total}
@@ -134,7 +134,7 @@ class ModulatedInput(Gate):
     def update(
         self, state: State, signal: Tensor | None, feedback: Tensor | None, computed: Tensor, step: Step
     ) -> State:
-        """Start from 0 where computed; keep the input of this step."""
+        """Reset the sum of the computed units to 0, and store the input of this step."""
         assert signal is not None
         total = state["total"] if "total" in state else torch.zeros(len(signal), device=signal.device)
         return {"before": signal, "total": where(computed, torch.zeros_like(total), total)}

@@ -16,7 +16,7 @@ CODEBOOKS: dict[str, tuple[tuple[float, int], ...]] = {
     "slow": ((0.08, 3), (0.16, 2), (1.0, 1)),
     "fast-100": ((0.03, 12), (0.05, 10), (0.07, 8), (0.09, 6), (0.11, 4), (1.0, 3)),
 }
-"""Published ones: for 30 steps, and for 100."""
+"""Published codebooks, for 30 steps and for 100."""
 
 
 @dataclass(frozen=True)
@@ -55,17 +55,17 @@ class Codebook(Gate):
 
     @property
     def pairs(self) -> tuple[tuple[float, int], ...]:
-        """The codebook itself."""
+        """Pairs (bound, steps) of the codebook."""
         return CODEBOOKS[self.codebook] if isinstance(self.codebook, str) else tuple(self.codebook)
 
     def score(self, state: State, signal: Tensor | None, step: Step) -> tuple[Tensor, State]:
-        """2 when the step is due, else 0: nothing is near a threshold here."""
+        """Return 2 if the step is due, else 0, so that no score is a near-tie."""
         return 2.0 * (step.index >= state["due"]), state
 
     def update(
         self, state: State, signal: Tensor | None, feedback: Tensor | None, computed: Tensor, step: Step
     ) -> State:
-        """Look up when to compute next."""
+        """Look up the next step to compute."""
         if feedback is None:
             return state
         index = torch.full((len(feedback),), step.index, device=feedback.device)
@@ -82,5 +82,5 @@ class Codebook(Gate):
     def _steps(self, change: Tensor) -> Tensor:
         bounds = torch.tensor([bound for bound, _ in self.pairs[:-1]], device=change.device)
         steps = torch.tensor([steps for _, steps in self.pairs], device=change.device)
-        # The first bound above; a change that is not a number sorts last, to the fewest steps.
+        # The first bound above the change; NaN sorts last, to the fewest steps.
         return steps[torch.bucketize(change, bounds, right=True)]

@@ -16,7 +16,7 @@ class Easy(Gate):
     """EasyCache (arXiv 2507.02860): compute where the predicted relative changes of the output have added up.
 
     Two computed steps give the rate k = mean|output change| / mean|input change|. A step's predicted change is k times
-    its input change over mean|last computed output|. It looks at nothing inside of the network, so it works on all.
+    its input change over mean|last computed output|. It reads nothing inside the network, so it works on every network.
 
     Args:
         threshold: compute from this sum on.
@@ -35,7 +35,7 @@ class Easy(Gate):
         check_threshold(self.threshold)
 
     def score(self, state: State, signal: Tensor | None, step: Step) -> tuple[Tensor, State]:
-        """The sum, this step's prediction included; infinite until there is a rate."""
+        """Return the sum with this step's prediction, over the threshold; infinite until the rate is known."""
         assert signal is not None
         change = state["rate"] * mean_abs(signal - state["before"]) / state["size"]
         total = state["total"] + change
@@ -44,7 +44,7 @@ class Easy(Gate):
     def update(
         self, state: State, signal: Tensor | None, feedback: Tensor | None, computed: Tensor, step: Step
     ) -> State:
-        """Measure the rate anew where computed, and start from 0 there."""
+        """Measure the rate of the computed units, and reset their sum to 0."""
         assert signal is not None
         if not state:
             assert feedback is not None

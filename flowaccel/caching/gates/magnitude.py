@@ -17,7 +17,7 @@ class Magnitude(Gate):
     """MagCache (NeurIPS 2025): compute where the residual's magnitude has drifted away from the last computed one.
 
     gamma(t) is the mean over the tokens of |residual(t)| / |residual(t - 1)|. While reusing, the product of the gammas
-    since the last computed step is followed, and the sum of its distances from 1 is what is compared.
+    since the last computed step is tracked, and the sum of its distances from 1 is compared with the threshold.
 
     Args:
         threshold: compute from this sum on.
@@ -43,11 +43,11 @@ class Magnitude(Gate):
 
     @property
     def feedback(self) -> str:  # type: ignore[override]
-        """What the scope caches, unless the ratios are known."""
+        """Cached feature, or none if the ratios are given."""
         return "none" if self.ratios is not None else "feature"
 
     def score(self, state: State, signal: Tensor | None, step: Step) -> tuple[Tensor, State]:
-        """The sum, this step included."""
+        """Return the sum with this step, over the threshold."""
         gamma = state["gamma"] if self.ratios is None else torch.tensor([self._ratio(step)])
         product = state["product"] * gamma
         total = state["total"] + (1 - product).abs()
@@ -56,7 +56,7 @@ class Magnitude(Gate):
     def update(
         self, state: State, signal: Tensor | None, feedback: Tensor | None, computed: Tensor, step: Step
     ) -> State:
-        """Start anew where computed, and measure the residual there unless the ratios are known."""
+        """Reset the computed units, and measure their residual unless the ratios are given."""
         ones = torch.ones(len(computed), device=None if feedback is None else feedback.device)
         state = {
             **state,
@@ -75,10 +75,10 @@ class Magnitude(Gate):
 
 
 def _measured(state: State, feature: Tensor, computed: Tensor, step: Step) -> State:
-    """Magnitudes of the tokens, and the ratio per step since the last computed one."""
+    """Return the magnitudes of the tokens, and the ratio per step since the last computed one."""
     size = magnitudes(feature)
     index = torch.full((len(size),), float(step.index), device=size.device)
-    if "size" not in state:  # one value says nothing about the next: infinite, so that the next step is computed
+    if "size" not in state:  # no ratio from one value: infinite, so that the next step is computed
         return {"size": size, "index": index, "gamma": torch.full_like(index, torch.inf)}
     steps = (index - state["index"]).clamp(min=1)
     gamma = (size / state["size"]).mean(dim=1) ** (1 / steps)
@@ -88,5 +88,5 @@ def _measured(state: State, feature: Tensor, computed: Tensor, step: Step) -> St
 
 
 def magnitudes(feature: Tensor) -> Tensor:
-    """(units, ..., width) -> (units, tokens) norms of the tokens, in float32."""
+    """Return the norms of the tokens, (units, ..., width) -> (units, tokens), in float32."""
     return torch.linalg.vector_norm(feature.flatten(1, -2), dim=-1, dtype=torch.float32).clamp(min=1e-12)

@@ -25,11 +25,11 @@ MASKS = {
 
 class _Schedule(Gate):
     def score(self, state: State, signal: Tensor | None, step: Step) -> tuple[Tensor, State]:
-        return torch.tensor([2.0 if self.computes(state, step) else 0.0]), state  # nothing is near a threshold
+        return torch.tensor([2.0 if self.computes(state, step) else 0.0]), state  # no score is a near-tie
 
     @abstractmethod
     def computes(self, state: State, step: Step) -> bool:
-        """Whether the step is computed."""
+        """Return whether the step is computed."""
 
     def update(
         self, state: State, signal: Tensor | None, feedback: Tensor | None, computed: Tensor, step: Step
@@ -39,7 +39,7 @@ class _Schedule(Gate):
 
 @dataclass(frozen=True)
 class Interval(_Schedule):
-    """Compute every `interval`-th step.
+    """Gate that computes every `interval`-th step.
 
     Args:
         interval: at least 1; 1 computes every step.
@@ -64,7 +64,7 @@ class Interval(_Schedule):
             raise ValueError(f"phase must be a whole number or None, got {self.phase!r}")
 
     def computes(self, state: State, step: Step) -> bool:
-        """Whether the step is one of them."""
+        """Return whether the step is a multiple of the interval."""
         if self.phase is not None:
             return (step.index - self.phase) % self.interval == 0
         return step.index - int(state["last"]) >= self.interval
@@ -72,7 +72,7 @@ class Interval(_Schedule):
 
 @dataclass(frozen=True)
 class Mask(_Schedule):
-    """Compute the steps that a mask names.
+    """Gate that computes the steps of a mask.
 
     Args:
         mask: one entry per step of the run, 1 or True computes; or the name of a mask, `slow`, `medium`, `fast` or
@@ -97,11 +97,11 @@ class Mask(_Schedule):
         object.__setattr__(self, "mask", tuple(int(entry) for entry in self.mask))
 
     def computes(self, state: State, step: Step) -> bool:
-        """Whether the step is one of them."""
+        """Return whether the step is in the mask."""
         return bool(self.at(step.count)[step.index])
 
     def at(self, steps: int) -> tuple[int, ...]:
-        """The mask of a run.
+        """Return the mask of a run.
 
         Raises:
             ValueError: it is a list for another number of steps.
@@ -118,7 +118,7 @@ class Mask(_Schedule):
 
 
 def _stretched(reference: Sequence[int], steps: int) -> tuple[int, ...]:
-    """As many of `steps` in proportion, computed as soon as the reference had computed that part."""
+    """Stretch a mask to `steps` steps, with the same proportion computed, and as early."""
     cumulative = [0, *torch.tensor(reference).cumsum(0).tolist()]
     stretched, done = [], 0
     for step in range(steps):

@@ -1,4 +1,4 @@
-"""The polynomials that were published for TeaCache, each with what it was fitted to and how it is meant to be used."""
+"""Published polynomials of TeaCache, each with what it was fitted to and how it is meant to be used."""
 
 from __future__ import annotations
 
@@ -14,23 +14,22 @@ class PublishedFit:
     """A published polynomial of a checkpoint."""
 
     coefficients: tuple[float, ...]
-    """Highest power first."""
+    """Coefficients of the polynomial, highest power first."""
     changes: tuple[float, float]
     """Relative changes for which the polynomial is positive and below 1.2, up to where it turns away from the data.
-    Read off the polynomial: nobody published what range was fitted."""
+    Read off the polynomial, because the fitted range was not published."""
     speedups: dict[float, float | None]
-    """Published thresholds, from the least saved to the most, with the speed-ups that were measured with them, if any
-    were."""
+    """Published thresholds in order of savings, with the measured speed-ups, if any."""
     signal: Signal = "modulated_input"
-    """What the changes are those of."""
+    """Signal whose changes the polynomial was fitted to."""
     warmup: int = 1
-    """Steps computed first."""
+    """Number of first steps that are always computed."""
     last: int = 1
-    """Steps computed last."""
+    """Number of last steps that are always computed."""
     steps: int = 50
-    """Steps of the runs that they were published for."""
+    """Number of steps of the runs that they were published for."""
     source: str
-    """Where it was published; all are under the Apache licence."""
+    """Place of publication; all are under the Apache licence."""
 
 
 _TEACACHE = "github.com/ali-vilab/TeaCache"
@@ -166,7 +165,7 @@ PUBLISHED: dict[str, PublishedFit] = {
         last=0,
     ),
 }
-"""By name, each for its very checkpoint."""
+"""Published fits by name, each for one checkpoint."""
 
 UNUSABLE: dict[str, str] = {
     "cosmos": "it was fitted to the modulated input without the positions that the blocks add to the tokens, and "
@@ -176,11 +175,11 @@ UNUSABLE: dict[str, str] = {
     "hidream": "it was fitted to the time embedding before the text is added to it, and the blocks of "
     "HiDreamImageTransformer2DModel are not known",
 }
-"""Published fits whose signal cannot be had, and why."""
+"""Published fits whose signal is not available, with the reason."""
 
 
 def options_of_fit(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return threshold and guard that belong to the published polynomial which `options` names, if they name one."""
+    """Return the threshold and guard of the published polynomial that `options` name, if they name one."""
     fit = PUBLISHED.get(str(options.get("coefficients")))
     if fit is None or {"gate", "guard"} & set(options):
         return {}

@@ -41,7 +41,7 @@ class ThirdDifference(Gate):
             raise ValueError(f"mode must be 'scalar' or 'vector', got {self.mode!r}")
 
     def score(self, state: State, signal: Tensor | None, step: Step) -> tuple[Tensor, State]:
-        """The relative third difference; infinite in the first four steps."""
+        """Return the relative third difference, over the threshold; infinite in the first four steps."""
         assert signal is not None
         state = self._moved(state, signal, step)
         if step.index < 4 or "d2" not in state:
@@ -53,14 +53,14 @@ class ThirdDifference(Gate):
     def update(
         self, state: State, signal: Tensor | None, feedback: Tensor | None, computed: Tensor, step: Step
     ) -> State:
-        """Keep the latents of the first step; later ones were kept by `score`."""
+        """Store the latents of the first step; `score` stores those of later steps."""
         assert signal is not None
         if not state:
             return {"latents": signal, "time": torch.full((len(signal),), step.time, dtype=torch.float64)}
         return state
 
     def _moved(self, state: State, signal: Tensor, step: Step) -> State:
-        """The state with the step to these latents as its newest."""
+        """Return the state after the step to these latents."""
         change = signal - state["latents"]
         if self.per_time:
             gap = (step.time - state["time"]).abs().clamp(min=1e-12).to(change)

@@ -1,4 +1,4 @@
-"""What to return instead of a value that is not computed: pure functions of where the values lie."""
+"""Predictors of values that are not computed: pure functions of the positions of the computed values."""
 
 from flowaccel.caching.predictors.adams_bashforth import AdamsBashforth as AdamsBashforth
 from flowaccel.caching.predictors.base import Predictor as Predictor
@@ -8,6 +8,6 @@ from flowaccel.caching.predictors.taylor import Hermite as Hermite
 from flowaccel.caching.predictors.taylor import Taylor as Taylor
 
 PREDICTORS: dict[str, type[Predictor]] = {kind.name: kind for kind in (Hold, Newton, Taylor, Hermite, AdamsBashforth)}
-"""By the names that recipes use."""
+"""Predictors by their names in recipes."""
 
 __all__ = ["PREDICTORS", "AdamsBashforth", "Hermite", "Hold", "Newton", "Predictor", "Taylor"]

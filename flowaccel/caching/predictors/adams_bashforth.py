@@ -29,5 +29,5 @@ class AdamsBashforth(OrderedPredictor):
     axis: ClassVar[Axis] = "step"
 
     def weights(self, times: Tensor, now: Tensor) -> Tensor:
-        """Alternating binomial coefficients right after as many steps in a row."""
+        """Return alternating binomial coefficients, of an order up to the number of consecutive steps computed."""
         return lagrange_weights(times, now)

@@ -1,4 +1,4 @@
-"""What every predictor is: weights of the computed values that stand for a value that was not computed."""
+"""Base class of predictors: weights of the computed values whose sum replaces a value that is not computed."""
 
 from __future__ import annotations
 
@@ -11,40 +11,40 @@ from torch import Tensor
 
 Axis = Literal["time", "step"]
 AXES: tuple[Axis, ...] = ("time", "step")
-"""What a predictor counts along: the scheduler's timesteps, or the steps of the run as they are numbered. On a grid
-with uneven gaps, such as a shifted one, the two differ."""
+"""Axes of a predictor: the scheduler's timesteps, or the indices of the run's steps. The two differ on a grid with
+uneven gaps, such as a shifted one."""
 
 
 @dataclass(frozen=True)
 class Predictor(ABC):
-    """Abstract base. A subclass is a frozen dataclass with a `name`, entered in `PREDICTORS`.
+    """Abstract base class of predictors. A subclass is a frozen dataclass with a `name`, entered in `PREDICTORS`.
 
     A predicted value is a weighted sum of the last computed values. Values that were themselves predicted are never
     used: extrapolation from them is unstable.
     """
 
     name: ClassVar[str]
-    """The name in recipes."""
+    """Name in recipes."""
     axis: ClassVar[Axis] = "time"
-    """Where the values lie that it is given."""
+    """Axis along which values are placed."""
 
     def place(self, step: int, timestep: float) -> float:
-        """Where a step of the run lies on the axis."""
+        """Return the position of a step of the run on the axis."""
         return float(step) if self.axis == "step" else timestep
 
     @property
     @abstractmethod
     def anchors(self) -> int:
-        """How many computed values it uses at most, at least 1."""
+        """Maximum number of computed values that the predictor uses, at least 1."""
 
     @abstractmethod
     def weights(self, times: Tensor, now: Tensor) -> Tensor:
-        """The weights of the computed values.
+        """Return the weights of the computed values.
 
         Args:
-            times: (rows, anchors) where on the axis the values were computed, newest first; at least 1 and at most
+            times: (rows, anchors) positions of the computed values on the axis, newest first; at least 1 and at most
                 `anchors` of them, distinct within a row, float64.
-            now: (rows,) the place to predict.
+            now: (rows,) the position to predict.
 
         Returns:
             (rows, anchors), each row's sum is 1.
@@ -53,7 +53,7 @@ class Predictor(ABC):
 
 @dataclass(frozen=True)
 class OrderedPredictor(Predictor):
-    """A predictor that uses one value more than its order.
+    """Predictor that uses one value more than its order.
 
     Args:
         order: 0 to 4; 0 holds.
@@ -70,13 +70,13 @@ class OrderedPredictor(Predictor):
 
     @property
     def anchors(self) -> int:
-        """`order` + 1."""
+        """Number of values, `order` + 1."""
         return self.order + 1
 
 
 @dataclass(frozen=True)
 class TimedPredictor(OrderedPredictor):
-    """A predictor of an order, along either axis.
+    """Predictor of a given order, along either axis.
 
     Args:
         order: 0 to 4; 0 holds.
@@ -95,7 +95,7 @@ class TimedPredictor(OrderedPredictor):
 
 
 def lagrange_weights(times: Tensor, now: Tensor) -> Tensor:
-    """Weights of the values in the polynomial through all of them."""
+    """Return the weights of the values in the polynomial through all of them."""
     count = times.shape[1]
     weights = torch.ones_like(times)
     for anchor in range(count):
@@ -106,15 +106,14 @@ def lagrange_weights(times: Tensor, now: Tensor) -> Tensor:
 
 
 def hold_weights(times: Tensor) -> Tensor:
-    """Weights that repeat the newest value."""
+    """Return weights that repeat the newest value."""
     weights = torch.zeros_like(times)
     weights[:, 0] = 1
     return weights
 
 
 def differences(times: Tensor) -> Tensor:
-    """Difference quotients of the newest value as weights of the values, each over the last gap only (TaylorSeer's).
-
+    """Return TaylorSeer's difference quotients of the newest value, each over the last gap, as weights of the values.
     Row i of (rows, anchors, anchors) is D_i with D_0 = f and D_i = (D_{i-1} now - D_{i-1} before) / last gap, which
     is the i-th derivative in the unit of the mean gap only where all gaps are alike.
     """

@@ -1,4 +1,4 @@
-"""Hold: the last computed value again."""
+"""Predictor that repeats the last computed value."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from flowaccel.caching.predictors.base import Predictor, hold_weights
 
 @dataclass(frozen=True)
 class Hold(Predictor):
-    """Repeat the last computed value."""
+    """Predictor that repeats the last computed value."""
 
     name: ClassVar[str] = "hold"
 
     @property
     def anchors(self) -> int:
-        """One."""
+        """Number of values, 1."""
         return 1
 
     def weights(self, times: Tensor, now: Tensor) -> Tensor:
-        """One for the newest value."""
+        """Return weight 1 for the newest value."""
         return hold_weights(times)

@@ -1,4 +1,4 @@
-"""Newton: the polynomial through the last computed values, where they truly lie."""
+"""Newton's predictor: the polynomial through the last computed values at their true positions."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Newton(TimedPredictor):
             raise ValueError(f"reach must be above 0, or None, got {self.reach!r}")
 
     def weights(self, times: Tensor, now: Tensor) -> Tensor:
-        """Lagrange's form of the same polynomial, which has the values' weights for its coefficients."""
+        """Return the Lagrange weights of the same polynomial."""
         count = times.shape[1]
         weights = lagrange_weights(times, now)
         if self.reach is None or count == 1:

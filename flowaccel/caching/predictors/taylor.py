@@ -1,4 +1,4 @@
-"""The forecasts of TaylorSeer and HiCache as published: derivatives over the last gap only."""
+"""Forecasts of TaylorSeer and HiCache as published: derivatives over the last gap only."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Taylor(TimedPredictor):
     name: ClassVar[str] = "taylor"
 
     def weights(self, times: Tensor, now: Tensor) -> Tensor:
-        """The series, sorted by values."""
+        """Return the weights of the values in the series."""
         distance = now - times[:, 0]
         terms = torch.stack([distance**i / math.factorial(i) for i in range(times.shape[1])], dim=1)
         return (terms[:, :, None] * differences(times)).sum(dim=1)
@@ -64,7 +64,7 @@ class Hermite(TimedPredictor):
             raise ValueError(f"scale must be above 0, got {self.scale!r}")
 
     def weights(self, times: Tensor, now: Tensor) -> Tensor:
-        """The series, sorted by values."""
+        """Return the weights of the values in the series."""
         count = times.shape[1]
         gap = times[:, 0] - times[:, 1] if count > 1 else torch.ones_like(now)
         distance = (now - times[:, 0]) / gap

@@ -1,4 +1,4 @@
-"""The published training-free caches as points of gate x scope x predictor x guard, one file each."""
+"""Published training-free caches as combinations of gate, scope, predictor and guard, one file each."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class CachePreset:
-    """A published method, as plain data: its parts look as they do in a recipe's JSON.
+    """A published method as plain data; its parts are in the JSON form of recipes.
 
     Args:
-        name: the one that `accelerate` and recipes take.
+        name: the name in `accelerate` and recipes.
         summary: its rule in a sentence.
         source: where it was published.
         avoid: when not to use it.
@@ -44,16 +44,16 @@ class CachePreset:
 
     @property
     def cache(self) -> FeatureCache:
-        """The rule with its default numbers, deciding per image."""
+        """The cache with its default options, deciding per image."""
         return self._made({})
 
     @property
     def as_published(self) -> FeatureCache:
-        """The rule as published, see `parity`."""
+        """The cache as published; see `parity`."""
         return self._made({"decide": "batch", **self.parity})
 
     def _made(self, changes: Mapping[str, Any]) -> FeatureCache:
-        from flowaccel.caching.feature_cache import cache_from_data  # torch is not needed to list presets
+        from flowaccel.caching.feature_cache import cache_from_data  # lazily: listing presets needs no torch
 
         parts = {part: getattr(self, part) for part in ("gate", "scope", "predictor", "guard")}
         return cache_from_data({**parts, **changes}, self.name)
@@ -62,4 +62,4 @@ class CachePreset:
 CACHE_PRESETS: dict[str, CachePreset] = {
     found.name: importlib.import_module(f"{__name__}.{found.name}").PRESET for found in pkgutil.iter_modules(__path__)
 }
-"""By name."""
+"""Presets by name."""

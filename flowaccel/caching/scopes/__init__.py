@@ -1,4 +1,4 @@
-"""The machinery behind `FeatureCache`: who computes, what is remembered, and how a scope is surrounded."""
+"""Runtimes of `FeatureCache`, one for each scope."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from flowaccel.caching.scopes.stack import StackCache
 
 
 def cache_of(rules: Rules, scope: Scope) -> Cache:
-    """The running cache of a scope."""
+    """Return the runtime of a cache for a scope."""
     if isinstance(scope, Output):
         return OutputCache(rules, scope)
     return ModuleCache(rules, scope) if isinstance(scope, Module) else StackCache(rules, scope)

@@ -1,4 +1,4 @@
-"""What is stood in for when a step is not computed."""
+"""Scopes: the part of the network that is replaced when a step is not computed."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import ClassVar
 
 @dataclass(frozen=True)
 class Output:
-    """The output of the whole network; the network is not called at all.
+    """Output of the whole network, which is not called at all.
 
     Args:
         residual: cache the output minus the input and add it to the present input (EasyCache), where both have one
@@ -22,7 +22,7 @@ class Output:
 
 @dataclass(frozen=True)
 class Stack:
-    """What all blocks together add to the tokens, but for the blocks that the gate runs first.
+    """Sum of what all blocks add to the tokens, except for the blocks that the gate runs first.
 
     Embedding, gate, and the network's final layer still run.
     """
@@ -31,22 +31,22 @@ class Stack:
 
     @property
     def front(self) -> int:
-        """None."""
+        """Number of blocks at the front that always run, 0."""
         return 0
 
     @property
     def back(self) -> int:
-        """None."""
+        """Number of blocks at the back that always run, 0."""
         return 0
 
 
 @dataclass(frozen=True)
 class Range:
-    """What the middle blocks together add to the tokens; the others always run.
+    """Sum of what the middle blocks add to the tokens; the others always run.
 
     Args:
-        front: blocks that run before; those of the gate count.
-        back: blocks that run after.
+        front: number of blocks that run before, including those of the gate.
+        back: number of blocks that run after.
 
     Raises:
         ValueError: a number below 0.
@@ -66,9 +66,9 @@ class Range:
 
 @dataclass(frozen=True)
 class Module:
-    """The output of every attention and feed-forward module of every block; norms, modulation and gates still run.
+    """Output of every attention and feed-forward module of every block; norms, modulation and gates still run.
 
-    It holds about two tensors per block, branch and value of the predictor: for long videos that does not fit.
+    It holds about two tensors per block, branch and value of the predictor: too much memory for long videos.
 
     Args:
         attention: cache attention modules.
@@ -90,13 +90,13 @@ class Module:
 
 Scope = Output | Stack | Range | Module
 SCOPES: dict[str, type[Scope]] = {kind.name: kind for kind in (Output, Stack, Range, Module)}
-"""By the names that recipes use."""
+"""Scopes by their names in recipes."""
 
 
 def middle(scope: Stack | Range, probe: int, count: int) -> tuple[int, int]:
-    """First block and end of what is reused among `count` blocks, where a gate runs `probe` blocks first.
+    """Return the first block and the end of the reused range among `count` blocks, if a gate runs `probe` blocks first.
 
-    In a shallow network both ends give way, the back first, so that one block is left to reuse.
+    In a shallow network both ends shrink, the back first, so that one block is left to reuse.
     """
     front = min(max(scope.front, probe), count - 1)
     return front, count - min(scope.back, count - 1 - front)

@@ -1,4 +1,4 @@
-"""The scope `module`: the outputs of attention and feed-forward modules are forecast one by one."""
+"""Scope `module`: the outputs of attention and feed-forward modules are predicted one by one."""
 
 from __future__ import annotations
 
@@ -20,26 +20,26 @@ logger = logging.getLogger(__name__)
 
 
 class ModuleCache(Cache):
-    """Forecasts of the outputs of modules within the blocks.
+    """Cache of the outputs of modules within the blocks.
 
-    Where only some rows are computed the modules run for all, and the others take their forecast.
+    If only some rows are computed, the modules run for all rows, and the others take their prediction.
     """
 
     def __init__(self, rules: Rules, scope: Module) -> None:
         super().__init__(rules)
         self._kinds = (ATTENTION if scope.attention else ()) + (FEED_FORWARD if scope.feed_forward else ())
         self._moment: Moment | None = None
-        self._calls: Counter[str] = Counter()  # of every module in this network call
+        self._calls: Counter[str] = Counter()  # number of calls per module in this network call
         self._said = False
         self._bare: dict[str, bool] = {}  # by path, whether the module returns a tensor rather than a tuple of them
 
     def attach(self, session: Session) -> Callable[[], None]:
-        """Surround network calls and modules."""
+        """Wrap network calls and modules."""
         removers = [session.on_module(self._around_module, self._kinds), super().attach(session)]
         return lambda: [remove() for remove in removers].clear()
 
     def run(self, proceed: Proceed, moment: Moment) -> Any:
-        """Call the network; `_around_module` does the rest."""
+        """Call the network with wrapped modules."""
         outer, self._moment = self._moment, moment
         self._calls.clear()
         try:
@@ -77,10 +77,10 @@ class ModuleCache(Cache):
         return _like(self._bare[key], tuple(map(_merged, forecast, chosen, [rows] * len(chosen))))
 
     def _as_value(self, output: Any, call: Call, path: str) -> Value:
-        """What a module returned, in the rows of the call.
+        """Return a module's output as a value with the rows of the call.
 
         Raises:
-            UnsupportedModelError: no tensors, or tensors that rows cannot be told in although rows decide.
+            UnsupportedModelError: no tensors, or tensors without a rows axis although rows decide.
         """
         value = output if isinstance(output, tuple) else (output,)
         if not all(isinstance(tensor, Tensor | None) for tensor in value):

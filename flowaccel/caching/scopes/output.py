@@ -1,4 +1,4 @@
-"""The scope `output`: the network is not called at all."""
+"""Scope `output`: the network is not called at all."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ WHAT = "a cache of outputs"
 
 
 class OutputCache(Cache):
-    """Forecasts of the network's output."""
+    """Cache of the network's output."""
 
     def __init__(self, rules: Rules, scope: Output) -> None:
         super().__init__(rules)
@@ -59,7 +59,7 @@ class OutputCache(Cache):
     def _shifted(
         self, moment: Moment, outputs: tuple[Tensor, ...], sign: int, rows: Tensor | None = None
     ) -> tuple[Tensor, ...]:
-        """The outputs with the input added or taken away from the first, where residuals are cached."""
+        """Return the outputs with the input added to or subtracted from the first, if residuals are cached."""
         sample, output = moment.call.sample, outputs[0]
         if not self._residual or not isinstance(sample, Tensor) or sample.shape[1:] != output.shape[1:]:
             return outputs
@@ -68,5 +68,5 @@ class OutputCache(Cache):
 
 
 def _all(value: Value) -> tuple[Tensor, ...]:
-    """Every output; none is ever missing here."""
+    """Return every output; the scope `output` caches no None."""
     return tuple(tensor for tensor in value if tensor is not None)

@@ -1,4 +1,4 @@
-"""The scopes `stack` and `range`: blocks one after the other are left out, and what they would add is forecast."""
+"""Scopes `stack` and `range`: consecutive blocks are skipped, and what they would add is predicted."""
 
 from __future__ import annotations
 
@@ -27,23 +27,23 @@ from flowaccel.hooks import (
 )
 
 Tokens = tuple[Tensor, Tensor | None]
-"""(rows, tokens, width) of the image, and of the text where the blocks carry it."""
+"""Image tokens (rows, tokens, width), and text tokens if the blocks carry them."""
 
 
 class StackCache(Cache):
-    """Forecasts of what the blocks between two ends add to the tokens."""
+    """Cache of what the blocks in a range add to the tokens."""
 
     def __init__(self, rules: Rules, scope: Stack | Range) -> None:
         super().__init__(rules)
         self._scope = scope
         self._pass: _Pass | None = None
-        self._proved: WeakSet[nn.Module] = WeakSet()  # networks that make the same of tokens that are handed on
+        self._proved: WeakSet[nn.Module] = WeakSet()  # networks that passed `_prove`
 
     def attach(self, session: Session) -> Callable[[], None]:
-        """Surround network calls and blocks.
+        """Wrap network calls and blocks.
 
         Raises:
-            UnsupportedModelError: the gate reads what is not known of a network.
+            UnsupportedModelError: the gate reads a time signal that is not known for a network.
         """
         if self.rules.gate.signal in TIME_SIGNALS:
             for network in networks(session.pipe).values():
@@ -52,7 +52,7 @@ class StackCache(Cache):
         return lambda: [remove() for remove in removers].clear()
 
     def run(self, proceed: Proceed, moment: Moment) -> Any:
-        """Call the network; `_around_block` does the rest."""
+        """Call the network with wrapped blocks."""
         proved = not moment.call.family.derived or moment.call.module in self._proved
         outer, self._pass = self._pass, _Pass(moment, self._scope)
         signal = self.rules.gate.signal
@@ -69,8 +69,9 @@ class StackCache(Cache):
         return output
 
     def _prove(self, proceed: Proceed, passed: _Pass, expected: tuple[Tensor, ...]) -> None:
-        """Call a network whose row was derived once more, leaving the blocks out: what they made in this very call is
-        handed on in their place, and so the output must be the same.
+        """Check a derived family by calling the network again with the blocks skipped.
+
+        The tokens that the blocks returned in this call replace them, so the output must be the same.
         """
         call = passed.moment.call
         passed.replays = True
@@ -89,23 +90,23 @@ class StackCache(Cache):
 
 
 class _Pass:
-    """One network call on its way through the blocks."""
+    """State of one network call on its way through the blocks."""
 
     def __init__(self, moment: Moment, scope: Stack | Range) -> None:
         self.moment, self._scope = moment, scope
-        self.left: Tokens | None = None  # tokens after the last block that can be left out, where all rows computed
-        self.replays = False  # whether `left` is handed on in the place of the blocks
-        self._ends = (0, 0)  # first block and end of what is reused
-        self._text = 0  # tokens of the text, which joined blocks hold first
+        self.left: Tokens | None = None  # tokens after the reused range, if all rows were computed
+        self.replays = False  # whether `left` replaces the blocks
+        self._ends = (0, 0)  # first block and end of the reused range
+        self._text = 0  # number of text tokens, which come first in joined blocks
         self._entry: Tensor | None = None  # image tokens before the first block
-        self._before: Tokens | None = None  # tokens where the reuse begins
-        self._standing: dict[BlockList, Any] = {}  # what is handed on in the place of a list's blocks
-        self._rows: Tensor | None = None  # those that are computed, on the network's device
-        self._gathered = False  # whether the blocks run for these alone
+        self._before: Tokens | None = None  # tokens at the start of the reused range
+        self._standing: dict[BlockList, Any] = {}  # replacements of the outputs of a list's blocks
+        self._rows: Tensor | None = None  # rows that are computed, on the network's device
+        self._gathered = False  # whether the blocks run for these rows only
         self.time_signal: Callable[[Block], Tensor] | None = None
 
     def block(self, proceed: Proceed, block: Block) -> Any:
-        """Run, leave out or stand in for one block."""
+        """Run, skip or replace one block."""
         if self.replays:
             assert self.left is not None
             return self._packed(block, self.left) if self._ends[0] <= block.index < self._ends[1] else proceed()
@@ -179,7 +180,7 @@ class _Pass:
         return image + added_image, text if text is None or added_text is None else text + added_text
 
     def _leave(self, block: Block, output: Any) -> Any:
-        """Put away what the blocks added, and give the rows that were not computed their forecast."""
+        """Store what the blocks added, and set the rows that were not computed to their prediction."""
         assert self._before is not None and self._rows is not None
         moment, rows = self.moment, self._rows
         found = self._tokens(block, *block.unpack(output))
@@ -205,7 +206,7 @@ class _Pass:
             self.moment.give_back(feature)
 
     def _show_middle(self, block: Block, output: Any, rows: Tensor | None) -> None:
-        """Let the gate see the residual of the middle block."""
+        """Pass the residual of the middle block to the gate."""
         if self.moment.rules.gate.feedback != "middle_block" or block.index != block.count // 2:
             return
         after = self._tokens(block, *block.unpack(output))[0]
