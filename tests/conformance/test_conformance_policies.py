@@ -117,12 +117,12 @@ def test_what_this_file_switches_on_does_something(case: Case) -> None:
     made, (paths, calls), runs = *fresh(case.name, "policy"), report(pipe).calls
     assert len(set(map(len, paths))) > 1
     assert {ran for path in paths for _, ran, _ in path} == {True, False}
-    assert {level for sparsity, _, _ in calls for level in sparsity} == {0, 1, 2}
-    assert any(done < full for _, _, (done, full) in calls)
+    assert {level for per_image, *_ in calls for level in per_image} == {0, 1, 2}
+    assert any(done < full for *_, done, full in calls)
     assert all(ran or not level for run in runs for ran, level in zip(run.computed, levels(run), strict=True))
     assert not torch.allclose(made, untouched(case.name), atol=1e-4)
     made, (_, calls) = fresh(case.name, "sparse")
-    assert all(done < full for _, _, (done, full) in calls)
+    assert all(done < full for *_, done, full in calls)
     assert not torch.allclose(made, untouched(case.name), atol=1e-4)
 
 
