@@ -350,6 +350,7 @@ def test_restore_after_a_failed_detach_still_undoes_the_rest() -> None:
 
     class Failing(VelocityRefiner):
         name = "failing"
+        tags = frozenset({"hook"})  # not those of a refiner, which needs R steps
 
         def attach(self, pipe: Any) -> Any:
             return lambda: 1 / 0
