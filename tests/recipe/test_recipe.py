@@ -238,8 +238,11 @@ def test_a_fresh_process_makes_the_same_image(tmp_path: Path, process: Process) 
         expected = image(pipe)
     arguments = [str(tmp_path / name) for name in ("pipe", "recipe", "image.pt")]
     process("-c", FRESH, *arguments, cwd=tmp_path)
-    assert torch.equal(expected, torch.load(arguments[-1], weights_only=True))
-    assert not torch.equal(expected, image(pipe))
+    found = torch.load(arguments[-1], weights_only=True)
+    assert torch.allclose(
+        expected, found, rtol=0, atol=1e-6
+    )  # what other tests set in this process can round otherwise
+    assert not torch.allclose(expected, image(pipe), rtol=0, atol=1e-3)
 
 
 def written(folder: Path, data: Any) -> Path:
