@@ -3,9 +3,9 @@
 from flowaccel.evaluation.baselines.baselines import Baseline as Baseline
 from flowaccel.evaluation.baselines.baselines import parse_baseline as parse_baseline
 from flowaccel.evaluation.compare import compare_rows as compare_rows
-from flowaccel.evaluation.features.extractors import FeatureNetwork as FeatureNetwork
 from flowaccel.evaluation.features.extractors import load_features as load_features
 from flowaccel.evaluation.features.extractors import load_reference as load_reference
+from flowaccel.evaluation.features.network import FeatureNetwork as FeatureNetwork
 from flowaccel.evaluation.features.statistics import load_statistics as load_statistics
 from flowaccel.evaluation.features.statistics import save_statistics as save_statistics
 from flowaccel.evaluation.metrics.frechet import Moments as Moments

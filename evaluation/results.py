@@ -6,7 +6,6 @@ are required; keys that do not apply are absent, never null. Keys that are not l
 
 from __future__ import annotations
 
-import difflib
 import json
 import math
 import os
@@ -14,6 +13,8 @@ import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypedDict, cast, get_args, get_origin, get_type_hints, is_typeddict
+
+from flowaccel.errors import did_you_mean
 
 SCHEMA_VERSION = 1
 """Goes up when a key changes its meaning or a required key is added; files of another version are refused."""
@@ -220,9 +221,7 @@ def row(results: Results, name: str) -> Row:
     rows = {entry["recipe"]: entry for entry in results["rows"]}
     if name in rows:
         return rows[name]
-    close = difflib.get_close_matches(name, rows, n=1)
-    hint = f" Did you mean {close[0]!r}?" if close else ""
-    raise ValueError(f"no row called {name!r}.{hint} Rows: {', '.join(rows)}")
+    raise ValueError(f"no row called {name!r}: {did_you_mean(name, rows)}rows are {', '.join(rows)}")
 
 
 def _shape_problems(value: Any, kind: Any, path: str) -> Iterator[str]:

@@ -23,13 +23,8 @@ from flowaccel import Recipe, accelerated, is_accelerated
 from flowaccel.data import AttributeSet
 from flowaccel.evaluation.baselines.baselines import NATIVE, calibrated, calibrated_to, check_native, native
 from flowaccel.evaluation.baselines.subprocess_worker import REMARK, OwnProcess, carried_over, loaded_from
-from flowaccel.evaluation.features.extractors import (
-    FeatureNetwork,
-    check_reference,
-    fingerprint,
-    load_features,
-    load_reference,
-)
+from flowaccel.evaluation.features.extractors import check_reference, fingerprint, load_features, load_reference
+from flowaccel.evaluation.features.network import FeatureNetwork
 from flowaccel.evaluation.features.statistics import is_statistics
 from flowaccel.evaluation.metrics.attributes import attribute_match, load_attributes
 from flowaccel.evaluation.metrics.clip_score import load_clip, text_match, warn_of_cut_prompts

@@ -51,8 +51,7 @@ def load_pipeline(
     """
     if None not in (dtype, torch_dtype) and dtype != torch_dtype:
         raise ValueError(f"dtype is {dtype} and torch_dtype is {torch_dtype}; give one of them")
-    if str(path).startswith(zoo.PREFIX):
-        path = zoo.folder(str(path))
+    path = zoo.located(path)
     folder = Path(path)
     if folder.exists() and not (folder / "model_index.json").is_file():
         raise WeightsNotFoundError(f"{path} is not a pipeline: it has no model_index.json")

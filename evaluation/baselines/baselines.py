@@ -7,7 +7,6 @@ name, which runs in a process of its own (`own_process`). They are measured as t
 from __future__ import annotations
 
 import contextlib
-import difflib
 import io
 import json
 import math
@@ -22,7 +21,7 @@ import diffusers
 import torch
 from torch import nn
 
-from flowaccel.errors import MissingExtraError, UnsupportedModelError
+from flowaccel.errors import MissingExtraError, UnsupportedModelError, did_you_mean
 from flowaccel.evaluation.timing.cost import replaced_method
 
 NATIVE, CACHE_DIT = "native", "cache-dit"
@@ -184,10 +183,9 @@ def parse_baseline(text: str) -> Baseline:
     method = next((name for name in OPTIONS if text == name or text.startswith(f"{name}:")), None)
     if method is None:
         known = ", ".join(OPTIONS)
-        close = difflib.get_close_matches(":".join(text.split(":")[:2]), OPTIONS, n=1)
-        hint = f" Did you mean {close[0]}?" if close else ""
+        hint = did_you_mean(":".join(text.split(":")[:2]), OPTIONS)
         raise ValueError(
-            f"unknown baseline {text!r}.{hint} There are {known}, with options as in native:fbc:threshold=0.1"
+            f"unknown baseline {text!r}: {hint}there are {known}, with options as in native:fbc:threshold=0.1"
         )
     rest = text[len(method) + 1 :]
     given: dict[str, str] = {}

@@ -6,19 +6,17 @@ import json
 import zipfile
 import zlib
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
+from flowaccel.evaluation.features.network import FeatureNetwork
 from flowaccel.evaluation.metrics.frechet import Moments
 from flowaccel.evaluation.metrics.table import ReferenceSet
 from flowaccel.evaluation.samples.store import write_atomically
-
-if TYPE_CHECKING:
-    from flowaccel.evaluation.features.extractors import FeatureNetwork
 
 _FORMAT = "flowaccel-statistics-1"
 _LARGEST = 8 * 20_000**2 + 1000

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from flowaccel import zoo
 from flowaccel.data import ATTRIBUTE_SETS, AttributeSet
-from flowaccel.evaluation.features.extractors import FeatureNetwork
+from flowaccel.evaluation.features.network import FeatureNetwork
 from flowaccel.evaluation.metrics.table import AttributeMatch
 
 

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from flowaccel.evaluation.features.extractors import FeatureNetwork, load_features
+from flowaccel.evaluation.features.extractors import load_features
+from flowaccel.evaluation.features.network import FeatureNetwork
 from flowaccel.evaluation.metrics.table import TextMatch
 from flowaccel.evaluation.samples.prompt_lengths import token_counts
 

@@ -9,7 +9,6 @@ than either value, and claims rest on it (`versus`, `difference`). The reference
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Mapping, Sequence, Sized
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -17,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flowaccel.errors import did_you_mean
 from flowaccel.evaluation.metrics.bootstrap import ci95, resample_counts, resample_indices, stderr
 from flowaccel.evaluation.metrics.frechet import Moments, frechet_distance, frechet_infinity, warn_if_rank_deficient
 from flowaccel.evaluation.metrics.kid import kernel_distance_resampled
@@ -558,6 +558,4 @@ def _check_counts(rows: Sequence[RowSamples]) -> None:
 def _known(name: str, known: Sequence[str], what: str) -> str:
     if name in known:
         return name
-    near = difflib.get_close_matches(name, known, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else ";"
-    raise ValueError(f"unknown {what} {name!r}{hint} Known are: {', '.join(known)}")
+    raise ValueError(f"unknown {what} {name!r}; {did_you_mean(name, known)}known are: {', '.join(known)}")

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import json
 from collections.abc import Mapping
 from typing import Any
+
+from flowaccel.errors import did_you_mean
 
 _CONDITIONS = "use --prompts or --classes (conditions=)"
 _SEED = "use --seed (seed=)"
@@ -64,6 +65,5 @@ def check_arguments(pipe: Any, arguments: Mapping[str, Any]) -> None:
 def unknown_argument(pipe: Any, name: str, spelled: str) -> ValueError:
     """Return the error for an argument that a pipeline call does not take; `spelled` is how the user gave it."""
     known = [parameter for parameter in parameters(pipe) if parameter != "self"]
-    near = difflib.get_close_matches(name, known, n=1)
-    hint = f"did you mean {near[0]!r}? " if near else ""
+    hint = did_you_mean(name, known)
     return ValueError(f"{type(pipe).__name__} does not take {spelled}; {hint}its arguments are {', '.join(known)}")

@@ -86,8 +86,12 @@ def claimed(folder: Path, world: World) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as held:
         if world.first:
-            for path in {folder / LOCK, *folder.glob(f"{LOCK}-*")}:
-                _hold(path, held)
+            _hold(folder / LOCK, held)
+            with (
+                contextlib.ExitStack() as found
+            ):  # of processes that a killed run left, or that go on without their first
+                for path in folder.glob(f"{LOCK}-*"):
+                    _hold(path, found)
             (folder / LOCK).write_text(f"process {os.getpid()} on {platform.node()}")
         world.wait()
         if not world.first:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -64,6 +64,6 @@ def options(
     """Makes diffusers flow and diffusion pipelines faster, and proves it."""
 
 
-def main() -> Any:
+def main() -> None:
     """Run the console script."""
     app()

@@ -28,10 +28,10 @@ from flowaccel.cli.common import (
     say,
 )
 from flowaccel.cli.generate import call_arguments, parse_conditions
-from flowaccel.cli.loading import PromptsOption, open_pipeline, open_recipe, resolve_device
+from flowaccel.cli.loading import PromptsOption, open_pipeline, resolve_device
 from flowaccel.methods.grids.fit import calibrate_grid
 from flowaccel.methods.grids.search import GRID_METHODS, METRICS
-from flowaccel.recipe import Recipe, registry
+from flowaccel.recipe import Recipe, registry, resolve
 from flowaccel.recipe.calibration import Calibration, GridCalibration
 from flowaccel.recipe.sampler import Sampler
 from flowaccel.training.sampling import Sampling
@@ -133,7 +133,7 @@ def calibrate(
         _check_kind(method, steps, given)
         pipeline = open_pipeline(pipe, resolve_device(device), dtype)
         pipeline.set_progress_bar_config(disable=True)
-        base = Recipe() if recipe is None else open_recipe(recipe)
+        base = Recipe() if recipe is None else resolve(recipe)
         conditions = parse_conditions(pipeline, classes, prompt, prompts)
         sampling = Sampling(
             conditions=conditions,

@@ -20,8 +20,9 @@ from flowaccel.cli.common import (
     say,
 )
 from flowaccel.cli.evaluate import default_protocol, show
-from flowaccel.cli.loading import open_pipeline, open_recipe
+from flowaccel.cli.loading import open_pipeline
 from flowaccel.evaluation import evaluate as run_evaluation
+from flowaccel.recipe import resolve
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,5 +104,5 @@ def demo(
         folder = output_folder(out, "demo")
         say(f"{chosen.pipe}: {protocol.num_samples} images a row, a demo-sized sample{chosen.remark}.")
         with progress() as notify:
-            results = run_evaluation(pipeline, [open_recipe(name) for name in chosen.recipes], protocol, folder, notify)
+            results = run_evaluation(pipeline, [resolve(name) for name in chosen.recipes], protocol, folder, notify)
         emit(results, as_json, lambda: show(results, folder))

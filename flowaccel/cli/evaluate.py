@@ -26,19 +26,12 @@ from flowaccel.cli.common import (
     say,
 )
 from flowaccel.cli.generate import free_arguments, parse_conditions
-from flowaccel.cli.loading import (
-    PromptsOption,
-    launched,
-    open_pipeline,
-    open_recipe,
-    own_modules,
-    saved_with,
-    zoo_entry,
-)
+from flowaccel.cli.loading import PromptsOption, launched, open_pipeline, own_modules, saved_with, zoo_entry
 from flowaccel.errors import UnnamedCodeError
 from flowaccel.evaluation import DEFAULT_METRICS, Protocol, Results, console_table, set_attention
 from flowaccel.evaluation import evaluate as run_evaluation
 from flowaccel.evaluation.features.extractors import runs_code
+from flowaccel.recipe import resolve
 
 
 def evaluate(
@@ -132,7 +125,7 @@ def evaluate(
             say(f"only the first {num_samples} of {len(protocol.conditions)} prompts or classes are sampled for")
         folder = output_folder(out, "evaluate")
         saved = None if recipe else saved_with(pipe)
-        recipes = [open_recipe(name) for name in recipe or ()] + ([saved] if saved else [])
+        recipes = [resolve(name) for name in recipe or ()] + ([saved] if saved else [])
         with progress() as notify:
             results = run_evaluation(pipeline, recipes, protocol, folder, notify)
         emit(results, as_json, lambda: show(results, folder))

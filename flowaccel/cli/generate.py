@@ -27,7 +27,7 @@ from flowaccel.cli.common import (
     progress,
     say,
 )
-from flowaccel.cli.loading import PromptsOption, launched, open_pipeline, open_recipe, saved_with, zoo_entry
+from flowaccel.cli.loading import PromptsOption, launched, open_pipeline, saved_with, zoo_entry
 from flowaccel.cli.video import save_video, video_suffix
 from flowaccel.data import PROMPT_SETS
 from flowaccel.evaluation import Classes, Conditions, Prompts, sample_generator, set_attention
@@ -35,7 +35,7 @@ from flowaccel.evaluation.samples.call_arguments import check_arguments, paramet
 from flowaccel.evaluation.samples.finite import check_samples
 from flowaccel.evaluation.samples.processes import processes
 from flowaccel.evaluation.samples.prompt_lengths import too_long
-from flowaccel.recipe import Recipe, accelerate
+from flowaccel.recipe import Recipe, accelerate, resolve
 from flowaccel.recipe import report as last_report
 
 FPS = 16  # for videos of pipelines that do not say how fast theirs are
@@ -87,7 +87,7 @@ def generate(
         pipeline = open_pipeline(pipe, own_device, dtype)
         conditions = parse_conditions(pipeline, classes, prompt, prompts)
         count = num_images or len(conditions)
-        chosen = saved_with(pipe) if recipe is None else open_recipe(recipe)
+        chosen = saved_with(pipe) if recipe is None else resolve(recipe)
         arguments = call_arguments(
             pipeline,
             pipe,

@@ -31,10 +31,6 @@ def lazy_group(references: Callable[[], Mapping[str, str]]) -> type[TyperGroup]:
             for name, reference in self.references.items():
                 self.add_command(TyperCommand(name, help=summary_of(reference)))
 
-        def list_commands(self, ctx: Any) -> list[str]:
-            """Return the names in the order of the table."""
-            return list(self.commands)
-
         def resolve_command(self, ctx: Any, args: list[str]) -> Any:
             """Return the command itself."""
             name, command, rest = super().resolve_command(ctx, args)

@@ -18,7 +18,7 @@ from flowaccel.cli.common import say
 from flowaccel.data import PROMPT_SETS
 from flowaccel.evaluation.features.extractors import module_of
 from flowaccel.pipelines import load_pipeline
-from flowaccel.recipe import Recipe, resolve, saved_recipe
+from flowaccel.recipe import Recipe, saved_recipe
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -66,11 +66,6 @@ def open_pipeline(name: str, device: str = "cpu", dtype: str = "float32") -> Any
 def zoo_entry(name: str) -> zoo.Entry | None:
     """Return the zoo's entry of PIPE, or None if it is not from the zoo."""
     return zoo.entry(name) if name.startswith(zoo.PREFIX) else None
-
-
-def open_recipe(name: str) -> Recipe:
-    """Load a recipe by preset name, file, folder, Hub id or zoo:NAME, or several of these joined by `+`."""
-    return resolve(name)
 
 
 def saved_with(name: str) -> Recipe | None:

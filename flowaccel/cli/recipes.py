@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from flowaccel import recipe
 from flowaccel.cli.common import JsonOption, emit, friendly_errors
 from flowaccel.recipe import PRESETS
 from flowaccel.recipe.compatibility import RULES
@@ -29,9 +30,7 @@ def recipes(
         if rules and name is not None:
             raise ValueError(f"give a recipe or --rules, not both; got {name!r}")
         if name is not None:
-            from flowaccel.cli.loading import open_recipe  # the lists need no torch
-
-            found = open_recipe(name).to_dict()
+            found = recipe.resolve(name).to_dict()
             emit(found, as_json, lambda: Console().print_json(data=found))
         elif rules:
             rows = {str(rule): rule.reason for rule in RULES}

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from flowaccel.models.clone import twin
 
 
-class VariantMixin:
+class VariantMixin:  # no ABC: stock networks become variants by __class__, for which the layouts must be alike
     """Mixin for a variant of a stock network, whose constructor takes one more argument.
 
     A subclass defines the `argument`, its conversion (`settings_of`) and what is built from it (`install`); its other

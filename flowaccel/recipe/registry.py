@@ -57,7 +57,8 @@ class Method:
         networks: classes of the networks that it saves, by class name.
         former: names that JSON of earlier releases holds; each refers to a function that turns such an entry (a dict)
             into a current one.
-        fit: methods of `flowaccel calibrate`, by name; each refers to an object with `calibrate`.
+        fit: methods of `flowaccel calibrate`, by name; a `Calibrator` for a cache,
+            or the function that makes a recipe.
         train: sub-commands of `flowaccel train`, by name; each refers to a typer command.
         commands: further commands of `flowaccel`, by name.
     """

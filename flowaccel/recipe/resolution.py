@@ -128,6 +128,5 @@ def saved_recipe(path_or_id: str | Path, **hub: Any) -> Recipe | None:
     Raises:
         ValueError, FileNotFoundError: there is one, and it cannot be read; or the Hub cannot be asked.
     """
-    if str(path_or_id).startswith(zoo.PREFIX):
-        path_or_id = zoo.folder(str(path_or_id))
+    path_or_id = zoo.located(path_or_id)
     return Recipe.from_pretrained(path_or_id, **hub) if holds_recipe(path_or_id, **hub) else None

@@ -162,6 +162,11 @@ def folder(name: str) -> Path:
     return found.folder
 
 
+def located(name: str | Path) -> str | Path:
+    """Return the folder of `zoo:NAME`, and any other name as it is; raises as `folder`."""
+    return folder(str(name)) if str(name).startswith(PREFIX) else name
+
+
 def recipe_folder(name: str) -> Path:
     """Return the folder of a recipe of the zoo.
 

@@ -498,7 +498,7 @@ def test_compare(saved: str) -> None:
     assert "class_accuracy" in table
     assert "rel_l2" not in table
     assert f"seconds of {FLOWTURBO} / seconds of baseline:" in " ".join(table.split())
-    assert "no row called 'basline'. Did you mean 'baseline'?" in fails(
+    assert "no row called 'basline': did you mean 'baseline'?" in fails(
         "compare", "run", "--a", FLOWTURBO, "--b", "basline"
     )
     assert "no result file at" in fails("compare", "nowhere", "--a", "x", "--b", "y")

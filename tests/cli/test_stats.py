@@ -134,7 +134,7 @@ def test_export_npz() -> None:
     with np.load("samples.npz") as file:
         expected = SampleStore(Path("run/rows/euler@2")).read(range(8)).permute(0, 2, 3, 1)
         np.testing.assert_array_equal(file["arr_0"], expected.numpy())
-    assert "no row called 'euler@3'. Did you mean 'euler@2'?" in fails(
+    assert "no row called 'euler@3': did you mean 'euler@2'?" in fails(
         "export-npz", "run", "--row", "euler@3", "--out", "x.npz"
     )
 

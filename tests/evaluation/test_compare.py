@@ -122,7 +122,7 @@ def test_seconds_are_compared_round_by_round(finished: tuple[Path, Results]) -> 
 
 def test_unknown_row_names_the_nearest(finished: tuple[Path, Results]) -> None:
     with pytest.raises(
-        ValueError, match=r"no row called 'baseline@3'. Did you mean 'baseline@2'\? Rows: baseline, bas"
+        ValueError, match=r"no row called 'baseline@3': did you mean 'baseline@2'\? rows are baseline, bas"
     ):
         compare_rows(finished[0], FLOWTURBO, "baseline@3")
 

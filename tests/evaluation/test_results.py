@@ -160,7 +160,7 @@ def test_files_that_are_no_results(tmp_path: Path) -> None:
 
 def test_row_by_name(results: Any) -> None:
     assert row(results, "heun@5") is results["rows"][2]
-    with pytest.raises(ValueError, match=r"no row called 'heum@5'\. Did you mean 'heun@5'\? Rows: baseline, "):
+    with pytest.raises(ValueError, match=r"no row called 'heum@5': did you mean 'heun@5'\? rows are baseline, "):
         row(results, "heum@5")
 
 

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from flowaccel.recipe.registry import load
+
 if TYPE_CHECKING:
     from flowaccel.caching.feature_cache import FeatureCache
 
@@ -53,10 +55,9 @@ class CachePreset:
         return self._made({"decide": "batch", **self.parity})
 
     def _made(self, changes: Mapping[str, Any]) -> FeatureCache:
-        from flowaccel.caching.feature_cache import cache_from_data  # lazily: listing presets needs no torch
-
         parts = {part: getattr(self, part) for part in ("gate", "scope", "predictor", "guard")}
-        return cache_from_data({**parts, **changes}, self.name)
+        made: FeatureCache = load("flowaccel.caching.feature_cache:cache_from_data")({**parts, **changes}, self.name)
+        return made
 
 
 CACHE_PRESETS: dict[str, CachePreset] = {

@@ -25,13 +25,13 @@ from flowaccel.cli.common import (
     say,
 )
 from flowaccel.cli.generate import call_arguments, parse_conditions
-from flowaccel.cli.loading import PromptsOption, open_pipeline, open_recipe, saved_with
+from flowaccel.cli.loading import PromptsOption, open_pipeline, saved_with
 from flowaccel.evaluation import sample_generator
 from flowaccel.hooks import session_of
 from flowaccel.methods.dynamic_width.accelerator import DynamicWidth
 from flowaccel.methods.dynamic_width.gathering import TokenCounts, choose_gather, fit_capacities, watched_tokens
 from flowaccel.methods.dynamic_width.plan import WidthPlan
-from flowaccel.recipe import Recipe, accelerated
+from flowaccel.recipe import Recipe, accelerated, resolve
 
 SHADES = " ▁▂▃▄▅▆▇█"
 
@@ -81,7 +81,7 @@ def plan(
     """
     with friendly_errors():
         pipeline = open_pipeline(pipe, device, dtype)
-        chosen = saved_with(pipe) if recipe is None else open_recipe(recipe)
+        chosen = saved_with(pipe) if recipe is None else resolve(recipe)
         chosen = _without_plan(chosen or Recipe(), buckets).loaded(pipeline)
         conditions = parse_conditions(pipeline, classes, prompt, prompts)
         arguments = call_arguments(pipeline, pipe, argument, guidance_scale=guidance_scale, height=height, width=width)

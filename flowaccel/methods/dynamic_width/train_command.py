@@ -22,7 +22,7 @@ from flowaccel.cli.common import (
     say,
 )
 from flowaccel.cli.common import progress as progress_bar
-from flowaccel.cli.loading import open_pipeline, open_recipe
+from flowaccel.cli.loading import open_pipeline
 from flowaccel.hooks import Identity
 from flowaccel.methods.dynamic_width.accelerator import DynamicWidth
 from flowaccel.methods.dynamic_width.adapter import WidthAdapter, add_timed_lora
@@ -39,7 +39,7 @@ from flowaccel.methods.dynamic_width.train import (
     plan_training,
     trainable_share,
 )
-from flowaccel.recipe import Recipe, accelerated
+from flowaccel.recipe import Recipe, accelerated, resolve
 from flowaccel.training.embedded import known_data, training_data
 from flowaccel.training.loop import LoopConfig, Progress
 from flowaccel.training.loop import train as run_training
@@ -193,7 +193,7 @@ def deployment_times(pipeline: Any, recipe: str) -> tuple[float, ...]:
     Raises:
         ValueError: the recipe does not say how many steps.
     """
-    chosen = open_recipe(recipe)
+    chosen = resolve(recipe)
     if chosen.num_inference_steps is None:
         raise ValueError(f"--deploy must say how many steps, such as {recipe}@20, got {recipe!r}")
     with accelerated(pipeline, chosen):

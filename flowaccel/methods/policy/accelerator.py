@@ -19,6 +19,7 @@ from flowaccel.hooks import Identity, denoiser, session_of
 from flowaccel.methods.policy.network import TIMED, AccelerationPolicy, check_levels
 from flowaccel.methods.policy.policy_decisions import HeadSource, Source
 from flowaccel.methods.policy.runtime import PolicyRuntime
+from flowaccel.methods.policy.stats import NAME
 from flowaccel.recipe.accelerator import Accelerator, Detach
 from flowaccel.recipe.compatibility import Tag
 from flowaccel.recipe.loading import beside, load_network
@@ -47,7 +48,7 @@ class LearnedPolicy(Accelerator):
         ValueError: no levels, unknown ones, or both `step` and `count`.
     """
 
-    name: ClassVar[str] = "learned_policy"
+    name: ClassVar[str] = NAME
 
     policy: nn.Module | str | Path | None = learned(FOLDER, lambda folder: load_policy(folder), default=None)
     levels: tuple[str, ...] | None = None

@@ -20,7 +20,7 @@ from flowaccel.errors import RecipeConflictError, UnsupportedModelError
 from flowaccel.hooks import COND, EXTRA, Call, Run, Session, denoiser, lend
 from flowaccel.methods.policy.network import CACHE, COUNT, REUSE, SPARSE, TIMED, AccelerationPolicy
 from flowaccel.methods.policy.policy_decisions import Sight, Source
-from flowaccel.methods.policy.stats import PathStats
+from flowaccel.methods.policy.stats import NAME, PathStats
 from flowaccel.methods.sparse_attention.accelerator import SparseAttention, put_switch, switched, warn_idle
 
 _CERTAIN = 2.0
@@ -108,7 +108,7 @@ class PolicyRuntime:
         if self._timed:
             call.record.times = tuple(time or None for time in times)
             call = replace(call, arguments={**call.arguments, "timestep": _timestep(call, times, self._scale)})
-        stats = call.record.stats["learned_policy"] = PathStats(call.record)
+        stats = call.record.stats[NAME] = PathStats(call.record)
         if SPARSE not in self._levels:
             return proceed(call)
         with switched(self._switch, call, None):

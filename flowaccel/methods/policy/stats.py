@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 
 from flowaccel.hooks import CallRecord, CallStats
 
+NAME = "learned_policy"
+"""Name of the accelerator in recipes, and of its stats."""
 _MANY = 16
 ImagePath = tuple[tuple[float, bool, int], ...]
 """Path of an image: its timesteps, whether its blocks were computed there, and the level of sparse attention."""

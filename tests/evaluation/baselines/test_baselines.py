@@ -99,7 +99,7 @@ def test_a_name_alone_and_with_options() -> None:
     ("text", "parts"),
     [
         ("fbc", ["unknown baseline 'fbc'", "native:fbc", "cache-dit"]),
-        ("native:fcb", ["Did you mean native:fbc?"]),
+        ("native:fcb", ["did you mean 'native:fbc'?"]),
         ("native:fbcx:threshold=1", ["unknown baseline"]),
         ("", ["unknown baseline ''"]),
         ("native:fbc:treshold=0.1", ["unknown option 'treshold'", "options of native:fbc are threshold"]),

@@ -71,7 +71,7 @@ def test_zoo_features_know_digits() -> None:
 def test_many_images_go_in_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     network = load_features(f"{ME}:Moments")
     whole = network(IMAGES)
-    monkeypatch.setattr("flowaccel.evaluation.features.extractors._BATCH", 3)
+    monkeypatch.setattr("flowaccel.evaluation.features.network._BATCH", 3)
     torch.testing.assert_close(network(IMAGES), whole)
 
 

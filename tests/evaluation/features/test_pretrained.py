@@ -168,7 +168,7 @@ def test_a_folder_says_how_images_are_normalised(clip: Path, tmp_path: Path) -> 
 def test_images_of_different_sizes_go_in_batches(clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     network = load_features(f"clip:{clip}")
     images = [IMAGES[0], IMAGES[1, :, :7], IMAGES[2, :1]]
-    monkeypatch.setattr("flowaccel.evaluation.features.extractors._BATCH_RESIZED", 2)
+    monkeypatch.setattr("flowaccel.evaluation.features.network._BATCH_RESIZED", 2)
     found = network(iter(images))
     torch.testing.assert_close(found, torch.cat([network([image]) for image in images]))
 

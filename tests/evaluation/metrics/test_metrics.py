@@ -394,7 +394,7 @@ def test_a_paired_difference_asks_for_the_untouched_row() -> None:
     ("rows", "metrics", "versus", "message"),
     [
         (ROWS, ["fdi"], None, "unknown metric 'fdi'; did you mean 'fid'.* fid, fid_inf, kid,"),
-        (ROWS, ["zzz"], None, "unknown metric 'zzz'; Known are: fid"),
+        (ROWS, ["zzz"], None, "unknown metric 'zzz'; known are: fid"),
         (ROWS, ["fid"], ["fats"], "unknown versus row 'fats'; did you mean 'fast'.* baseline, baseline@10, fast"),
         ([], ["fid"], None, "at least one row"),
         ([ROWS[0], ROWS[0]], ["fid"], None, r"a name of its own, got \['baseline', 'baseline'\]"),

@@ -221,6 +221,14 @@ def test_a_second_run_in_the_folder_is_refused_while_any_process_of_the_first_li
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_a_killed_run_left_is_in_nobodys_way(tmp_path: Path) -> None:
+    for name in (".lock", ".lock-1", ".lock-2"):
+        (tmp_path / name).touch()
+    with claimed(tmp_path, World(0, 2)), claimed(tmp_path, World(1, 2)):
+        assert {path.name for path in tmp_path.iterdir()} == {".lock", ".lock-1"}
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_second_run_in_this_process_is_refused(tmp_path: Path) -> None:
     with claimed(tmp_path, World()):
         with pytest.raises(ValueError, match="is in use by another run"), claimed(tmp_path, World()):

@@ -16,6 +16,7 @@ from flowaccel.hooks import COND, CallRecord, denoiser, session_of
 from flowaccel.methods.policy.accelerator import attach_policy
 from flowaccel.methods.policy.network import CACHE, COMPUTE, COUNT, REUSE, SPARSE, AccelerationPolicy, Choices
 from flowaccel.methods.policy.policy_decisions import HeadSource, Sight, Source
+from flowaccel.methods.policy.stats import NAME
 from flowaccel.recipe import Recipe, accelerated
 
 Generate = Callable[[], Any]
@@ -99,7 +100,7 @@ def roll_out(
 
 
 def _sparsity(record: CallRecord) -> tuple[int, ...]:
-    return record.stats["learned_policy"].sparsity or (0,) * len(record.computed)
+    return record.stats[NAME].sparsity or (0,) * len(record.computed)
 
 
 def executed(records: Sequence[CallRecord]) -> Executed:
