@@ -89,8 +89,8 @@ def observed(pipe: Any) -> Any:
 
 def surrounded(pipe: Any) -> Any:
     session = session_of(flowaccel.accelerate(pipe, []))
-    session.on_call(lambda proceed, call: proceed(call.arguments))
-    session.on_block(lambda proceed, call, block: block.pack(*block.unpack(proceed(block.arguments))))
+    session.on_call(lambda call_next, call: call_next(call.arguments))
+    session.on_block(lambda call_next, call, block: block.pack(*block.unpack(call_next(block.arguments))))
     return pipe
 
 

@@ -23,7 +23,7 @@ from torch.nn import functional
 from flowaccel.evaluation import environment, measure_latency
 from flowaccel.methods.sparse_attention.attention import (
     BACKENDS,
-    BlockRule,
+    SparseRule,
     chosen_backend,
     predicted_blocks,
     sparse_attention,
@@ -75,7 +75,7 @@ def timed(tokens: int, text: int, inputs: str, arguments: argparse.Namespace) ->
     query, key, value = made(tokens, text, inputs, arguments.seed, device, getattr(torch, arguments.dtype))
 
     def sparse(keep: float) -> tuple[Tensor, int | Tensor]:
-        blocks = predicted_blocks(query[:, :, :tokens], key[:, :, :tokens], keep, BlockRule())
+        blocks = predicted_blocks(query[:, :, :tokens], key[:, :, :tokens], keep, SparseRule())
         return sparse_attention(query, key, value, blocks, arguments.backend)
 
     def full() -> Tensor:
@@ -86,7 +86,7 @@ def timed(tokens: int, text: int, inputs: str, arguments: argparse.Namespace) ->
     exact, length, found = full().double(), tokens + text, []
     for keep in KEEP:
         output, pairs = sparse(keep)
-        rule = BlockRule()
+        rule = SparseRule()
         predicting = HEADS * WIDTH * (tokens // rule.query_block) * (tokens // rule.key_block)
         macs = (2 * WIDTH * int(pairs) + predicting) / (2 * WIDTH * HEADS * length**2)
         ratio = timings[str(keep)].ratio_to(timings["full"])

@@ -219,8 +219,8 @@ def random_bits(network: Any, share: float, seed: int) -> tuple[str, ...]:
     """So many units of every gate, the first always among them."""
     generator = torch.Generator().manual_seed(seed)
     rows = []
-    for wire in network.dynamic.wires:
-        units = wire.gate.units
+    for gated in network.dynamic.gated_layers:
+        units = gated.gate.units
         chosen = {0, *(1 + torch.randperm(units - 1, generator=generator)[: round(share * units) - 1]).tolist()}
         rows.append("".join("1" if unit in chosen else "0" for unit in range(units)))
     return tuple(rows)

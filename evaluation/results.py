@@ -63,8 +63,8 @@ class Versus(TypedDict):
     ci95: list[float]  # [low, high], sample ids resampled jointly
 
 
-class MetricBase(TypedDict):
-    """Required keys of `Metric`."""
+class MetricEntryBase(TypedDict):
+    """Required keys of `MetricEntry`."""
 
     value: float | None  # None: undefined, for example the PSNR of images that are all identical
     n: int  # samples it rests on
@@ -74,7 +74,7 @@ class MetricBase(TypedDict):
     display: str  # the honest name, with feature network and n
 
 
-class Metric(MetricBase, total=False):
+class MetricEntry(MetricEntryBase, total=False):
     """Metric of one row."""
 
     features: str  # feature network and its fingerprint
@@ -84,25 +84,25 @@ class Metric(MetricBase, total=False):
     versus: dict[str, Versus]  # paired differences by the name of the other row; claims rest on these
 
 
-class OwnProcess(TypedDict):
+class OwnProcessEntry(TypedDict):
     """Timings in the process of a row that needs its own, in milliseconds per image."""
 
     untouched_per_round: list[float]  # the untouched pipeline there
     per_round: list[float]  # the row, interleaved with it
 
 
-class RowBase(TypedDict):
-    """Required keys of `Row`."""
+class RowEntryBase(TypedDict):
+    """Required keys of `RowEntry`."""
 
     recipe: str  # the name of the row, unique in the file
     num_inference_steps: int
     nfe: float  # guided evaluations of the base network per image, the count of the papers
     latency_ms_per_image: Latency
     speedup: Speedup
-    metrics: dict[str, Metric]  # by short fixed name; metrics that were not asked for are absent
+    metrics: dict[str, MetricEntry]  # by short fixed name; metrics that were not asked for are absent
 
 
-class Row(RowBase, total=False):
+class RowEntry(RowEntryBase, total=False):
     """Recipe at one number of steps."""
 
     family: str  # rows of one family share a colour and a line in the plot
@@ -113,14 +113,14 @@ class Row(RowBase, total=False):
     first_call_s: float  # seconds of the first call, with compilation and autotuning
     peak_memory_mb: float  # 10^6 bytes; on the CPU the maximum of the process so far
     baseline: dict[str, Any]  # of another library's accelerator: its name, package, options and what was calibrated
-    own_process: OwnProcess  # only of rows timed apart; latency_ms_per_image is then carried over, see `remark`
+    own_process: OwnProcessEntry  # only of rows timed apart; latency_ms_per_image is then carried over, see `remark`
     remark: str  # what a reader has to know about how this row was measured
     throttled: bool  # the machine became slower while timing: trust the ratios, not the milliseconds
     pareto: bool  # no other row is both faster and better
 
 
-class ProtocolBase(TypedDict):
-    """Required keys of `Protocol`."""
+class ProtocolEntryBase(TypedDict):
+    """Required keys of `ProtocolEntry`."""
 
     dataset: str  # prompts or classes the samples are made for
     num_samples: int
@@ -128,7 +128,7 @@ class ProtocolBase(TypedDict):
     batch_size: int
 
 
-class Protocol(ProtocolBase, total=False):
+class ProtocolEntry(ProtocolEntryBase, total=False):
     """Protocol of the run: what was compared, and how."""
 
     steps: int  # of the untouched pipeline
@@ -151,11 +151,11 @@ class Results(TypedDict):
     """Content of `results.json`."""
 
     schema: int  # SCHEMA_VERSION of the writer
-    protocol: Protocol
+    protocol: ProtocolEntry
     environment: dict[str, Any]  # see environment.environment
     # The first is the untouched pipeline, then come the same with fewer steps ("baseline@N"), the baselines of other
     # libraries and the recipes.
-    rows: list[Row]
+    rows: list[RowEntry]
 
 
 def save_results(results: Results, path: str | os.PathLike[str]) -> None:
@@ -216,7 +216,7 @@ def check_results(results: Any, *, source: str = "results") -> None:
         raise ValueError(f"{source}: row names must be unique, got more than once: {', '.join(repeated)}")
 
 
-def row(results: Results, name: str) -> Row:
+def row(results: Results, name: str) -> RowEntry:
     """Return the row called `name`; a ValueError lists the rows there are and the nearest match."""
     rows = {entry["recipe"]: entry for entry in results["rows"]}
     if name in rows:

@@ -41,7 +41,7 @@ from flowaccel.evaluation.protocol import (
 )
 from flowaccel.evaluation.reporting.plots import PARETO_METRICS, pareto, pareto_png, sample_grid
 from flowaccel.evaluation.reporting.report import html_report
-from flowaccel.evaluation.results import SCHEMA_VERSION, Results, Row, load_results, save_results
+from flowaccel.evaluation.results import SCHEMA_VERSION, Results, RowEntry, load_results, save_results
 from flowaccel.evaluation.samples.call_arguments import check_arguments, parameters
 from flowaccel.evaluation.samples.processes import World, claimed, processes
 from flowaccel.evaluation.samples.prompt_lengths import check_prompt_lengths
@@ -60,7 +60,7 @@ Notify = Callable[[str, int, int], None]
 
 
 @dataclass
-class _Run:
+class _Evaluation:
     """Shared state of the stages of one evaluation."""
 
     pipe: Any
@@ -122,7 +122,7 @@ def evaluate(
         raise no_images(pipe)
     check_arguments(pipe, protocol.arguments)
     loaded = [recipe.loaded(pipe) for recipe in recipes]
-    run = _Run(pipe=pipe, protocol=protocol, rows=plan_rows(loaded, protocol), out=Path(out), notify=notify)
+    run = _Evaluation(pipe=pipe, protocol=protocol, rows=plan_rows(loaded, protocol), out=Path(out), notify=notify)
     run.network = load_features(protocol.features, "cpu" if pipe.device.type == "meta" else pipe.device)
     if "clip_score" in protocol.metrics:
         run.clip = load_clip(protocol.clip, run.network)
@@ -139,7 +139,7 @@ def evaluate(
         return results or load_results(run.out)
 
 
-def _measure(run: _Run) -> Results:
+def _measure(run: _Evaluation) -> Results:
     """Run everything after the samples, and write it to the run folder."""
     protocol = run.protocol
     samples = _read_samples(run)
@@ -175,7 +175,7 @@ def _measure(run: _Run) -> Results:
     return results
 
 
-def _check_early(run: _Run) -> None:
+def _check_early(run: _Evaluation) -> None:
     """Refuse early what would otherwise fail once all samples are made."""
     for row in run.rows:
         if row.baseline is not None:
@@ -204,7 +204,7 @@ def _check_early(run: _Run) -> None:
         _check_prompts(run, prompts)
 
 
-def _check_prompts(run: _Run, prompts: Sequence[str]) -> None:
+def _check_prompts(run: _Evaluation, prompts: Sequence[str]) -> None:
     check_prompt_lengths(run.pipe, prompts, run.protocol.arguments)
     if run.attributes is not None:
         try:
@@ -217,7 +217,7 @@ def _check_prompts(run: _Run, prompts: Sequence[str]) -> None:
         warn_of_cut_prompts(run.clip, prompts)
 
 
-def _try_baselines(run: _Run, stack: contextlib.ExitStack) -> None:
+def _try_baselines(run: _Evaluation, stack: contextlib.ExitStack) -> None:
     """Start the processes of the rows that need one, and refuse every baseline that does not work with the pipeline."""
     for row in run.rows:
         if row.baseline is not None and row.baseline.family == NATIVE:
@@ -230,7 +230,7 @@ def _try_baselines(run: _Run, stack: contextlib.ExitStack) -> None:
             process.check(json.loads(json.dumps(row_manifest(run.pipe, run.protocol, row, run.weights))))
 
 
-def _make_samples(run: _Run) -> None:
+def _make_samples(run: _Evaluation) -> None:
     """Generate this process's share of the missing samples, and return when all processes are done."""
     world = run.world
     if world.first:
@@ -253,7 +253,7 @@ def _make_samples(run: _Run) -> None:
     world.wait()
 
 
-def _todo(run: _Run, row: RowSpec) -> list[int]:
+def _todo(run: _Evaluation, row: RowSpec) -> list[int]:
     """Return the samples to be made, in whole batches for a baseline that decides for the whole batch."""
     missing = run.store(row).missing(run.ids)
     if row.baseline is None or not row.baseline.by_batch:
@@ -262,7 +262,7 @@ def _todo(run: _Run, row: RowSpec) -> list[int]:
     return [sample_id for sample_id in run.ids if sample_id // run.protocol.batch_size in begun]
 
 
-def _share(run: _Run, row: RowSpec, todo: list[int]) -> list[list[int]]:
+def _share(run: _Evaluation, row: RowSpec, todo: list[int]) -> list[list[int]]:
     """Return this process's batches of the samples to be made."""
     size = run.protocol.batch_size
     if row.baseline is None or not row.baseline.by_batch:
@@ -271,7 +271,7 @@ def _share(run: _Run, row: RowSpec, todo: list[int]) -> list[list[int]]:
     return [batches[index] for index in run.world.share(range(len(batches)))]
 
 
-def _generated(run: _Run, row: RowSpec, batches: list[list[int]]) -> Iterator[int]:
+def _generated(run: _Evaluation, row: RowSpec, batches: list[list[int]]) -> Iterator[int]:
     if row.name in run.own:
         yield from run.own[row.name].samples(batches)
         return
@@ -279,7 +279,7 @@ def _generated(run: _Run, row: RowSpec, batches: list[list[int]]) -> Iterator[in
         yield from generate_batches(run.store(row), batches, make)
 
 
-def _calibrate(run: _Run) -> None:
+def _calibrate(run: _Evaluation) -> None:
     """Load the calibrations of the baselines, or calibrate them: once in a run, for all processes alike."""
     for row in run.rows:
         if row.baseline is None or not row.baseline.calibrates:
@@ -292,12 +292,12 @@ def _calibrate(run: _Run) -> None:
         run.settings[row.name] = calibrated_to(path)
 
 
-def _open_stores(run: _Run) -> None:
+def _open_stores(run: _Evaluation) -> None:
     for row in run.rows:
         run.store(row).open(row_manifest(run.pipe, run.protocol, row, run.weights))
 
 
-def _switched_on(run: _Run, row: RowSpec) -> contextlib.AbstractContextManager[Any]:
+def _switched_on(run: _Evaluation, row: RowSpec) -> contextlib.AbstractContextManager[Any]:
     """Return a context in which the pipeline is that of the row."""
     if row.baseline is not None:
         return native(run.pipe, row.baseline, **run.settings.get(row.name, {}))
@@ -306,7 +306,7 @@ def _switched_on(run: _Run, row: RowSpec) -> contextlib.AbstractContextManager[A
 
 
 @contextlib.contextmanager
-def _row_pipeline(run: _Run, row: RowSpec) -> Iterator[Callable[[list[int]], Tensor]]:
+def _row_pipeline(run: _Evaluation, row: RowSpec) -> Iterator[Callable[[list[int]], Tensor]]:
     """Yield a function ids -> uint8 images that samples with the row's recipe or baseline."""
 
     def make(ids: list[int]) -> Tensor:
@@ -323,7 +323,7 @@ def _row_pipeline(run: _Run, row: RowSpec) -> Iterator[Callable[[list[int]], Ten
         yield make
 
 
-def _read_samples(run: _Run) -> list[RowSamples]:
+def _read_samples(run: _Evaluation) -> list[RowSamples]:
     networks = run.network, run.clip, run.attributes
     return [row_samples(run.store(row), row.name, run.ids, run.protocol.conditions, *networks) for row in run.rows]
 
@@ -372,7 +372,7 @@ def judged(
     )
 
 
-def _cost(run: _Run, row: RowSpec) -> Cost:
+def _cost(run: _Evaluation, row: RowSpec) -> Cost:
     if row.name in run.own:
         return run.own[row.name].cost()
     ids = run.ids[: run.protocol.latency_batch]
@@ -386,7 +386,7 @@ def _cost(run: _Run, row: RowSpec) -> Cost:
     return measure_cost(run.pipe, len(ids), switched, row.recipe.networks, stand_ins)
 
 
-def _time(run: _Run) -> tuple[dict[str, Timing], dict[str, tuple[Timing, Timing]]]:
+def _time(run: _Evaluation) -> tuple[dict[str, Timing], dict[str, tuple[Timing, Timing]]]:
     """Time all rows, and return what was timed apart, too.
 
     That is the untouched pipeline and the row, in the row's own process.
@@ -408,13 +408,15 @@ def _time(run: _Run) -> tuple[dict[str, Timing], dict[str, tuple[Timing, Timing]
     return timings | {name: carried_over(timings[BASELINE], *pair) for name, pair in apart.items()}, apart
 
 
-def _row(run: _Run, row: RowSpec, cost: Cost, base: Cost, timings: dict[str, Timing], metrics: dict[str, Any]) -> Row:
+def _row(
+    run: _Evaluation, row: RowSpec, cost: Cost, base: Cost, timings: dict[str, Timing], metrics: dict[str, Any]
+) -> RowEntry:
     timing, untouched = timings[row.name], timings[BASELINE]
     images = min(run.protocol.latency_batch, run.protocol.num_samples)
     ratio = untouched.ratio_to(timing)
     rows_per_evaluation = base.network_rows / base.evaluations
     to_ms = 1000 / images
-    entry: Row = {
+    entry: RowEntry = {
         "recipe": row.name,
         "family": row.family,
         "num_inference_steps": row.steps,
@@ -443,7 +445,7 @@ def _row(run: _Run, row: RowSpec, cost: Cost, base: Cost, timings: dict[str, Tim
     return entry
 
 
-def _baseline_entry(run: _Run, row: RowSpec, apart: dict[str, tuple[Timing, Timing]]) -> Any:
+def _baseline_entry(run: _Evaluation, row: RowSpec, apart: dict[str, tuple[Timing, Timing]]) -> Any:
     """Return the result file's remarks on a baseline of another library."""
     if row.baseline is None:
         return {}
@@ -467,13 +469,13 @@ def _baseline_entry(run: _Run, row: RowSpec, apart: dict[str, tuple[Timing, Timi
     return entry | ({"remark": " ".join(remarks)} if remarks else {})
 
 
-def _environment(run: _Run) -> dict[str, Any]:
+def _environment(run: _Evaluation) -> dict[str, Any]:
     chosen = chosen_attention(run.pipe)
     own = {"world_size": run.world.size} | ({} if chosen is None else {"attention": chosen})
     return environment(run.pipe.device) | own
 
 
-def _describe(run: _Run) -> Any:  # the schema's Protocol
+def _describe(run: _Evaluation) -> Any:  # the schema's Protocol
     own = asdict(run.protocol) | {
         "conditions": run.protocol.conditions.describe(),
         "metrics": list(run.protocol.metrics),

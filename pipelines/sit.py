@@ -32,7 +32,7 @@ DEFAULT_STEPS = 50
 
 
 @dataclass(frozen=True, kw_only=True)
-class Run:
+class SiTCall:
     """Checked arguments of one call."""
 
     labels: Tensor
@@ -133,7 +133,7 @@ class SiTBase(DiffusionPipeline):
         output_type: str,
         callback: Callable[[Any, int, Tensor, dict], dict | None] | None,
         callback_inputs: list[str] | None,
-    ) -> Run:
+    ) -> SiTCall:
         """Check the arguments that all pipelines share, before anything is computed."""
         label_ids = self._label_ids(class_labels)
         guided = self._check_guidance(guidance_scale, guidance_channels)
@@ -146,7 +146,7 @@ class SiTBase(DiffusionPipeline):
         labels = torch.tensor(label_ids, device=self._execution_device)
         if guided:
             labels = torch.cat([labels, torch.full_like(labels, self.transformer.null_label)])
-        return Run(
+        return SiTCall(
             labels=labels,
             batch=len(label_ids),
             scale=guidance_scale,
@@ -170,13 +170,13 @@ class SiTBase(DiffusionPipeline):
             self.scheduler.set_begin_index(first_step * self.scheduler.order)
         return self.scheduler.timesteps[first_step * self.scheduler.order :]
 
-    def _denoise(self, run: Run, latents: Tensor, timesteps: Tensor) -> Tensor:
+    def _denoise(self, run: SiTCall, latents: Tensor, timesteps: Tensor) -> Tensor:
         """Denoise `latents` (B, C, S, S) from the first timestep to the end."""
         return (
             self._denoise_eager(run, latents, timesteps) if self._blocks is None else self._denoise_fused(run, latents)
         )
 
-    def _denoise_eager(self, run: Run, latents: Tensor, timesteps: Tensor) -> Tensor:
+    def _denoise_eager(self, run: SiTCall, latents: Tensor, timesteps: Tensor) -> Tensor:
         field = GuidedField(
             network=self.transformer,
             refiner=None,
@@ -217,7 +217,7 @@ class SiTBase(DiffusionPipeline):
                 progress_bar.update()
         return latents
 
-    def _denoise_fused(self, run: Run, latents: Tensor) -> Tensor:
+    def _denoise_fused(self, run: SiTCall, latents: Tensor) -> Tensor:
         blocks, scheduler = self._blocks, self.scheduler
         assert blocks is not None
         refiner = getattr(scheduler, "refiner", None)
@@ -237,7 +237,7 @@ class SiTBase(DiffusionPipeline):
                 progress_bar.update()
         return latents
 
-    def _call_back(self, run: Run, index: int, timestep: Tensor, latents: Tensor) -> Tensor:
+    def _call_back(self, run: SiTCall, index: int, timestep: Tensor, latents: Tensor) -> Tensor:
         if run.callback is None:
             return latents
         return (run.callback(self, index, timestep, {"latents": latents}) or {}).get("latents", latents)
@@ -247,7 +247,7 @@ class SiTBase(DiffusionPipeline):
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
-    def _noise(self, latents: Tensor | None, run: Run) -> Tensor:
+    def _noise(self, latents: Tensor | None, run: SiTCall) -> Tensor:
         config, device = self.transformer.config, self._execution_device
         shape = (run.batch, config.in_channels, config.sample_size, config.sample_size)
         if latents is None:
@@ -324,7 +324,7 @@ class SiTBase(DiffusionPipeline):
             raise ValueError(
                 "compiled blocks need a FlowTurboScheduler, or a FlowRungeKuttaScheduler with solver 'euler' or "
                 f"'heun', but the pipeline has a {type(self.scheduler).__name__}{f' ({solver})' if solver else ''}; "
-                "exchange the scheduler, or call decompile_blocks()"
+                "replace the scheduler, or call decompile_blocks()"
             )
         blind = [part.name for part in recipe_of(self).accelerators if part.tags & {"cache", "guidance_skip"}]
         if blind:

@@ -15,7 +15,7 @@ from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from PIL import Image
 from torch import Tensor
 
-from flowaccel.pipelines.sit import Run, SiTBase
+from flowaccel.pipelines.sit import SiTBase, SiTCall
 from flowaccel.pipelines.sit_blocks import Channels
 from flowaccel.samplers import FlowSampler
 from flowaccel.samplers.formulas import noised
@@ -42,7 +42,7 @@ class SiTFromImage(SiTBase):
             raise ValueError(f"strength={strength} of {steps} steps {reason}; use a strength of {least:g} or more")
         return first
 
-    def _source(self, image: Pictures, run: Run) -> Tensor:
+    def _source(self, image: Pictures, run: SiTCall) -> Tensor:
         """Return the latents (B, C, S, S) of the source, or its pixels in [-1, 1] without a VAE."""
         config, device = self.transformer.config, self._execution_device
         latent_shape = (config.in_channels, config.sample_size, config.sample_size)
@@ -65,7 +65,7 @@ class SiTFromImage(SiTBase):
         return self.transformer.config.sample_size * 2 ** (len(self.vae.config.block_out_channels) - 1)
 
     def _run_from(
-        self, run: Run, source: Tensor, noise: Tensor, steps: int, first: int, output_type: str, return_dict: bool
+        self, run: SiTCall, source: Tensor, noise: Tensor, steps: int, first: int, output_type: str, return_dict: bool
     ) -> ImagePipelineOutput | tuple:
         timesteps = self._set_timesteps(steps, first)
         # The level of the first step is that of the first evaluation, because a run begins with a step.
@@ -213,7 +213,7 @@ class SiTInpaintPipeline(SiTFromImage):
         run = replace(run, project=keep)
         return self._run_from(run, source, noise, steps, first, output_type, return_dict)
 
-    def _mask(self, mask_image: Pictures, run: Run) -> Tensor:
+    def _mask(self, mask_image: Pictures, run: SiTCall) -> Tensor:
         """Return the mask (B, 1, S, S), True where to paint."""
         side = self.transformer.config.sample_size
         masks = read_pictures("mask_image", mask_image, 1, side if self.vae is None else self._picture_size, run.batch)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
-class Path:
+class ProbabilityPath:
     """A path given by its coefficients and their derivatives in t. The built-in ones are `LINEAR`, `GVP` and `VP`."""
 
     name: str
@@ -73,7 +73,7 @@ def _vp_sigma(t: Tensor) -> Tensor:
     return torch.sqrt(1 - torch.exp(2 * _vp_log_alpha(t)))
 
 
-LINEAR = Path(
+LINEAR = ProbabilityPath(
     name="linear",
     alpha=lambda t: t,
     d_alpha=torch.ones_like,
@@ -81,7 +81,7 @@ LINEAR = Path(
     d_sigma=lambda t: -torch.ones_like(t),
     alpha_ratio=lambda t: 1 / t,
 )
-GVP = Path(
+GVP = ProbabilityPath(
     name="gvp",
     alpha=lambda t: torch.sin(t * math.pi / 2),
     d_alpha=lambda t: math.pi / 2 * torch.cos(t * math.pi / 2),
@@ -89,7 +89,7 @@ GVP = Path(
     d_sigma=lambda t: -math.pi / 2 * torch.sin(t * math.pi / 2),
     alpha_ratio=lambda t: math.pi / (2 * torch.tan(t * math.pi / 2)),
 )
-VP = Path(
+VP = ProbabilityPath(
     name="vp",
     alpha=lambda t: torch.exp(_vp_log_alpha(t)),
     d_alpha=lambda t: torch.exp(_vp_log_alpha(t)) * _vp_alpha_ratio(t),
@@ -104,7 +104,7 @@ WEIGHTINGS = ("none", "velocity", "likelihood")
 
 
 def flow_loss(
-    path: Path,
+    path: ProbabilityPath,
     output: Tensor,
     data: Tensor,
     noise: Tensor,
@@ -141,7 +141,7 @@ def flow_loss(
     return (_like(weight, output) * residual.square()).flatten(1).mean(1)
 
 
-DIFFUSIONS: dict[str, Callable[[Path, Tensor, float], Tensor]] = {
+DIFFUSIONS: dict[str, Callable[[ProbabilityPath, Tensor, float], Tensor]] = {
     "constant": lambda path, t, norm: norm * torch.ones_like(t),
     "sbdm": lambda path, t, norm: norm * path.drift_variance(t),
     "sigma": lambda path, t, norm: norm * path.sigma(t),
@@ -150,7 +150,7 @@ DIFFUSIONS: dict[str, Callable[[Path, Tensor, float], Tensor]] = {
 }
 
 
-def diffusion(path: Path, t: Tensor, form: str, norm: float = 1.0) -> Tensor:
+def diffusion(path: ProbabilityPath, t: Tensor, form: str, norm: float = 1.0) -> Tensor:
     """Return SiT's diffusion coefficient w(t), shape (B,), of dx = (v + w * score) dt + sqrt(2 w) dW.
 
     w is half of the coefficient that the paper writes. `sbdm` is infinite at t = 0 on the linear path.

@@ -122,8 +122,8 @@ WITH_LOADER = ("sit", "sd3", "flux")
 def random_routers(network: Any, seed: int = 5) -> None:
     """Routers that switch about half of everything, and other units at other times."""
     torch.manual_seed(seed)
-    for wire in network.dynamic.wires:
-        router = wire.gate.router
+    for gated in network.dynamic.gated_layers:
+        router = gated.gate.router
         nn.init.normal_(router.weight, std=4.0)
         nn.init.normal_(router.bias, -4.0, 4.0)
     for site in network.dynamic.sites:

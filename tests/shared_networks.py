@@ -55,9 +55,9 @@ def refined(pipe: Any) -> Recipe:
 def sliced(pipe: Any) -> DynamicWidth:
     network = make_dynamic(pipe.transformer, {"normalise": True})
     torch.manual_seed(0)
-    for wire in network.dynamic.wires:
-        wire.gate.router.weight.data.normal_()
-        wire.gate.router.bias.data.normal_(std=0.3)
+    for gated in network.dynamic.gated_layers:
+        gated.gate.router.weight.data.normal_()
+        gated.gate.router.bias.data.normal_(std=0.3)
     return DynamicWidth(network)
 
 

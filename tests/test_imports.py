@@ -308,3 +308,16 @@ def test_files_are_found_under_their_installed_names(tmp_path: Path) -> None:
         "flowaccel.samplers.inner.deep:1: samplers may not import pipelines (flowaccel.pipelines.X)",
         "flowaccel.samplers.ode:1: samplers may not import cli (flowaccel.cli.main)",
     ]
+
+
+def test_a_class_name_means_one_thing() -> None:
+    """No public class of the product has the name of another one."""
+    found: dict[str, list[str]] = {}
+    for path, module, _ in sources(ROOT):
+        if path.suffix == ".pyi":
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                found.setdefault(node.name, []).append(module)
+    assert len(found) > 200
+    assert {name: places for name, places in found.items() if len(places) > 1} == {}

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from flowaccel.evaluation.reporting.tables import metric_displays
-from flowaccel.evaluation.results import Metric, Results, Row
+from flowaccel.evaluation.results import MetricEntry, Results, RowEntry
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -29,7 +29,7 @@ _BASELINE_COLOUR = "#444444"
 _STYLES = tuple(zip(("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"), "sD^vPX", strict=True))
 
 
-def pareto(rows: Sequence[Row], metric: str) -> set[str]:
+def pareto(rows: Sequence[RowEntry], metric: str) -> set[str]:
     """Return the names of the rows that no other row dominates in latency (median) and in `metric`.
 
     A row dominates another when it is at least as fast and at least as good, and better in one of the two; so exact
@@ -62,11 +62,11 @@ def primary_metric(results: Results) -> str:
     )
 
 
-def _has_value(entry: Row, metric: str) -> bool:
+def _has_value(entry: RowEntry, metric: str) -> bool:
     return metric in entry["metrics"] and entry["metrics"][metric]["value"] is not None
 
 
-def _loss(metric: Metric) -> float:
+def _loss(metric: MetricEntry) -> float:
     """Return the value with the sign that makes less better."""
     assert metric["value"] is not None
     return -metric["value"] if metric["higher_is_better"] else metric["value"]
@@ -102,26 +102,26 @@ def pareto_png(results: Results, path: str | os.PathLike[str], metric: str | Non
     figure.savefig(Path(path), format="png")
 
 
-def _family(entry: Row, untouched: str) -> str:
+def _family(entry: RowEntry, untouched: str) -> str:
     """Return the row's family, which has one colour: the row's own key, else its name up to "@"."""
     stem = entry["recipe"].partition("@")[0]
     return untouched if stem in (untouched, "baseline") else entry.get("family", stem)
 
 
-def _xy(entry: Row, metric: str) -> tuple[float, float]:
+def _xy(entry: RowEntry, metric: str) -> tuple[float, float]:
     value = entry["metrics"][metric]["value"]
     assert value is not None
     return entry["latency_ms_per_image"]["median"], value
 
 
-def _half(entry: Row, metric: str) -> float:
+def _half(entry: RowEntry, metric: str) -> float:
     """Return the length of an error bar to either side."""
     return 1.96 * (entry["metrics"][metric]["stderr"] or 0.0)
 
 
-def _draw_rows(axes: Axes, rows: Sequence[Row], metric: str, *, untouched: str) -> None:
+def _draw_rows(axes: Axes, rows: Sequence[RowEntry], metric: str, *, untouched: str) -> None:
     front = pareto(rows, metric)
-    families: dict[str, list[Row]] = {}
+    families: dict[str, list[RowEntry]] = {}
     for entry in sorted(rows, key=lambda entry: entry["latency_ms_per_image"]["median"]):
         families.setdefault(_family(entry, untouched), []).append(entry)
     others = [name for name in dict.fromkeys(_family(entry, untouched) for entry in rows) if name != untouched]
@@ -150,7 +150,7 @@ def _draw_rows(axes: Axes, rows: Sequence[Row], metric: str, *, untouched: str) 
         text.set_parse_math(False)  # a name may hold a dollar sign
 
 
-def _draw_point(axes: Axes, entry: Row, metric: str, colour: str, marker: str, fill: str) -> None:
+def _draw_point(axes: Axes, entry: RowEntry, metric: str, colour: str, marker: str, fill: str) -> None:
     (x, y), latency, half = _xy(entry, metric), entry["latency_ms_per_image"], _half(entry, metric)
     low, high = axes.get_ylim()
     reach = high / low if axes.get_yscale() == "log" else high - low
@@ -163,7 +163,7 @@ def _draw_point(axes: Axes, entry: Row, metric: str, colour: str, marker: str, f
     )  # fmt: skip
 
 
-def _dress(axes: Axes, rows: Sequence[Row], metric: str) -> None:
+def _dress(axes: Axes, rows: Sequence[RowEntry], metric: str) -> None:
     """Set scales, limits, ticks and axis labels."""
     from matplotlib.ticker import FuncFormatter, NullFormatter
 
@@ -221,7 +221,7 @@ def _short(text: str, limit: int = 34) -> str:
     return text if len(text) <= limit else f"{text[: limit - kept - 1]}…{text[-kept:]}"
 
 
-def _number(axes: Axes, rows: Sequence[Row], metric: str) -> None:
+def _number(axes: Axes, rows: Sequence[RowEntry], metric: str) -> None:
     """Write the number of every row beside its point; points that touch share one text."""
     from matplotlib.patheffects import withStroke
 

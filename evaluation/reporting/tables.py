@@ -15,7 +15,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from flowaccel.evaluation.results import Metric, Results, Row
+from flowaccel.evaluation.results import MetricEntry, Results, RowEntry
 
 GLOSSARY = {
     "evals": "Evaluations of the base network per image, the count papers quote; guidance does not double it. Below, "
@@ -111,16 +111,16 @@ def cells(results: Results) -> tuple[list[str], list[list[Cell]]]:
     ]
 
 
-def metric_displays(rows: Iterable[Row]) -> dict[str, Metric]:
+def metric_displays(rows: Iterable[RowEntry]) -> dict[str, MetricEntry]:
     """Return every metric name in the order it first appears, with one metric that has it."""
-    found: dict[str, Metric] = {}
+    found: dict[str, MetricEntry] = {}
     for entry in rows:
         for name, metric in entry["metrics"].items():
             found.setdefault(name, metric)
     return found
 
 
-def _cost_cells(entry: Row, untouched: str) -> list[Cell]:
+def _cost_cells(entry: RowEntry, untouched: str) -> list[Cell]:
     latency, speedup = entry["latency_ms_per_image"], entry["speedup"]
     refiner, macs = entry.get("refiner_rows", 0), entry.get("macs_per_image")
     fewer = f"{speedup['macs']:.2f}x fewer" if "macs" in speedup and entry["recipe"] != untouched else ""
@@ -147,7 +147,7 @@ def _cost_cells(entry: Row, untouched: str) -> list[Cell]:
     ]
 
 
-def _metric_cell(entry: Row, name: str, untouched: str) -> Cell:
+def _metric_cell(entry: RowEntry, name: str, untouched: str) -> Cell:
     metric = entry["metrics"].get(name)
     if metric is None:
         return Cell(text="-")

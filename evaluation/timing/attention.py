@@ -47,10 +47,10 @@ def set_attention(pipe: Any, name: str) -> None:
         raise ValueError(f"attention must be one of {sorted(BACKENDS)}, got {name!r}")
     networks = _networks(pipe)
     _try_kernel(name, pipe.device, next(networks[0].parameters()).dtype)
-    exchanged = [(layer, wanted) for network in networks for layer, wanted in _exchanges(network, name)]
+    swapped = [(layer, wanted) for network in networks for layer, wanted in _swaps(network, name)]
     for network in networks:
         _set_backend(network, name)
-    for layer, wanted in exchanged:
+    for layer, wanted in swapped:
         layer.set_processor(wanted())
     _CHOSEN.update(dict.fromkeys(networks, name))
 
@@ -84,7 +84,7 @@ def _set_backend(network: Any, name: str) -> None:
         raise ValueError(f"diffusers refuses attention {name!r} for {type(network).__name__} ({reason})") from error
 
 
-def _exchanges(network: nn.Module, name: str) -> list[tuple[Any, type]]:
+def _swaps(network: nn.Module, name: str) -> list[tuple[Any, type]]:
     """Return the layers that need another kind of processor, and which.
 
     These are those that do not choose a backend by name.

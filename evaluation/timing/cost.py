@@ -193,14 +193,14 @@ def _timed_method(
 
 
 @contextmanager
-def replaced_method(owner: object, method: str, around: Callable[..., Any]) -> Iterator[None]:
-    """Replace `owner.method(...)` by `around(original, ...)` inside the context, on this instance only."""
+def replaced_method(owner: object, method: str, interceptor: Callable[..., Any]) -> Iterator[None]:
+    """Replace `owner.method(...)` by `interceptor(original, ...)` inside the context, on this instance only."""
     original = getattr(owner, method)
     had_own = method in vars(owner)  # an instance that was already wrapped by someone else gets that wrapper back
 
     @functools.wraps(original)  # diffusers reads the signatures of the methods it calls
     def replacement(*args: Any, **kwargs: Any) -> Any:
-        return around(original, *args, **kwargs)
+        return interceptor(original, *args, **kwargs)
 
     setattr(owner, method, replacement)
     try:

@@ -20,7 +20,7 @@ import torch
 
 Variant = Callable[[], object]
 Clock = Callable[[], float]
-Around = Callable[[], AbstractContextManager[Any]]
+Context = Callable[[], AbstractContextManager[Any]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +101,7 @@ def measure_latency(
     device: torch.device | str,
     clock: Clock = time.perf_counter,
     on_round: Callable[[int, int], None] | None = None,
-    within: Mapping[str, Around] | None = None,
+    within: Mapping[str, Context] | None = None,
 ) -> dict[str, Timing]:
     """Time callables against each other; every call does one unit of work (divide by the batch yourself).
 
@@ -134,12 +134,12 @@ def measure_latency(
         raise ValueError(f"agreement must be above 0, for example 0.05 for 5 %, got {agreement}")
     device = torch.device(device)
 
-    around = {name: (within or {}).get(name, nullcontext) for name in variants}
+    contexts = {name: (within or {}).get(name, nullcontext) for name in variants}
 
     def one_round() -> dict[str, float]:
-        return _one_round(variants, around, device, clock)
+        return _one_round(variants, contexts, device, clock)
 
-    first = {name: _timed_call(call, around[name], device, clock) for name, call in variants.items()}
+    first = {name: _timed_call(call, contexts[name], device, clock) for name, call in variants.items()}
     previous: dict[str, float] | None = None
     for _ in range(max_warmup):
         current = one_round()
@@ -165,17 +165,17 @@ def synchronize(device: torch.device) -> None:
 
 
 def _one_round(
-    variants: Mapping[str, Variant], around: Mapping[str, Around], device: torch.device, clock: Clock
+    variants: Mapping[str, Variant], contexts: Mapping[str, Context], device: torch.device, clock: Clock
 ) -> dict[str, float]:
     """Return the mean of the two calls of each variant, called in the order A B C ... C B A."""
     totals = dict.fromkeys(variants, 0.0)
     for name in (*variants, *reversed(list(variants))):
-        totals[name] += _timed_call(variants[name], around[name], device, clock)
+        totals[name] += _timed_call(variants[name], contexts[name], device, clock)
     return {name: total / 2 for name, total in totals.items()}
 
 
-def _timed_call(call: Variant, around: Around, device: torch.device, clock: Clock) -> float:
-    with around(), _no_garbage_collection():
+def _timed_call(call: Variant, context: Context, device: torch.device, clock: Clock) -> float:
+    with context(), _no_garbage_collection():
         synchronize(device)
         start = clock()
         call()

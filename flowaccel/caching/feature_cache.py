@@ -13,8 +13,8 @@ from flowaccel.caching.gates.base import INSIDE
 from flowaccel.caching.guard import GUARDS, Guard
 from flowaccel.caching.predictors import PREDICTORS, Hold, Predictor
 from flowaccel.caching.presets import CACHE_PRESETS
-from flowaccel.caching.runtime import Cache, Rules
-from flowaccel.caching.scopes import SCOPES, Output, Scope, Stack, cache_of
+from flowaccel.caching.runtime import Cache
+from flowaccel.caching.scopes import SCOPES, Output, Scope, Stack, runtime_of
 from flowaccel.hooks import session_of
 from flowaccel.recipe.accelerator import Accelerator, Detach
 from flowaccel.recipe.calibration import CALIBRATIONS, Calibration, watch
@@ -87,9 +87,9 @@ class FeatureCache(Accelerator):
             raise TypeError(f"calibration must be a Calibration or None, got {calibration!r}")
         if decide not in UNITS:
             raise ValueError(f"decide must be one of {', '.join(UNITS)}, got {decide!r}")
-        self._check_scope()
+        self._check_parts()
 
-    def _check_scope(self) -> None:
+    def _check_parts(self) -> None:
         needs_blocks = self.gate.signal in INSIDE or self.gate.feedback == "middle_block"
         if needs_blocks and self.scope.name not in ("stack", "range"):
             raise ValueError(
@@ -100,6 +100,12 @@ class FeatureCache(Accelerator):
             raise ValueError(
                 f"gate {self.gate.name!r} reads the one feature that is cached, and scope 'module' caches many; use "
                 "'stack', 'range' or 'output', or a gate that reads nothing, such as 'interval'"
+            )
+
+        if self.predictor.needs_signal and self.gate.signal == "none":
+            raise ValueError(
+                f"predictor {self.predictor.name!r} reads the gate's signal, and gate {self.gate.name!r} has none; use "
+                "a gate that reads something, such as 'first_block' or 'easy'"
             )
 
     @property
@@ -118,8 +124,7 @@ class FeatureCache(Accelerator):
 
     def running(self) -> Cache:
         """Return the runtime of this cache, not attached yet."""
-        rules = Rules(gate=self.gate, predictor=self.predictor, guard=self.guard, unit=self.decide)
-        return cache_of(rules, self.scope)
+        return runtime_of(self.scope, gate=self.gate, predictor=self.predictor, guard=self.guard, unit=self.decide)
 
 
 def _part(kind: str, value: Any) -> Any:

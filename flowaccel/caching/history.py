@@ -29,7 +29,7 @@ class History:
     @property
     def newest(self) -> Value:
         """The last computed value of every row."""
-        return self._values[0]
+        return self._values[0][:-1] if self._predictor.needs_signal else self._values[0]
 
     def covers(self, row: int) -> bool:
         """Return whether there is a value to predict this row from."""
@@ -40,7 +40,7 @@ class History:
         """Size of the stored values."""
         return sum(t.numel() * t.element_size() for value in self._values for t in value if t is not None)
 
-    def store(self, value: Value, time: float, rows: Tensor | None = None) -> None:
+    def store(self, value: Value, time: float, rows: Tensor | None = None, signal: Tensor | None = None) -> None:
         """Store computed values.
 
         A value for the time of the newest one replaces it: samplers of higher order evaluate a time twice.
@@ -49,10 +49,13 @@ class History:
             value: the values of all rows, or of `rows` only.
             time: the position of the values on the axis.
             rows: (n,) indices, on the CPU, of the rows that were computed; None for all.
+            signal: what the gate read for the rows of `value`, for a predictor that needs it.
 
         Raises:
             ValueError: `rows` given for an empty history.
         """
+        if self._predictor.needs_signal:
+            value = (*value, signal)
         if self.empty:
             if rows is not None:
                 raise ValueError("the first values must be those of all rows")
@@ -90,8 +93,11 @@ class History:
             ]
         self._values = shifted
 
-    def predict(self, time: float) -> Value:
-        """Predict the values of all rows at a time."""
+    def predict(self, time: float, signal: Tensor | None = None) -> Value:
+        """Predict the values of all rows at a time; `signal` is what the gate reads for every row at that time."""
+        if signal is not None:
+            table = self._weights_by_signal(time, signal)
+            return tuple(_mixture(list(tensors), table) for tensors in zip(*self._values, strict=True))[:-1]
         now = torch.tensor([time], dtype=torch.float64)
         weights = {
             times: self._predictor.weights(torch.tensor([times], dtype=torch.float64), now)[0].tolist()
@@ -104,6 +110,18 @@ class History:
         padded = [weights[times] + [0.0] * (len(self._values) - len(times)) for times in self._times]
         table = torch.tensor(padded, dtype=torch.float64)
         return tuple(_mixture([value[place] for value in self._values], table) for place in range(len(self._values[0])))
+
+    def _weights_by_signal(self, time: float, signal: Tensor) -> Tensor:
+        """Return the weights (rows, values); rows with values of the same times are weighed together."""
+        table = torch.zeros(len(self._times), len(self._values), dtype=torch.float64, device=signal.device)
+        for times in set(self._times) - {()}:
+            rows = torch.tensor([row for row, own in enumerate(self._times) if own == times], device=signal.device)
+            known = [value[-1] for value in self._values[: len(times)]]
+            signals = torch.stack([tensor[rows] for tensor in (signal, *known) if tensor is not None], dim=1)
+            at = torch.tensor([times] * len(rows), dtype=torch.float64)
+            now = torch.full((len(rows),), time, dtype=torch.float64)
+            table[rows, : len(times)] = self._predictor.weights(at, now, signals).to(table)
+        return table
 
 
 class PartialHistory:
@@ -132,18 +150,19 @@ class PartialHistory:
         """Return whether there is a value to predict this row from."""
         return self._history.covers(int(self._kept[row]))
 
-    def store(self, value: Value, time: float, rows: Tensor | None = None) -> None:
+    def store(self, value: Value, time: float, rows: Tensor | None = None, signal: Tensor | None = None) -> None:
         """Store computed values of all rows or of `rows` only; see `History.store`."""
         places = self._kept if rows is None else self._kept[rows]
         if not self._history.empty:
-            self._history.store(value, time, places)
+            self._history.store(value, time, places, signal)
             return
-        self._history.store(tuple(_placed(tensor, places, self._full) for tensor in value), time)
+        *whole, signal = (_placed(tensor, places, self._full) for tensor in (*value, signal))
+        self._history.store(tuple(whole), time, signal=signal)
         self._history.forget(torch.tensor(sorted(set(range(self._full)) - set(places.tolist())), dtype=torch.long))
 
-    def predict(self, time: float) -> Value:
-        """Predict the values of all rows at a time."""
-        return self._of_kept(self._history.predict(time))
+    def predict(self, time: float, signal: Tensor | None = None) -> Value:
+        """Predict the values of all rows at a time; see `History.predict`."""
+        return self._of_kept(self._history.predict(time, _placed(signal, self._kept, self._full)))
 
     def _of_kept(self, value: Value) -> Value:
         return tuple(None if tensor is None else tensor[self._kept.to(tensor.device)] for tensor in value)

@@ -15,31 +15,23 @@ from torch import Tensor
 from flowaccel.caching.decisions import Decider, Decision, Unit, all_compute
 from flowaccel.caching.gates import Gate, Step
 from flowaccel.caching.guard import Guard
-from flowaccel.caching.history import History, PartialHistory
+from flowaccel.caching.history import History, PartialHistory, Value
 from flowaccel.caching.predictors import Predictor
 from flowaccel.errors import UnsupportedModelError
 from flowaccel.hooks import COMPUTED, COND, EXTRA, REUSED, Call, CallRecord, Session, tensors_of
 
-Proceed = Callable[..., Any]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Rules:
-    """The parts of a cache that decide and predict."""
-
-    gate: Gate
-    predictor: Predictor
-    guard: Guard
-    unit: Unit
+CallNext = Callable[..., Any]
 
 
 @dataclass(kw_only=True)
-class Memory:
+class CacheState:
     """State of one cache during one run."""
 
     deciders: dict[Any, Decider] = field(default_factory=dict)
     decisions: dict[Any, tuple[int, Decision]] = field(default_factory=dict)
     """Last decision and its step, as (step, decision)."""
+    signals: dict[Any, Tensor] = field(default_factory=dict)
+    """Last signal (units, ...) that decided, by network, if the predictor needs it."""
     histories: dict[Any, History] = field(default_factory=dict)
     warned: bool = False
 
@@ -59,42 +51,42 @@ class Memory:
 class Cache(ABC):
     """Runtime of a cache on a session; a subclass per scope replaces what is not computed."""
 
-    def __init__(self, rules: Rules) -> None:
-        self.rules = rules
+    def __init__(self, *, gate: Gate, predictor: Predictor, guard: Guard, unit: Unit) -> None:
+        self.gate, self.predictor, self.guard, self.unit = gate, predictor, guard, unit
         self.active: Callable[[Call], bool] | None = None
         """Predicate that decides at every call whether the cache takes part; None means always."""
 
     def attach(self, session: Session) -> Callable[[], None]:
         """Wrap what the scope needs; returns a function that undoes it."""
-        return session.on_call(self._around_call)
+        return session.on_call(self._intercept_call)
 
-    def _around_call(self, proceed: Proceed, call: Call) -> Any:
+    def _intercept_call(self, call_next: CallNext, call: Call) -> Any:
         if call.branches[0] == EXTRA or not (self.active is None or self.active(call)):
-            return proceed()
+            return call_next()
         require_tensor(call, "a cache")
-        moment = Moment(self.rules, call.run.state.setdefault(self, Memory()), call)
-        if moment.decision is None and self.rules.gate.signal in ("none", "input"):
-            moment.decide(None if self.rules.gate.signal == "none" else moment.of_units(call.sample))
-        output = self.run(proceed, moment)
-        moment.finish(tensors_of(output))
+        cached = CachedCall(self, call.run.state.setdefault(self, CacheState()), call)
+        if cached.decision is None and self.gate.signal in ("none", "input"):
+            cached.decide(None if self.gate.signal == "none" else cached.of_units(call.sample))
+        output = self.run(call_next, cached)
+        cached.finish(tensors_of(output))
         return output
 
     @abstractmethod
-    def run(self, proceed: Proceed, moment: Moment) -> Any:
+    def run(self, call_next: CallNext, cached: CachedCall) -> Any:
         """Return the call's output, calling the network if necessary."""
 
 
-class Moment:
-    """State of one cache in one network call: which rows are computed, and which values are stored."""
+class CachedCall:
+    """One network call as a cache sees it: which rows are computed, and which values are stored."""
 
-    def __init__(self, rules: Rules, memory: Memory, call: Call) -> None:
-        self.rules, self.memory, self.call = rules, memory, call
+    def __init__(self, cache: Cache, state: CacheState, call: Call) -> None:
+        self.cache, self.state, self.call = cache, state, call
         self.step = Step(
             index=call.step,
             count=call.run.num_steps,
             time=call.timestep,
             sigma=call.sigma,
-            grid=call.grid if rules.gate.needs_grid else None,
+            grid=call.grid if cache.gate.needs_grid else None,
         )
         self.decision: Decision | None = None
         """Decision for this call; None until it is taken."""
@@ -106,67 +98,64 @@ class Moment:
             self.decision = self._followed()
 
     @property
-    def place(self) -> float:
-        """Position of the call on the predictor's axis."""
-        return self.rules.predictor.place(self.call.step, self.call.timestep)
-
-    @property
     def decides(self) -> bool:
         """Whether the decision is taken in this call, rather than in the conditional call of the step."""
-        return self.rules.unit != "image" or COND in self.call.branches
+        return self.cache.unit != "image" or COND in self.call.branches
 
     def _followed(self) -> Decision:
-        step, decision = self.memory.decisions.get(self.call.network, (-1, None))
+        step, decision = self.state.decisions.get(self.call.network, (-1, None))
         # Without an earlier conditional call there is no decision to skip this one.
         return decision if decision is not None and step == self.call.step else all_compute(self.call.images)
 
     @property
     def _key(self) -> Any:
-        return self.call.network if self.rules.unit == "image" else (self.call.network, self.call.branches)
+        return self.call.network if self.cache.unit == "image" else (self.call.network, self.call.branches)
 
     @property
     def _units(self) -> int:
-        return {"image": self.call.images, "row": self.call.rows, "batch": 1}[self.rules.unit]
+        return {"image": self.call.images, "row": self.call.rows, "batch": 1}[self.cache.unit]
 
     def of_units(self, tensor: Tensor) -> Tensor:
         """Reduce (rows, ...) to (units, ...): the conditional rows of the images, every row, or all rows in one."""
-        if self.rules.unit == "image":
+        if self.cache.unit == "image":
             return tensor[self.call.rows_of(COND)]
-        return tensor.flatten(0, 1)[None] if self.rules.unit == "batch" else tensor
+        return tensor.flatten(0, 1)[None] if self.cache.unit == "batch" else tensor
 
     # -- deciding
 
     def decide(self, signal: Tensor | None) -> Decision:
         """Take the decision; `signal` (units, ...) is what the gate reads, see `of_units`."""
         self._signal = signal
+        if signal is not None and self.cache.predictor.needs_signal:
+            self.state.signals[self.call.network] = signal
         decider = self._decider
         decision = decider.decide(self._units, self._signal, self.step)
         if decision.not_finite:
             self._forget(decision.not_finite)
         self.decision = decision
-        self.memory.decisions[self.call.network] = (self.call.step, decision)
+        self.state.decisions[self.call.network] = (self.call.step, decision)
         return decision
 
     def _forget(self, units: tuple[int, ...]) -> None:
         """Discard the values computed for those units."""
-        if not self.memory.warned:
-            self.memory.warned = True
+        if not self.state.warned:
+            self.state.warned = True
             _warn_not_finite()
-        for (network, branches, _), history in self.memory.histories.items():
-            if self.rules.unit == "batch":
+        for (network, branches, _), history in self.state.histories.items():
+            if self.cache.unit == "batch":
                 rows = list(range(self.call.images * len(branches)))
-            elif self.rules.unit == "row":
+            elif self.cache.unit == "row":
                 rows = list(units)
             else:
                 rows = [unit + branch * self.call.images for branch in range(len(branches)) for unit in units]
-            if network == self.call.network and (self.rules.unit == "image" or branches == self.call.branches):
+            if network == self.call.network and (self.cache.unit == "image" or branches == self.call.branches):
                 history.forget(torch.tensor(rows))
 
     @property
     def _decider(self) -> Decider:
-        made = self.memory.deciders.get(self._key)
+        made = self.state.deciders.get(self._key)
         if made is None:
-            made = self.memory.deciders[self._key] = Decider(gate=self.rules.gate, guard=self.rules.guard)
+            made = self.state.deciders[self._key] = Decider(gate=self.cache.gate, guard=self.cache.guard)
         return made
 
     def give_back(self, feedback: Tensor) -> None:
@@ -182,21 +171,21 @@ class Moment:
             for output in outputs:
                 if len(output) == self.call.rows:
                     self._note_finite(decider, torch.isfinite(output.flatten(1).sum(dim=1, dtype=torch.float32)))
-            if self.rules.gate.feedback == "output":
+            if self.cache.gate.feedback == "output":
                 self.give_back(outputs[0])
         if self.decides:
             feedback = self._feedback if any(decision.compute) else None
             decider.update(self._signal, feedback, decision, self.step)
         _account(self.call.record, self.call, decision, self.decided, self.decides)
-        self.call.record.cache_bytes += self.memory.bytes
-        self.call.record.gate_bytes += self.memory.gate_bytes
+        self.call.record.cache_bytes += self.state.bytes
+        self.call.record.gate_bytes += self.state.gate_bytes
 
     def _note_finite(self, decider: Decider, finite: Tensor) -> None:
         """Record per unit whether all values computed for it in this step are finite."""
         call = self.call
-        if self.rules.unit == "batch":
+        if self.cache.unit == "batch":
             finite = finite.all()[None]
-        elif self.rules.unit == "image":
+        elif self.cache.unit == "image":
             if call.kept is not None:  # rows that are not requested count as finite
                 kept = torch.tensor(call.kept, device=finite.device)
                 finite = finite.new_ones(call.images * len(call.branches)).index_copy(0, kept, finite)
@@ -212,7 +201,7 @@ class Moment:
         compute = self.decision.compute
         if len(compute) == 1:
             return compute * self.call.rows
-        return compute if self.rules.unit == "row" else tuple(compute[image] for image in self.call.row_images)
+        return compute if self.cache.unit == "row" else tuple(compute[image] for image in self.call.row_images)
 
     @functools.cached_property
     def computing(self) -> Tensor:
@@ -225,12 +214,36 @@ class Moment:
     def history(self, what: str = "") -> History | PartialHistory:
         """Return the computed values of the rows of this call; `what` distinguishes several values."""
         key = (self.call.network, self.call.branches, what)
-        made = self.memory.histories.get(key)
+        made = self.state.histories.get(key)
         if made is None:
-            made = self.memory.histories[key] = History(self.rules.predictor)
+            made = self.state.histories[key] = History(self.cache.predictor)
         if self.call.kept is None:
             return made
         return PartialHistory(made, self.call.kept, self.call.images * len(self.call.branches))
+
+    def store(self, value: Value, what: str = "", rows: Tensor | None = None) -> None:
+        """Store values that were computed in this call, of all rows or of `rows`, see `History.store`."""
+        signal = self._signal_of_rows
+        signal = signal if signal is None or rows is None else signal[rows.to(signal.device)]
+        self.history(what).store(value, self._place, rows, signal)
+
+    def predict(self, what: str = "") -> Value:
+        """Predict the values of all rows in this call."""
+        return self.history(what).predict(self._place, self._signal_of_rows)
+
+    @property
+    def _place(self) -> float:
+        """Position of the call on the predictor's axis."""
+        return self.cache.predictor.place(self.call.step, self.call.timestep)
+
+    @property
+    def _signal_of_rows(self) -> Tensor | None:
+        """Signal (rows, ...) that decided, for a predictor that needs it: of a row, of its image, or of the batch."""
+        signal = self.state.signals.get(self.call.network)
+        if signal is None or self.cache.unit == "row":
+            return signal
+        units = self.call.row_images if self.cache.unit == "image" else [0] * self.call.rows
+        return signal[torch.tensor(units, device=signal.device)]
 
     def require(self, history: History | PartialHistory) -> None:
         """Compute rows that have no value to predict from: all of them, or those that no earlier call held."""

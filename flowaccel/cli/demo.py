@@ -26,7 +26,7 @@ from flowaccel.recipe import resolve
 
 
 @dataclass(frozen=True, kw_only=True)
-class Task:
+class DemoTask:
     """Settings of the demo for one pipeline of the zoo; the rest is as the zoo has it."""
 
     pipe: str
@@ -43,7 +43,7 @@ class Task:
 DIGITS_RECIPES = ("euler@6", "ab2@4", "flowturbo-H1P2", "flowturbo-H1P1R1-single", "flowturbo-H1P2R1-single")
 T2I_RECIPES = ("euler:shift=3@6", "flowturbo-H1P4R1-single", "taylorseer:interval=3", "guidance_skip")
 TASKS = {
-    "digits": Task(
+    "digits": DemoTask(
         pipe="zoo:sit-digits",
         steps=10,
         baseline_steps=(2, 3, 5),
@@ -54,7 +54,7 @@ TASKS = {
         latency_batch=25,
         remark="; benchmarks/flowturbo.py uses 2000",
     ),
-    "t2i": Task(
+    "t2i": DemoTask(
         pipe="zoo:t2i-shapes",
         steps=28,
         baseline_steps=(6, 14),

@@ -32,16 +32,16 @@ from flowaccel.hooks.macs import shapes_of as shapes_of
 from flowaccel.hooks.outputs import packer as packer
 from flowaccel.hooks.outputs import require_rows as require_rows
 from flowaccel.hooks.outputs import tensors_of as tensors_of
-from flowaccel.hooks.session import CallAround as CallAround
+from flowaccel.hooks.session import CallInterceptor as CallInterceptor
 from flowaccel.hooks.session import Session as Session
 from flowaccel.hooks.session import close_session as close_session
 from flowaccel.hooks.session import open_session as open_session
 from flowaccel.hooks.session import require_idle as require_idle
 from flowaccel.hooks.session import session_of as session_of
-from flowaccel.hooks.swap import exchange as exchange
+from flowaccel.hooks.swap import swap as swap
 from flowaccel.hooks.wrap import Wrapped as Wrapped
-from flowaccel.hooks.wrap import exchanged as exchanged
 from flowaccel.hooks.wrap import lend as lend
+from flowaccel.hooks.wrap import swapped as swapped
 from flowaccel.hooks.wrap import wrap as wrap
 
 __all__ = [
@@ -56,7 +56,7 @@ __all__ = [
     "Block",
     "BlockList",
     "Call",
-    "CallAround",
+    "CallInterceptor",
     "CallRecord",
     "CallStats",
     "Family",
@@ -68,8 +68,6 @@ __all__ = [
     "attention_input",
     "close_session",
     "denoiser",
-    "exchange",
-    "exchanged",
     "family_of",
     "in_rows",
     "is_compiled",
@@ -84,6 +82,8 @@ __all__ = [
     "require_rows",
     "session_of",
     "shapes_of",
+    "swap",
+    "swapped",
     "tensors_of",
     "time_signal",
     "time_source",

@@ -16,13 +16,13 @@ from flowaccel.errors import FlowaccelError, RecipeConflictError, UnsupportedMod
 from flowaccel.hooks.calls import Call, in_rows, take_rows
 from flowaccel.hooks.derived_rows import Walk
 from flowaccel.hooks.families import FAMILIES, BlockList, Family, TimeSignal, unsupported, unwrapped
-from flowaccel.hooks.wrap import Wrapped, entry_point, wrap
+from flowaccel.hooks.wrap import entry_point, wrap
 
-BlockAround = Callable[[Callable[..., Any], Call, "Block"], Any]
-"""Wrapper of a block: `around(proceed, call, block)` returns the block's output; see `Block.pack`."""
+BlockInterceptor = Callable[[Callable[..., Any], Call, "Block"], Any]
+"""Wrapper of a block: `interceptor(call_next, call, block)` returns the block's output; see `Block.pack`."""
 
-ModuleAround = Callable[[Callable[[], Any], Call, str], Any]
-"""Wrapper of a module: `around(proceed, call, path)` returns its output; `path` is its name within the network."""
+ModuleInterceptor = Callable[[Callable[[], Any], Call, str], Any]
+"""Wrapper of a module: `interceptor(call_next, call, path)` returns its output; `path` is its name."""
 
 ATTENTION, FEED_FORWARD = ("attn", "attention", "self_attn"), ("ff", "ffn", "mlp", "proj_mlp")
 """Prefixes of the names of attention and feed-forward modules within a block."""
@@ -121,60 +121,74 @@ class Block:
 
 
 class BlockHooks:
-    """The wrapped blocks of a session; blocks are wrapped only while some accelerator surrounds them."""
+    """The wrapped blocks of a session, and modules within them; wrapped only while some accelerator surrounds them."""
 
     def __init__(self, networks: Callable[[], Iterable[Any]]) -> None:
         self._networks = networks
-        self._arounds: list[BlockAround] = []
-        self._wrapped: dict[nn.Module, _WrappedBlock] = {}
-        self._inner = ModuleHooks(networks)
+        self._interceptors: list[BlockInterceptor] = []
+        self._inner: list[tuple[ModuleInterceptor, tuple[str, ...]]] = []
+        self._wrapped: dict[nn.Module, _WrappedBlock | _WrappedModule] = {}
         self._unchecked: set[nn.Module] = set()  # networks whose derived families no call has confirmed
         self._walk: Walk | None = None
 
-    def add(self, around: BlockAround) -> Callable[[], None]:
-        """Surround every block; returns a function that undoes it.
+    def add(self, interceptor: BlockInterceptor) -> Callable[[], None]:
+        """Surround every block; see `Session.on_block`."""
+        return self._added(self._interceptors, interceptor)
 
-        Raises:
-            UnsupportedModelError: a network without known blocks.
-            RecipeConflictError: a network that was compiled as a whole.
-        """
-        self._arounds.append(around)
+    def add_inner(self, interceptor: ModuleInterceptor, kinds: tuple[str, ...]) -> Callable[[], None]:
+        """Surround modules within the blocks; see `Session.on_module`."""
+        return self._added(self._inner, (interceptor, kinds))
+
+    def _added(self, entries: list[Any], entry: Any) -> Callable[[], None]:
+        def remove() -> None:
+            entries.remove(entry)
+            self.refresh()
+
+        entries.append(entry)
         try:
             self.refresh()
         except FlowaccelError:
-            self._remove(around)
+            remove()
             raise
-        return lambda: self._remove(around)
-
-    def _remove(self, around: BlockAround) -> None:
-        self._arounds.remove(around)
-        self.refresh()
-
-    def add_inner(self, around: ModuleAround, kinds: tuple[str, ...]) -> Callable[[], None]:
-        """Surround modules within the blocks; see `Session.on_module`."""
-        return self._inner.add(around, kinds)
+        return remove
 
     def clear(self) -> None:
-        """Unwrap all blocks."""
-        self._arounds.clear()
+        """Unwrap everything."""
+        self._interceptors.clear()
         self._inner.clear()
         self.refresh()
 
     def refresh(self) -> None:
-        """Wrap the blocks of the pipeline's current networks if they are surrounded, and unwrap all others."""
-        self._inner.refresh()
-        wanted: dict[nn.Module, tuple[Block, Any]] = {}
-        for network in self._networks() if self._arounds else ():
-            _refuse_whole_graph(network.module)
-            wanted |= {block.module: (block, network) for block in _blocks_of(network.module, network.family)}
+        """Wrap what is surrounded in the pipeline's current networks, and unwrap all else."""
+        wanted: dict[nn.Module, Callable[[], _WrappedBlock | _WrappedModule]] = {}
+        for network in self._networks() if self._interceptors or self._inner else ():
+            wanted |= self._wanted(network.module, network.family)
         for module in list(self._wrapped):
             if module not in wanted or not self._wrapped[module].in_place:
                 self._wrapped.pop(module).wrapped.remove()
-        for module, (block, network) in wanted.items():
+        for module, wrapped in wanted.items():
             if module not in self._wrapped:
-                self._wrapped[module] = _WrappedBlock(block, self._around)
-                if network.family.derived:
-                    self._unchecked.add(network.module)
+                self._wrapped[module] = wrapped()
+
+    def _wanted(self, network: nn.Module, family: Family) -> dict[nn.Module, Any]:
+        """Return what is surrounded in a network, each with a function that wraps it."""
+        _refuse_whole_graph(network)
+        blocks = _blocks_of(network, family)
+        inner = _inner_modules(network, blocks, [kind for _, kinds in self._inner for kind in kinds])
+        if self._inner and not inner:
+            raise unsupported(network, family, "its blocks have no modules named like attention")
+        wanted: dict[nn.Module, Any] = {
+            module: functools.partial(_WrappedModule, module, path, name, self._inner)
+            for module, (path, name) in inner.items()
+        }
+        if self._interceptors:
+            wanted |= {block.module: functools.partial(self._wrapped_block, block, network, family) for block in blocks}
+        return wanted
+
+    def _wrapped_block(self, block: Block, network: nn.Module, family: Family) -> _WrappedBlock:
+        if family.derived:
+            self._unchecked.add(network)
+        return _WrappedBlock(block, self._intercept)
 
     @contextmanager
     def during(self, call: Call) -> Iterator[None]:
@@ -194,7 +208,7 @@ class BlockHooks:
         finally:
             self._walk = outer
 
-    def _around(self, wrapped: _WrappedBlock, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    def _intercept(self, wrapped: _WrappedBlock, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         call = _PRESENT.get()
         if call is None:
             return forward(*args, **kwargs)
@@ -203,27 +217,27 @@ class BlockHooks:
         def compute(arguments: dict[str, Any] | None = None) -> Any:
             return forward(*args, **kwargs) if arguments is None else forward(**arguments)
 
-        proceed = compute
+        call_next = compute
         if self._walk is not None:
-            proceed = _once(compute)
-            learned = self._walk.pass_by(block.path, block.arguments, proceed())
+            call_next = _once(compute)
+            learned = self._walk.pass_by(block.path, block.arguments, call_next())
             if learned is None:
-                return proceed()
+                return call_next()
             wrapped.block = replace(wrapped.block, blocks=learned)
             block = wrapped.called(args, kwargs)
-        for around in self._arounds:
-            proceed = _surrounded(around, proceed, call, block)
-        return proceed()
+        for interceptor in self._interceptors:
+            call_next = _surrounded(interceptor, call_next, call, block)
+        return call_next()
 
 
 class _WrappedBlock:
-    def __init__(self, block: Block, around: Callable[..., Any]) -> None:
+    def __init__(self, block: Block, interceptor: Callable[..., Any]) -> None:
         self.block = block
         self.signature = inspect.signature(block.module.forward)
         self._entry = entry_point(block.module)
 
         def surround(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-            return around(self, forward, args, kwargs)
+            return interceptor(self, forward, args, kwargs)
 
         self.wrapped = wrap(block.module, self._entry, surround)
 
@@ -244,71 +258,33 @@ class _WrappedBlock:
         return self.wrapped.reachable and self._entry == entry_point(self.block.module)
 
 
-class ModuleHooks:
-    """The wrapped attention and feed-forward modules of a session's blocks."""
+class _WrappedModule:
+    """Attention or feed-forward module within a block, and those who surround it, who may change meanwhile."""
 
-    def __init__(self, networks: Callable[[], Iterable[Any]]) -> None:
-        self._networks = networks
-        self._arounds: list[tuple[ModuleAround, tuple[str, ...]]] = []
-        self._wrapped: dict[nn.Module, Wrapped] = {}
-
-    def add(self, around: ModuleAround, kinds: tuple[str, ...]) -> Callable[[], None]:
-        """Surround the children of blocks whose name starts with one of `kinds`; returns a function that undoes it."""
-        entry = (around, kinds)
-        self._arounds.append(entry)
-        try:
-            self.refresh()
-        except FlowaccelError:
-            self._remove(entry)
-            raise
-        return lambda: self._remove(entry)
-
-    def _remove(self, entry: tuple[ModuleAround, tuple[str, ...]]) -> None:
-        self._arounds.remove(entry)
-        self.refresh()
-
-    def clear(self) -> None:
-        """Unwrap all modules."""
-        self._arounds.clear()
-        self.refresh()
-
-    def refresh(self) -> None:
-        """Wrap the modules of the pipeline's current networks, and unwrap all others."""
-        wanted: dict[nn.Module, tuple[str, str]] = {}
-        for network in self._networks() if self._arounds else ():
-            _refuse_whole_graph(network.module)
-            found = _inner_modules(network.module, network.family, self._arounds)
-            if not found:
-                raise unsupported(network.module, network.family, "its blocks have no modules named like attention")
-            wanted |= found
-        for module in list(self._wrapped):
-            if module not in wanted or not self._wrapped[module].reachable:
-                self._wrapped.pop(module).remove()
-        for module, (path, name) in wanted.items():
-            if module not in self._wrapped:
-                self._wrapped[module] = wrap(module, "forward", self._surround(path, name))
-
-    def _surround(self, path: str, name: str) -> Callable[..., Any]:
+    def __init__(
+        self, module: nn.Module, path: str, name: str, entries: list[tuple[ModuleInterceptor, tuple[str, ...]]]
+    ) -> None:
         def surround(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             call = _PRESENT.get()
-            proceed: Callable[[], Any] = functools.partial(forward, *args, **kwargs)
-            if call is not None:
-                for around, kinds in self._arounds:  # they may change while the module stays wrapped
-                    if name.startswith(kinds):
-                        proceed = functools.partial(around, proceed, call, path)
-            return proceed()
+            call_next: Callable[[], Any] = functools.partial(forward, *args, **kwargs)
+            for interceptor, kinds in entries:
+                if call is not None and name.startswith(kinds):
+                    call_next = functools.partial(interceptor, call_next, call, path)
+            return call_next()
 
-        return surround
+        self.wrapped = wrap(module, "forward", surround)
+
+    @property
+    def in_place(self) -> bool:
+        return self.wrapped.reachable
 
 
-def _inner_modules(
-    network: nn.Module, family: Family, arounds: list[tuple[ModuleAround, tuple[str, ...]]]
-) -> dict[nn.Module, tuple[str, str]]:
+def _inner_modules(network: nn.Module, blocks: list[Block], kinds: list[str]) -> dict[nn.Module, tuple[str, str]]:
     """Return the modules to surround, each with its path in the network and its name in the block."""
     found = {}
-    for block in _blocks_of(network, family):
+    for block in blocks:
         for name, child in block.module.named_children():
-            if not any(name.startswith(kinds) for _, kinds in arounds):
+            if not name.startswith(tuple(kinds)):
                 continue
             if entry_point(block.module) != "forward":
                 raise RecipeConflictError(
@@ -319,13 +295,13 @@ def _inner_modules(
     return found
 
 
-def attention_input(proceed: Callable[..., Any], block: Block) -> Tensor:
+def attention_input(call_next: Callable[..., Any], block: Block) -> Tensor:
     """Return the input (rows, tokens, width) of the block's first attention module for the image tokens.
 
     It is normalised, and modulated by the timestep. The block runs up to that module, uncompiled, and no further.
 
     Args:
-        proceed: runs the block.
+        call_next: runs the block.
         block: the block.
 
     Raises:
@@ -350,7 +326,7 @@ def attention_input(proceed: Callable[..., Any], block: Block) -> Tensor:
         if compiled:
             type(block.module).forward(block.module, **block.arguments)
         else:
-            proceed(block.arguments)
+            call_next(block.arguments)
     except _Reached as reached:
         return reached.hidden
     finally:
@@ -441,19 +417,23 @@ def _lists_of(call: Call) -> list[tuple[BlockList, int]]:
     return [(blocks, len(getattr(unwrapped(call.module), blocks.path))) for blocks in call.family.blocks]
 
 
-def _surrounded(around: BlockAround, proceed: Callable[..., Any], call: Call, block: Block) -> Callable[..., Any]:
-    return lambda arguments=None: around(proceed if arguments is None else lambda: proceed(arguments), call, block)
+def _surrounded(
+    interceptor: BlockInterceptor, call_next: Callable[..., Any], call: Call, block: Block
+) -> Callable[..., Any]:
+    return lambda arguments=None: interceptor(
+        call_next if arguments is None else lambda: call_next(arguments), call, block
+    )
 
 
 def _once(compute: Callable[..., Any]) -> Callable[..., Any]:
     """Return `compute` with the result of its first call without arguments cached."""
     kept: list[Any] = []
 
-    def proceed(arguments: dict[str, Any] | None = None) -> Any:
+    def call_next(arguments: dict[str, Any] | None = None) -> Any:
         if arguments is not None:
             return compute(arguments)
         if not kept:
             kept.append(compute())
         return kept[0]
 
-    return proceed
+    return call_next

@@ -63,20 +63,20 @@ def _replica(network: nn.Module) -> nn.Module:
     What a forward stores on the way (a table of positions, a cache) is stored in the copy. Hooks and wrappers of the
     network's modules, such as an offloader's, do not see the copy's calls.
     """
-    twins = {module: object.__new__(type(module)) for module in network.modules()}
-    memo: dict[int, Any] = {id(module): twin for module, twin in twins.items()}
+    clones = {module: object.__new__(type(module)) for module in network.modules()}
+    memo: dict[int, Any] = {id(module): clone for module, clone in clones.items()}
     with _WithoutData():
-        for module, twin in twins.items():
+        for module, clone in clones.items():
             unwatched = {name: value for name, value in nn.Module().__dict__.items() if "hook" in name}
             left_out = (*unwatched, *AROUND_FORWARD)
             state = {name: value for name, value in module.__dict__.items() if name not in left_out}
             generators = [value for value in state.values() if isinstance(value, torch.Generator)]
             memo |= {id(one): torch.Generator(one.device) for one in generators}  # their states are tensors with data
-            twin.__dict__.update(copy.deepcopy(state, memo) | unwatched)
+            clone.__dict__.update(copy.deepcopy(state, memo) | unwatched)
             forward = inspect.unwrap(module.forward, stop=inspect.ismethod)
             if getattr(forward, "__self__", None) is module:  # a forward set on the instance, or that of the class
-                twin.forward = forward.__func__.__get__(twin)
-    return twins[network]
+                clone.forward = forward.__func__.__get__(clone)
+    return clones[network]
 
 
 class _WithoutData(TorchFunctionMode):

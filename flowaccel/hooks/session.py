@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from flowaccel.compat import foreign_cache
 from flowaccel.errors import PipelineBusyError, RecipeConflictError, UnsupportedModelError
-from flowaccel.hooks.blocks import BlockAround, BlockHooks, ModuleAround, during
+from flowaccel.hooks.blocks import BlockHooks, BlockInterceptor, ModuleInterceptor, during
 from flowaccel.hooks.callers import Caller, caller_of, is_called
 from flowaccel.hooks.calls import COMPUTED, COND, EXTRA, REUSED, UNCOND, Call, CallRecord, Run
 from flowaccel.hooks.families import family_of, networks, unwrapped
@@ -37,11 +37,11 @@ from flowaccel.hooks.wrap import Wrapped, entry_point, lend, wrap
 
 _ATTACHED = "_flowaccel_session"
 
-CallAround = Callable[[Callable[..., Any], Call], Any]
-"""Wrapper of a network call: `around(proceed, call)` returns the network's return value.
+CallInterceptor = Callable[[Callable[..., Any], Call], Any]
+"""Wrapper of a network call: `interceptor(call_next, call)` returns the network's return value.
 
-`proceed()` runs the network as it was called, `proceed(arguments)` with other arguments (a dictionary like
-`call.arguments`), and `proceed(call.narrowed(rows))` for some of the rows, so that inner wrappers see no others.
+`call_next()` runs the network as it was called, `call_next(arguments)` with other arguments (a dictionary like
+`call.arguments`), and `call_next(call.narrowed(rows))` for some of the rows, so that inner wrappers see no others.
 """
 
 StepObserver = Callable[[Tensor, Tensor, Tensor], Tensor | None]
@@ -57,7 +57,7 @@ class Session:
 
     def __init__(self, pipe: Any) -> None:
         self._pipe = weakref.ref(pipe)  # wrappers of the network must not keep the pipeline alive
-        self._call_arounds: list[CallAround] = []
+        self._call_interceptors: list[CallInterceptor] = []
         self._step_observers: list[StepObserver] = []
         self._networks: dict[str, _Network] = {}
         self._scheduler: Any = None
@@ -93,46 +93,46 @@ class Session:
 
     # -- interface of accelerators
 
-    def on_call(self, around: CallAround) -> Callable[[], None]:
-        """Surround every network call of a run with `around(proceed, call)`; returns a function that undoes it.
+    def on_call(self, interceptor: CallInterceptor) -> Callable[[], None]:
+        """Surround every network call of a run with `interceptor(call_next, call)`; returns a function that undoes it.
 
         The one that was added last is outermost. Calls outside of a run are not surrounded.
         """
-        self._call_arounds.append(around)
-        return lambda: self._call_arounds.remove(around)
+        self._call_interceptors.append(interceptor)
+        return lambda: self._call_interceptors.remove(interceptor)
 
     def on_step(self, observer: StepObserver) -> Callable[[], None]:
         """Call `observer(velocity, sample, result)` after every step of a run; returns a function that undoes it."""
         self._step_observers.append(observer)
         return lambda: self._step_observers.remove(observer)
 
-    def on_block(self, around: BlockAround) -> Callable[[], None]:
+    def on_block(self, interceptor: BlockInterceptor) -> Callable[[], None]:
         """Surround every block in every network call of a run; returns a function that undoes it.
 
-        The result of `around(proceed, call, block)` replaces the block's output.
+        The result of `interceptor(call_next, call, block)` replaces the block's output.
 
         Raises:
             UnsupportedModelError: the network's blocks are not known and cannot be derived.
             RecipeConflictError: the network was compiled as a whole.
         """
-        return self._blocks.add(around)
+        return self._blocks.add(interceptor)
 
-    def on_module(self, around: ModuleAround, kinds: tuple[str, ...]) -> Callable[[], None]:
+    def on_module(self, interceptor: ModuleInterceptor, kinds: tuple[str, ...]) -> Callable[[], None]:
         """Surround the modules of every block whose name starts with one of `kinds`; returns a function that undoes it.
 
-        `kinds` is `ATTENTION` or `FEED_FORWARD`; the result of `around(proceed, call, path)` replaces the module's
-        output.
+        `kinds` is `ATTENTION` or `FEED_FORWARD`; the result of `interceptor(call_next, call, path)` replaces the
+        module's output.
 
         Raises:
             UnsupportedModelError: the blocks are not known, or have no such modules.
             RecipeConflictError: the network or its blocks were compiled.
         """
-        return self._blocks.add_inner(around, kinds)
+        return self._blocks.add_inner(interceptor, kinds)
 
     # -- wrapping
 
     def follow(self) -> None:
-        """Wrap networks and schedulers that were exchanged meanwhile, and those that lost their wrapper.
+        """Wrap networks and schedulers that were swapped meanwhile, and those that lost their wrapper.
 
         Raises:
             RecipeConflictError: another framework caches in a network, or another pipeline's session is on it.
@@ -145,20 +145,24 @@ class Session:
             _refuse_foreign_cache(name, module)
             if name not in self._networks:
                 _refuse_second_session(name, module)
-                self._networks[name] = _Network(name, module, self._around_network)
+                self._networks[name] = _Network(name, module, self._intercept_network)
                 _SESSIONS[module] = weakref.ref(self)
         self._blocks.refresh()
         self._follow_scheduler()
 
     def methods_of_pipe(self) -> list[tuple[str, Callable[..., Any]]]:
         """Return the pipeline's own methods to wrap, each with its wrapper."""
-        arounds = {
-            "check_inputs": self._around_check,
-            "progress_bar": self._around_progress_bar,
-            "prepare_latents": self._around_latents,
-            "get_timesteps": self._around_get_timesteps,
+        interceptors = {
+            "check_inputs": self._intercept_check_inputs,
+            "progress_bar": self._intercept_progress_bar,
+            "prepare_latents": self._intercept_prepare_latents,
+            "get_timesteps": self._intercept_get_timesteps,
         }
-        return [(name, around) for name, around in arounds.items() if callable(getattr(self.pipe, name, None))]
+        return [
+            (name, interceptor)
+            for name, interceptor in interceptors.items()
+            if callable(getattr(self.pipe, name, None))
+        ]
 
     def _follow_scheduler(self) -> None:
         if self._scheduler is self.pipe.scheduler and all(wrapped.reachable for wrapped in self._scheduler_wraps):
@@ -166,8 +170,8 @@ class Session:
         self._unwrap_scheduler()
         self._scheduler = self.pipe.scheduler
         self._scheduler_wraps = [
-            wrap(self._scheduler, "set_timesteps", self._around_set_timesteps),
-            wrap(self._scheduler, "step", self._around_step),
+            wrap(self._scheduler, "set_timesteps", self._intercept_set_timesteps),
+            wrap(self._scheduler, "step", self._intercept_step),
         ]
 
     def _unwrap_scheduler(self) -> None:
@@ -246,13 +250,13 @@ class Session:
                 raise PipelineBusyError(_busy(self.pipe, holder.thread == threading.get_ident()))
             yield
 
-    def _around_check(self, check_inputs: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def _intercept_check_inputs(self, check_inputs: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         caller = caller_of(self.pipe)
         if caller is not None:
             self._claim(caller)  # early, because the call would change the pipeline's state
         return check_inputs(*args, **kwargs)
 
-    def _around_set_timesteps(self, set_timesteps: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def _intercept_set_timesteps(self, set_timesteps: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         caller = None if self.pipe is None else caller_of(self.pipe)
         if caller is None:
             return set_timesteps(*args, **kwargs)
@@ -262,7 +266,7 @@ class Session:
         self._start(caller)
         return returned
 
-    def _around_step(self, step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def _intercept_step(self, step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         run = self._own_run()
         if run is None:
             return step(*args, **kwargs)
@@ -313,7 +317,7 @@ class Session:
                 returned = (state,) if isinstance(returned, tuple) else type(returned)(prev_sample=state)
         return returned
 
-    def _around_progress_bar(self, progress_bar: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def _intercept_progress_bar(self, progress_bar: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         bar, run = progress_bar(*args, **kwargs), self._own_run()
         if run is None:
             return bar
@@ -329,7 +333,7 @@ class Session:
         wrap(bar, "close", close)
         return bar
 
-    def _around_latents(self, prepare_latents: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def _intercept_prepare_latents(self, prepare_latents: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         caller = caller_of(self.pipe)
         if caller is None:
             return prepare_latents(*args, **kwargs)
@@ -340,7 +344,7 @@ class Session:
         self._latent_channels = latents.shape[1] if isinstance(latents, Tensor) and latents.dim() > 1 else None
         return returned
 
-    def _around_get_timesteps(self, get_timesteps: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def _intercept_get_timesteps(self, get_timesteps: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Translate the number of steps for image to image: some pipelines count our samplers' evaluations instead."""
         count_steps = getattr(self.pipe.scheduler, "count_steps", None)
         bound = inspect.signature(get_timesteps).bind(*args, **kwargs)
@@ -350,9 +354,9 @@ class Session:
 
     # -- network calls
 
-    def _around_network(self, network: _Network, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    def _intercept_network(self, network: _Network, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         pipe = self.pipe
-        if pipe is not None and pipe.scheduler is not self._scheduler:  # exchanged: its set_timesteps was not seen
+        if pipe is not None and pipe.scheduler is not self._scheduler:  # swapped: its set_timesteps was not seen
             caller = caller_of(pipe)
             if caller is not None:
                 self._claim(caller)
@@ -365,7 +369,7 @@ class Session:
             call = self._describe(run, network, network.bind(args, kwargs), forward)
             output = self._call(call, forward, args, kwargs)
             if call.family.derived and run.ordered is None and EXTRA not in call.branches:
-                again = functools.partial(self._around_network, network, forward, args, kwargs)
+                again = functools.partial(self._intercept_network, network, forward, args, kwargs)
                 self._guided_calls += [_Guided(found, again) for found in tensors_of(output)[:1]]
             return output
         except BaseException:
@@ -383,8 +387,8 @@ class Session:
                 return forward(**(present.arguments if arguments is None else arguments))
 
         inner: _Inner = compute
-        for around in self._call_arounds:
-            inner = _surrounded(around, inner)
+        for interceptor in self._call_interceptors:
+            inner = _surrounded(interceptor, inner)
         output = inner(call, None)
         record.seconds = time.perf_counter() - started
         call.run.records.append(record)
@@ -430,7 +434,7 @@ class Session:
         run = self.run
         assert run is not None
         listed = len(run.timesteps)
-        if by_token(clock) and run.num_steps > listed and self._call_arounds:
+        if by_token(clock) and run.num_steps > listed and self._call_interceptors:
             raise UnsupportedModelError(
                 f"this {type(self.pipe).__name__} walks its frames through {listed} timesteps one after the other, in "
                 f"{run.num_steps} evaluations, and what is cached of one is not what the next computes; let all frames "
@@ -480,14 +484,14 @@ class _Guided(NamedTuple):
 class _Network:
     """A wrapped network of the pipeline."""
 
-    def __init__(self, name: str, module: nn.Module, around: Callable[..., Any]) -> None:
+    def __init__(self, name: str, module: nn.Module, interceptor: Callable[..., Any]) -> None:
         self.name, self.module, self.family = name, module, family_of(module)
         self._signature = inspect.signature(unwrapped(module).forward)
         self.sample = next(iter(self._signature.parameters))
         self._entry = entry_point(module)
 
         def surround(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-            return around(self, forward, args, kwargs)
+            return interceptor(self, forward, args, kwargs)
 
         self._wrapped = wrap(module, self._entry, surround)
 
@@ -554,14 +558,14 @@ _Inner = Callable[[Call, dict[str, Any] | None], Any]
 """Computes a call's output, with other arguments than its own if any are given."""
 
 
-def _surrounded(around: CallAround, inner: _Inner) -> _Inner:
+def _surrounded(interceptor: CallInterceptor, inner: _Inner) -> _Inner:
     def run(call: Call, arguments: dict[str, Any] | None) -> Any:
-        def proceed(changed: dict[str, Any] | Call | None = None) -> Any:
+        def call_next(changed: dict[str, Any] | Call | None = None) -> Any:
             if isinstance(changed, Call):
                 return inner(changed, None)
             return inner(call, arguments if changed is None else changed)
 
-        return around(proceed, call)
+        return interceptor(call_next, call)
 
     return run
 

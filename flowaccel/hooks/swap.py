@@ -1,4 +1,4 @@
-"""Exchange of a network in a pipeline."""
+"""Swapping of a network in a pipeline."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from flowaccel.hooks.families import networks
 
 
-def exchange(pipe: Any, old: Any, new: Any) -> Callable[[], None]:
+def swap(pipe: Any, old: Any, new: Any) -> Callable[[], None]:
     """Replace the pipeline's network `old` by `new`; returns a function that undoes it.
 
     Model offloading, where it is enabled, is updated as well.
@@ -22,7 +22,7 @@ def exchange(pipe: Any, old: Any, new: Any) -> Callable[[], None]:
     put(new)
 
     def undo() -> None:
-        if getattr(pipe, name) is new:  # unless the user exchanged it meanwhile
+        if getattr(pipe, name) is new:  # unless the user swapped it meanwhile
             put(old)
 
     return undo

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-Around = Callable[..., Any]
+Interceptor = Callable[..., Any]
 
 
 def _same(method: Any) -> Any:
@@ -24,7 +24,7 @@ class _Method:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self._wrapped.armed:
-            return self._wrapped.around(self.stock, *args, **kwargs)
+            return self._wrapped.interceptor(self.stock, *args, **kwargs)
         return self.stock(*args, **kwargs)
 
     def __reduce__(self) -> Any:
@@ -35,8 +35,8 @@ class _Method:
 class Wrapped:
     """A wrapped method of one instance; made by `wrap`."""
 
-    def __init__(self, owner: Any, name: str, around: Around) -> None:
-        self.owner, self.name, self.around = owner, name, around
+    def __init__(self, owner: Any, name: str, interceptor: Interceptor) -> None:
+        self.owner, self.name, self.interceptor = owner, name, interceptor
         self.armed = True
         self._shadowed = owner.__dict__.get(name)
         self._method = _Method(self, getattr(owner, name))
@@ -79,7 +79,7 @@ class _PlainState:
     def __init__(self, owner: Any) -> None:
         self._owner = owner
         self.lent: set[str] = set()
-        self.exchanged: dict[str, tuple[Any, Any]] = {}
+        self.swapped: dict[str, tuple[Any, Any]] = {}
 
     @classmethod
     def of(cls, owner: Any) -> _PlainState:
@@ -88,7 +88,7 @@ class _PlainState:
 
     def tidy(self) -> None:
         """Uninstall itself if the object holds no wrapper or lent attribute any more."""
-        ours = self.lent or self.exchanged or any(isinstance(value, _Method) for value in vars(self._owner).values())
+        ours = self.lent or self.swapped or any(isinstance(value, _Method) for value in vars(self._owner).values())
         if not ours:
             self._owner.__dict__.pop("__getstate__", None)
 
@@ -99,14 +99,14 @@ class _PlainState:
             before = _before(name, value)
             if not (value is self or name in self.lent or before is None is not value):
                 state[name] = before
-        if not self.exchanged:
+        if not self.swapped:
             return state
-        twin = kind.__new__(kind)  # its `setattr` updates the configuration too
-        twin.__dict__.update(state)
-        for name, (old, new) in self.exchanged.items():
-            if getattr(twin, name) is new:  # unless the user exchanged it meanwhile
-                setattr(twin, name, old)
-        return vars(twin)
+        clone = kind.__new__(kind)  # its `setattr` updates the configuration too
+        clone.__dict__.update(state)
+        for name, (old, new) in self.swapped.items():
+            if getattr(clone, name) is new:  # unless the user swapped it meanwhile
+                setattr(clone, name, old)
+        return vars(clone)
 
 
 def _before(name: str, value: Any) -> Any:
@@ -133,13 +133,13 @@ def lend(owner: Any, name: str, value: Any) -> Callable[[], None]:
     return take
 
 
-def exchanged(owner: Any, attributes: Mapping[str, tuple[Any, Any]]) -> Callable[[], None]:
+def swapped(owner: Any, attributes: Mapping[str, tuple[Any, Any]]) -> Callable[[], None]:
     """Make copies of an object take the old values of attributes (old, new); returns a function that undoes that."""
     state = _PlainState.of(owner)
-    state.exchanged.update(attributes)
+    state.swapped.update(attributes)
 
     def undo() -> None:
-        state.exchanged.clear()
+        state.swapped.clear()
         state.tidy()
 
     return undo
@@ -159,8 +159,8 @@ def _kept_by_neighbours(owner: Any) -> Iterator[tuple[Any, str]]:
         yield from ((reference, "forward"), (reference, "original_forward"))
 
 
-def wrap(owner: Any, name: str, around: Around) -> Wrapped:
-    """Replace `owner.name` by `around(original, *args, **kwargs)`, on this instance only; its signature is kept.
+def wrap(owner: Any, name: str, interceptor: Interceptor) -> Wrapped:
+    """Replace `owner.name` by `interceptor(original, *args, **kwargs)`, on this instance only; its signature is kept.
 
     Args:
         owner: a module, scheduler or pipeline.
@@ -170,7 +170,7 @@ def wrap(owner: Any, name: str, around: Around) -> Wrapped:
     Returns:
         The handle whose `remove` undoes it.
     """
-    return Wrapped(owner, name, around)
+    return Wrapped(owner, name, interceptor)
 
 
 def entry_point(module: nn.Module) -> str:

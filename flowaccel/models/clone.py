@@ -22,7 +22,7 @@ _HOOKS = (
 )
 
 
-def twin(module: Module, *, hooks: bool = True) -> Module:
+def clone_sharing_parameters(module: Module, *, hooks: bool = True) -> Module:
     """Return a module tree like `module` that shares its parameters and buffers.
 
     Args:
@@ -44,7 +44,8 @@ def twin(module: Module, *, hooks: bool = True) -> Module:
     if not hooks:
         kept |= {name: OrderedDict() for name in _HOOKS if name in kept}
     kept["_modules"] = {
-        name: None if child is None else twin(child, hooks=hooks) for name, child in module._modules.items()
+        name: None if child is None else clone_sharing_parameters(child, hooks=hooks)
+        for name, child in module._modules.items()
     }
     clone = object.__new__(type(module))
     clone.__dict__.update(kept)

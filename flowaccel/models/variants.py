@@ -9,7 +9,7 @@ import torch
 from diffusers.configuration_utils import FrozenDict
 from torch import Tensor, nn
 
-from flowaccel.models.clone import twin
+from flowaccel.models.clone import clone_sharing_parameters
 
 
 class VariantMixin:  # no ABC: stock networks become variants by __class__, for which the layouts must be alike
@@ -41,9 +41,9 @@ class VariantMixin:  # no ABC: stock networks become variants by __class__, for 
         raise NotImplementedError
 
     @classmethod
-    def around(cls, base: nn.Module) -> Any:
+    def sharing_parameters(cls, base: nn.Module) -> Any:
         """Return a stock network of this class that shares the weights of `base`, without calling `install`."""
-        network: Any = twin(base)
+        network: Any = clone_sharing_parameters(base)
         network.__class__ = cls
         own = {name: value for name, value in network._internal_dict.items() if name != "_name_or_path"}
         network._internal_dict = FrozenDict(own)  # without the path of the stock network

@@ -135,7 +135,7 @@ GRID_CALIBRATIONS: dict[str, type[GridCalibration]] = {GridCalibration.name: Gri
 def watch(session: Session, calibration: Fitted) -> Callable[[], None]:
     """Warn once per pipeline if a run differs from the calibration's; returns a function that undoes it."""
 
-    def around(proceed: Callable[..., Any], call: Call) -> Any:
+    def interceptor(call_next: Callable[..., Any], call: Call) -> Any:
         if call.step == 0:
             pipe = session.pipe
             guidance_scale = getattr(pipe, "guidance_scale", None)
@@ -149,9 +149,9 @@ def watch(session: Session, calibration: Fitted) -> Callable[[], None]:
                     "but neither what it saves nor its quality is what it was there. Calibrate it with: "
                     f"{command}",
                 )
-        return proceed()
+        return call_next()
 
-    return session.on_call(around)
+    return session.on_call(interceptor)
 
 
 def identities(pipe: Any) -> tuple[Identity, Identity]:

@@ -96,14 +96,14 @@ class Sampler(Accelerator):
         scheduler_class, fixed = SAMPLERS[self.sampler]
         with ExitStack() as undo:
             undo.callback(
-                exchanged_scheduler(pipe, scheduler_class, f"sampler {self.sampler!r}", **fixed, **self.options)
+                swapped_scheduler(pipe, scheduler_class, f"sampler {self.sampler!r}", **fixed, **self.options)
             )
             if self.calibration is not None:
                 undo.callback(watch(session_of(pipe), self.calibration))
             return undo.pop_all().close
 
 
-def exchanged_scheduler(pipe: Any, scheduler_class: type[FlowSampler], what: str, **options: Any) -> Detach:
+def swapped_scheduler(pipe: Any, scheduler_class: type[FlowSampler], what: str, **options: Any) -> Detach:
     """Replace the pipeline's scheduler by a flow sampler with the same time shift; returns a function that undoes it.
 
     Args:

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Self
 from torch import nn
 
 from flowaccel.errors import RecipeConflictError
-from flowaccel.hooks import CallAround, denoiser, exchange, session_of
+from flowaccel.hooks import CallInterceptor, denoiser, session_of, swap
 from flowaccel.models import stock_class
 from flowaccel.models.attention import attend_like
 from flowaccel.recipe.accelerator import Accelerator, Detach
@@ -101,8 +101,8 @@ class Variant(Accelerator):
         return network.place(base.device, base.dtype).eval()
 
 
-def put_in_place(pipe: Any, network: nn.Module, around: CallAround) -> Detach:
-    """Replace the pipeline's network by `network`, and wrap its calls in `around`.
+def put_in_place(pipe: Any, network: nn.Module, interceptor: CallInterceptor) -> Detach:
+    """Replace the pipeline's network by `network`, and wrap its calls in `interceptor`.
 
     The network takes over the attention backend that was chosen for the old one. On failure nothing is changed. Undoing
     puts back the old object, and the backend that the network had.
@@ -114,7 +114,7 @@ def put_in_place(pipe: Any, network: nn.Module, around: CallAround) -> Detach:
     session, base = session_of(pipe), denoiser(pipe)
     with ExitStack() as undo:
         undo.callback(attend_like(network, base))
-        undo.callback(exchange(pipe, base, network))
+        undo.callback(swap(pipe, base, network))
         session.follow()
-        undo.callback(session.on_call(around))
+        undo.callback(session.on_call(interceptor))
         return undo.pop_all().close

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from flowaccel.errors import RecipeConflictError
-from flowaccel.hooks import close_session, exchanged, lend, open_session, require_idle, session_of, wrap
+from flowaccel.hooks import close_session, lend, open_session, require_idle, session_of, swapped, wrap
 from flowaccel.recipe.recipe import Recipe
 from flowaccel.recipe.resolution import RecipeLike, resolve
 
@@ -18,7 +18,7 @@ _ATTACHED = "_flowaccel_attached"
 _TURNS = threading.RLock()  # serialises accelerate and restore, also of pipelines that share networks
 
 
-class _Attached(NamedTuple):
+class _Attachment(NamedTuple):
     """The recipe and the undo functions that are stored on an accelerated pipeline."""
 
     recipe: Recipe
@@ -55,14 +55,14 @@ def accelerate(pipe: Any, recipe: RecipeLike) -> Any:
         with session.idle(), ExitStack() as attached:
             for accelerator in chosen.accelerators:
                 attached.callback(accelerator.attach(pipe))
-            session.follow()  # wrap the exchanged components
+            session.follow()  # wrap the swapped components
             after = pipe.components
             changes = {name: (old, after[name]) for name, old in before.items() if after[name] is not old}
-            attached.callback(exchanged(pipe, changes))
+            attached.callback(swapped(pipe, changes))
             attached.callback(wrap(pipe, "save_pretrained", _saving(pipe, chosen)).remove)
             undo.push(attached.pop_all())
             lasting = undo.pop_all()
-            lasting.callback(lend(pipe, _ATTACHED, _Attached(chosen, lasting)))
+            lasting.callback(lend(pipe, _ATTACHED, _Attachment(chosen, lasting)))
     return pipe
 
 
@@ -104,9 +104,9 @@ def accelerated(pipe: Any, recipe: RecipeLike) -> Iterator[Any]:
 def _saving(pipe: Any, recipe: Recipe) -> Callable[..., Any]:
     """Return a wrapper of `pipe.save_pretrained`."""
 
-    def around(save_pretrained: Callable[..., Any], save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+    def interceptor(save_pretrained: Callable[..., Any], save_directory: Any, *args: Any, **kwargs: Any) -> Any:
         # First, so that push_to_hub, which is the end of save_pretrained, finds it in the folder.
         recipe.save_beside(Path(save_directory), taken=pipe.components)
         return copy.copy(pipe).save_pretrained(save_directory, *args, **kwargs)
 
-    return around
+    return interceptor

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from flowaccel.samplers.paths import LINEAR, Path, flow_loss
+from flowaccel.samplers.paths import LINEAR, ProbabilityPath, flow_loss
 from flowaccel.training.labelled import LabelledBatch, LabelledObjective
 
 
@@ -15,7 +15,7 @@ from flowaccel.training.labelled import LabelledBatch, LabelledObjective
 class FlowObjective(LabelledObjective):
     """Flow-matching loss at times drawn uniformly from [0, 1)."""
 
-    path: Path = LINEAR
+    path: ProbabilityPath = LINEAR
 
     def times(self, generator: torch.Generator) -> Tensor:
         """Draw times (B,) in [0, 1)."""

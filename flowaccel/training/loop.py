@@ -298,7 +298,7 @@ def save_state(
 
 
 def load_average(model: nn.Module, path: Path) -> None:
-    """Load the averaged weights of a saved training state into `model` (the one that was trained, or its twin)."""
+    """Load the averaged weights of a saved training state into `model` (the one that was trained, or a copy of it)."""
     tensors = load_file(path)
     with torch.no_grad():
         for index, parameter in enumerate(parameter for parameter in model.parameters() if parameter.requires_grad):

@@ -49,7 +49,7 @@ UPCYCLE_LOOP = LoopConfig(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Training:
+class MoETraining:
     """Configuration of one network and its training."""
 
     moe: dict[str, Any] | None
@@ -82,16 +82,16 @@ def experts(router: str) -> dict[str, Any]:
 
 
 TRAININGS = {
-    "diffmoe": Training(moe=experts("diffmoe"), upcycled=False),
-    "dense": Training(moe=None, upcycled=False),
-    "token_choice": Training(moe=experts("token_choice"), upcycled=False),
-    "upcycled": Training(moe=experts("diffmoe"), upcycled=True),
-    "longer": Training(moe=None, upcycled=True),
+    "diffmoe": MoETraining(moe=experts("diffmoe"), upcycled=False),
+    "dense": MoETraining(moe=None, upcycled=False),
+    "token_choice": MoETraining(moe=experts("token_choice"), upcycled=False),
+    "upcycled": MoETraining(moe=experts("diffmoe"), upcycled=True),
+    "longer": MoETraining(moe=None, upcycled=True),
 }
 """`dense` is trained like the first, `longer` like `upcycled`."""
 
 
-def objective(network: Any, training: Training) -> MoEObjective:
+def objective(network: Any, training: MoETraining) -> MoEObjective:
     """Return the flow-matching objective on digits; upcycled experts start with all of them."""
     inner = FlowObjective(
         data=digits("generator"), null_label=network.null_label, batch_size=BATCH, augment=shift_augment
@@ -100,7 +100,7 @@ def objective(network: Any, training: Training) -> MoEObjective:
     return MoEObjective(objective=inner, full_steps=20 if annealed else 0, ramp=80 if annealed else 0)
 
 
-def train_moe(network: Any, training: Training, work: Path, loop: LoopConfig) -> Iterator[Progress]:
+def train_moe(network: Any, training: MoETraining, work: Path, loop: LoopConfig) -> Iterator[Progress]:
     """Train in place, and fit the thresholds to the averaged weights, where there are any."""
     goal = objective(network, training)
     settings = None if training.moe is None else asdict(MoESettings.of(training.moe))

@@ -16,7 +16,14 @@ from flowaccel.evaluation import Classes
 from flowaccel.methods.policy.accelerator import LearnedPolicy
 from flowaccel.methods.policy.network import CACHE, COUNT, STEP, AccelerationPolicy
 from flowaccel.methods.policy.train.discriminator import DiscriminatorConfig, DiscriminatorTraining, new_discriminator
-from flowaccel.methods.policy.train.loop import PolicyObjective, PolicySettings, Task, new_policy, references, set_costs
+from flowaccel.methods.policy.train.loop import (
+    PolicyObjective,
+    PolicySettings,
+    PolicyTask,
+    new_policy,
+    references,
+    set_costs,
+)
 from flowaccel.methods.policy.train.rewards import load_reward
 from flowaccel.pipelines import load_pipeline
 from flowaccel.recipe import Recipe, accelerated
@@ -24,14 +31,14 @@ from flowaccel.recipe.sampler import Sampler
 from flowaccel.training.loop import LoopConfig, Progress, train
 
 STEPS = 30
-TASK = Task(conditions=Classes(tuple(range(10))), size=512, steps=STEPS, seed=1)
+TASK = PolicyTask(conditions=Classes(tuple(range(10))), size=512, steps=STEPS, seed=1)
 SETTINGS = PolicySettings(groups=8, group_size=8, discount=0.97, fidelity=1.0)
 REWARD = "accuracy:zoo:digits-features"
 COST_BATCH = 25
 
 
 @dataclass(frozen=True, kw_only=True)
-class Training:
+class PolicyTraining:
     """Configuration of one policy and its training."""
 
     levels: tuple[str, ...] = (STEP, CACHE)
@@ -79,10 +86,10 @@ class Training:
 
 
 TRAININGS = {
-    "policy": Training(),
-    "second": Training(order=2, judged=False, updates=300),
-    "step": Training(levels=(STEP,)),
-    "one-shot": Training(levels=(COUNT,), counts=(4, 6, 8, 10, 14, 20, 28)),
+    "policy": PolicyTraining(),
+    "second": PolicyTraining(order=2, judged=False, updates=300),
+    "step": PolicyTraining(levels=(STEP,)),
+    "one-shot": PolicyTraining(levels=(COUNT,), counts=(4, 6, 8, 10, 14, 20, 28)),
 }
 """Policies: the paper's with two of its levels; the same over steps of second order; as TPDM (arXiv 2412.01243); as
 AdaDiff."""

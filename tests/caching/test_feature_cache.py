@@ -223,16 +223,16 @@ def test_it_holds_one_tensor_more_than_the_order_per_branch_and_nothing_after(
     pipe, held = case.make(), []
     accelerate(pipe, FeatureCache(Interval(2), scope, Newton(order), Guard(warmup=order + 1, last=0)))
 
-    def watch(proceed: Any, call: Any) -> Any:
-        output = proceed()
+    def watch(call_next: Any, call: Any) -> Any:
+        output = call_next()
         held.append(output[0][call.rows_of("cond")] if "cond" in call.branches else output[0])
         return output
 
-    def blocks(proceed: Any, call: Any, block: Any) -> Any:
+    def blocks(call_next: Any, call: Any, block: Any) -> Any:
         if block.index == 0:
             text = block.encoder.numel() if name == "sd3" and isinstance(scope, Range) else 0  # the last block drops it
             tokens[call.branches] = 4 * (block.hidden.numel() + text)
-        return proceed()
+        return call_next()
 
     tokens: dict[Any, int] = {}
     session_of(pipe).on_call(watch)
@@ -254,8 +254,8 @@ def test_features_are_freed_when_the_run_ends(how: str) -> None:
     accelerate(pipe, FeatureCache(Interval(2), Stack(), Newton(1)))
     seen: list[Any] = []
 
-    def watch(proceed: Any, call: Any) -> Any:
-        output = proceed()
+    def watch(call_next: Any, call: Any) -> Any:
+        output = call_next()
         for memory in call.run.state.values():
             for history in memory.histories.values():
                 seen.extend(weakref.ref(tensor) for tensor in history.newest)

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
 import pytest
 import torch
 from torch import Tensor
 
+from families import CASES
+from flowaccel import FeatureCache, accelerated
+from flowaccel.caching.decisions import Unit
+from flowaccel.caching.gates import Easy, Interval, Step
+from flowaccel.caching.guard import Guard
 from flowaccel.caching.history import History, PartialHistory
 from flowaccel.caching.predictors import PREDICTORS, AdamsBashforth, Hold, Newton, Predictor
+from flowaccel.caching.scopes import Output
 
 WIDTH = 3
 
@@ -148,3 +157,83 @@ def test_rows_without_a_value_are_predicted_as_zero() -> None:
     history = filled(Hold(), [900.0])
     history.forget(torch.tensor([0, 1]))
     assert torch.equal(only(history.predict(800.0)), torch.zeros(2, WIDTH))
+
+
+@dataclass(frozen=True)
+class AlongTheSignal(Predictor):
+    """A line through the two last values, over the mean of the gate's signal in the place of time."""
+
+    name: ClassVar[str] = "along_the_signal"
+    needs_signal: ClassVar[bool] = True
+    anchors: ClassVar[int] = 2
+
+    def weights(self, times: Tensor, now: Tensor, signals: Tensor | None = None) -> Tensor:
+        """Weights of a line; of one value, to hold it."""
+        assert signals is not None and signals.shape[:2] == (len(times), 1 + times.shape[1])
+        if times.shape[1] == 1:
+            return torch.ones_like(times)
+        at = signals.double().flatten(2).mean(dim=2)
+        ahead = (at[:, 0] - at[:, 1]) / (at[:, 1] - at[:, 2])
+        return torch.stack([1 + ahead, -ahead], dim=1)
+
+
+def signal_of(places: list[float]) -> Tensor:
+    """What a gate might read: (rows, 2, 2) with the given means."""
+    return torch.tensor(places)[:, None, None] + torch.tensor([[-1.0, 1.0], [0.5, -0.5]])
+
+
+def test_a_predictor_may_use_what_the_gate_read() -> None:
+    """Values that are lines in the signal, not in time, are continued, each row at its own pace."""
+    history = History(AlongTheSignal())
+    for time, places in ((900.0, [10.0, 20.0]), (800.0, [11.0, 28.0])):
+        value = torch.cat([line(places[row])[row : row + 1] for row in range(2)])
+        history.store((value,), time, signal=signal_of(places))
+    assert torch.equal(only(history.newest), value), "what was stored for the predictor is no part of the value"
+    expected = torch.cat([line(14.0)[:1], line(21.0)[1:]])
+    torch.testing.assert_close(only(history.predict(700.0, signal_of([14.0, 21.0]))), expected, atol=1e-5, rtol=0)
+
+
+def test_rows_of_other_times_have_weights_of_their_own() -> None:
+    history = History(AlongTheSignal())
+    history.store((line(10.0),), 900.0, signal=signal_of([10.0, 10.0]))
+    history.store((line(12.0)[1:],), 800.0, torch.tensor([1]), signal_of([10.0, 12.0])[1:])
+    expected = torch.cat([line(10.0)[:1], line(13.0)[1:]])
+    torch.testing.assert_close(only(history.predict(700.0, signal_of([5.0, 13.0]))), expected, atol=1e-5, rtol=0)
+
+
+def test_some_rows_of_a_history_take_signals_of_their_own() -> None:
+    history = History(AlongTheSignal())
+    part = PartialHistory(history, [1], 2)
+    for time, place in ((900.0, 10.0), (800.0, 12.0)):
+        part.store((line(place)[1:],), time, signal=signal_of([place]))
+    torch.testing.assert_close(only(part.predict(700.0, signal_of([13.0]))), line(13.0)[1:], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("unit", ["image", "row", "batch"])
+@pytest.mark.parametrize("name", ["sd3", "wan21"])
+def test_in_a_run_it_gets_the_signal_of_its_image(name: str, unit: Unit) -> None:
+    """What the gate read of an image goes to its rows of both branches, whether they come in one call or in two."""
+    case, read, got = CASES[name], [], []
+
+    class Watched(AlongTheSignal):
+        def weights(self, times: Tensor, now: Tensor, signals: Tensor | None = None) -> Tensor:
+            assert signals is not None
+            got.append(signals[:, 0])
+            return super().weights(times, now, signals)
+
+    class Reading(Easy):
+        def score(self, state: Any, signal: Tensor | None, step: Step) -> tuple[Tensor, Any]:
+            read.append(signal)
+            score, state = super().score(state, signal, step)
+            return torch.zeros_like(score), state
+
+    cache = FeatureCache(Reading(), Output(), Watched(), Guard(warmup=2, last=0, max_run=1), unit)
+    with accelerated(case.make(), cache) as pipe:
+        case(pipe, batch=2, steps=6)
+    assert sum(len(signals) for signals in got) == 2 * 4, "two reused steps, two images, two branches"
+    assert all(any(torch.equal(row, one) for signal in read for one in signal) for signals in got for row in signals)
+
+
+def test_a_predictor_that_needs_a_signal_is_refused_beside_a_gate_without_one() -> None:
+    with pytest.raises(ValueError, match="'along_the_signal' reads the gate's signal, and gate 'interval' has none"):
+        FeatureCache(Interval(2), predictor=AlongTheSignal())

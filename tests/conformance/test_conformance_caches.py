@@ -204,12 +204,12 @@ class Added:
         self._entry: Tensor | None = None
 
     def watch(self, pipe: Any) -> None:
-        session_of(pipe).on_block(self._around)
+        session_of(pipe).on_block(self._intercept)
 
-    def _around(self, proceed: Callable[..., Any], call: Call, block: Block) -> Any:
+    def _intercept(self, call_next: Callable[..., Any], call: Call, block: Block) -> Any:
         if block.index == 0:
             self._entry = block.hidden
-        output = proceed()
+        output = call_next()
         if block.index == block.count - 1:
             assert self._entry is not None
             tokens = self._entry.shape[1]
@@ -223,10 +223,10 @@ class Outputs(Added):
     """The outputs of the network instead."""
 
     def watch(self, pipe: Any) -> None:
-        session_of(pipe).on_call(self._around_call)
+        session_of(pipe).on_call(self._intercept_call)
 
-    def _around_call(self, proceed: Callable[..., Any], call: Call) -> Any:
-        output = proceed()
+    def _intercept_call(self, call_next: Callable[..., Any], call: Call) -> Any:
+        output = call_next()
         for branch in call.branches:
             self.found[call.network, branch, call.step] = output[0][call.rows_of(branch)]
         return output
@@ -236,10 +236,10 @@ class Modules(Added):
     """The first tensor of every module instead, one after the other."""
 
     def watch(self, pipe: Any) -> None:
-        session_of(pipe).on_module(self._around_module, ATTENTION + FEED_FORWARD)
+        session_of(pipe).on_module(self._intercept_module, ATTENTION + FEED_FORWARD)
 
-    def _around_module(self, proceed: Callable[..., Any], call: Call, path: str) -> Any:
-        output = proceed()
+    def _intercept_module(self, call_next: Callable[..., Any], call: Call, path: str) -> Any:
+        output = call_next()
         tensor = output[0] if isinstance(output, tuple) else output
         for branch in call.branches:
             key = (call.network, branch, call.step)
@@ -282,12 +282,12 @@ def test_each_branch_gets_its_own_features_again(case: Case, scope: Scope, witne
 
 
 def failing_at(step: int) -> Callable[..., Any]:
-    def around(proceed: Callable[..., Any], call: Call) -> Any:
+    def interceptor(call_next: Callable[..., Any], call: Call) -> Any:
         if call.step == step and "uncond" in call.branches:
             raise RuntimeError("on purpose")
-        return proceed()
+        return call_next()
 
-    return around
+    return interceptor
 
 
 @ALL
@@ -365,10 +365,10 @@ def test_runs_of_two_pipelines_that_take_turns_do_not_mix() -> None:
         accelerate(pipe, cache(case, name))
     inner = []
 
-    def nested(proceed: Callable[..., Any], call: Call) -> Any:
+    def nested(call_next: Callable[..., Any], call: Call) -> Any:
         if call.step == 4 and call.branches == ("uncond",):
             inner.append(made(case, pipes[1], batch=2))
-        return proceed()
+        return call_next()
 
     session_of(pipes[0]).on_call(nested)
     assert torch.equal(made(case, pipes[0], batch=2), fresh("flux", "fbcache")[0])
@@ -873,8 +873,8 @@ def test_nothing_is_predicted_from_what_was_not_finite(
     poison(pipe, case, step, image=1)
     outputs: list[Tensor] = []
 
-    def watch(proceed: Callable[..., Any], call: Call) -> Any:
-        output = proceed()
+    def watch(call_next: Callable[..., Any], call: Call) -> Any:
+        output = call_next()
         outputs.append(output[0])
         return output
 

@@ -42,10 +42,10 @@ class ByHand:
         """Per image, the differences by timestep."""
         self.cosines: list[list[float]] = []
 
-    def __call__(self, proceed: Callable[..., Any], call: Call) -> Any:
+    def __call__(self, call_next: Callable[..., Any], call: Call) -> Any:
         if "extra" in call.branches:
-            return proceed()
-        output = proceed()
+            return call_next()
+        output = call_next()
         tensor = (output[0] if isinstance(output, tuple) else output.sample).clone()
         if "cond" in call.branches:
             self.cond, self.sample = tensor[call.rows_of("cond")].clone(), call.sample[call.rows_of("cond")]
@@ -191,10 +191,10 @@ def test_a_run_after_an_aborted_one_is_as_fresh(case: Case) -> None:
     accelerate(pipe, GuidanceSkip(threshold=threshold, mode="extrapolate"))
     expected = made(case, pipe, batch=2)
 
-    def fail(proceed: Callable[..., Any], call: Call) -> Any:
+    def fail(call_next: Callable[..., Any], call: Call) -> Any:
         if call.step == 6:
             raise RuntimeError("on purpose")
-        return proceed()
+        return call_next()
 
     with ExitStack() as undo:
         undo.callback(session_of(pipe).on_call(fail))

@@ -33,14 +33,14 @@ class Identity(Accelerator):
     def attach(self, pipe: Any) -> Callable[[], None]:
         session = session_of(pipe)
 
-        def around_call(proceed: Callable[..., Any], call: Call) -> Any:
+        def intercept_call(call_next: Callable[..., Any], call: Call) -> Any:
             call.run.state["calls"] = call.run.state.get("calls", 0) + 1
-            return proceed(call.arguments)
+            return call_next(call.arguments)
 
-        def around_block(proceed: Callable[..., Any], call: Call, block: Block) -> Any:
-            return block.pack(*block.unpack(proceed(block.arguments)))
+        def intercept_block(call_next: Callable[..., Any], call: Call, block: Block) -> Any:
+            return block.pack(*block.unpack(call_next(block.arguments)))
 
-        removers = [session.on_call(around_call), session.on_block(around_block)]
+        removers = [session.on_call(intercept_call), session.on_block(intercept_block)]
         return lambda: [remove() for remove in removers].clear()
 
 
@@ -159,12 +159,12 @@ def test_aborted_run_leaves_nothing(case: Case) -> None:
 
 
 def _failing_at(step: int) -> Callable[..., Any]:
-    def around(proceed: Callable[..., Any], call: Call) -> Any:
+    def interceptor(call_next: Callable[..., Any], call: Call) -> Any:
         if call.step == step:
             raise RuntimeError("on purpose")
-        return proceed()
+        return call_next()
 
-    return around
+    return interceptor
 
 
 @ALL
@@ -185,7 +185,7 @@ def test_two_pipelines_do_not_affect_each_other(case: Case) -> None:
     expected = [case(first), case(second)]
     accelerate(first, Identity())
     accelerate(second, Identity())
-    seen = session_of(first).on_call(lambda proceed, call: (call.run.state.setdefault("seen", 1), proceed())[1])
+    seen = session_of(first).on_call(lambda call_next, call: (call.run.state.setdefault("seen", 1), call_next())[1])
     assert torch.equal(case(second), expected[1])
     assert session_of(first).run is None
     assert torch.equal(case(first), expected[0])
@@ -205,10 +205,10 @@ def test_pipelines_in_threads_of_one_loop_do_not_mix() -> None:
     for pipe in pipes:
         accelerate(pipe, Identity())
 
-    def nested(proceed: Callable[..., Any], call: Call) -> Any:
+    def nested(call_next: Callable[..., Any], call: Call) -> Any:
         if call.step == 1:
             turns.append(case(pipes[1]))
-        return proceed()
+        return call_next()
 
     session_of(pipes[0]).on_call(nested)
     assert torch.equal(case(pipes[0]), expected[0])

@@ -196,15 +196,15 @@ def test_a_run_after_an_aborted_one_is_as_fresh(case: Case, kind: str) -> None:
             raise KeyboardInterrupt
         return values
 
-    def in_network(proceed: Callable[..., Any], call: Call) -> Any:
+    def in_network(call_next: Callable[..., Any], call: Call) -> Any:
         if call.step == 2:
             raise KeyboardInterrupt
-        return proceed()
+        return call_next()
 
     pipe = pipeline(case)
     switch_on(case, pipe, kind)
-    for callback, around in ((in_callback, lambda proceed, call: proceed()), (None, in_network)):
-        remove = session_of(pipe).on_call(around)
+    for callback, interceptor in ((in_callback, lambda call_next, call: call_next()), (None, in_network)):
+        remove = session_of(pipe).on_call(interceptor)
         with pytest.raises(KeyboardInterrupt):
             called(case, pipe, callback)
         remove()
@@ -256,10 +256,10 @@ def test_pipelines_that_take_turns_do_not_mix(case: Case, kind: str) -> None:
     for pipe in pipes:
         switch_on(case, pipe, kind)
 
-    def nested(proceed: Callable[..., Any], call: Call) -> Any:
+    def nested(call_next: Callable[..., Any], call: Call) -> Any:
         if call.step == 3 and "cond" in call.branches:
             inner.append((images(case, pipes[1]), decisions(pipes[1])))
-        return proceed()
+        return call_next()
 
     remove = session_of(pipes[0]).on_call(nested)
     assert_fresh(case, pipes[0], kind)

@@ -137,7 +137,7 @@ def test_of_threads_that_accelerate_at_once_one_does_and_restoring_twice_is_once
 def test_a_callback_that_calls_the_network_itself_does_not_disturb_the_run() -> None:
     pipe, _, made = accelerated_pipe(SD3)
     inputs: list[dict[str, Any]] = []
-    session_of(pipe).on_call(lambda proceed, call: (inputs.append(call.arguments), proceed())[1])
+    session_of(pipe).on_call(lambda call_next, call: (inputs.append(call.arguments), call_next())[1])
     seen: list[int] = []
 
     def callback(pipe: Any, *_: Any) -> dict[str, Any]:
@@ -154,7 +154,7 @@ def test_a_callback_that_calls_the_network_itself_does_not_disturb_the_run() -> 
 def test_a_call_of_the_network_in_another_thread_is_not_of_the_run() -> None:
     pipe, _, made = accelerated_pipe(SD3)
     inputs: list[Call] = []
-    session_of(pipe).on_call(lambda proceed, call: (inputs.append(call), proceed())[1])
+    session_of(pipe).on_call(lambda call_next, call: (inputs.append(call), call_next())[1])
     during(pipe, lambda: in_thread(lambda: pipe.transformer(**inputs[0].arguments)))
     assert torch.equal(SD3(pipe, steps=6), made)
     assert len(inputs) == 6

@@ -61,16 +61,16 @@ def test_block_rows_are_true(case: Case) -> None:
     expected = case(pipe, batch=2)
     session, seen = open_session(pipe), []
 
-    def around(proceed: Callable[..., Any], call: Call, block: Block) -> Any:
+    def interceptor(call_next: Callable[..., Any], call: Call, block: Block) -> Any:
         seen.append(block.index)
-        output = proceed(block.arguments)
+        output = call_next(block.arguments)
         hidden, encoder = block.unpack(output)
         assert hidden.shape == block.hidden.shape and hidden.shape[0] == call.rows
         text_goes_on = block.encoder is not None and "encoder" in block.blocks.returns
         assert encoder is None or (text_goes_on and encoder.shape == block.encoder.shape)
         return block.pack(hidden, encoder)
 
-    session.on_block(around)
+    session.on_block(interceptor)
     assert torch.equal(case(pipe, batch=2), expected)
     count = sum(len(getattr(denoiser(pipe), blocks.path)) for blocks in family_of(denoiser(pipe)).blocks)
     assert count > 1
@@ -83,14 +83,14 @@ def test_rows_can_be_taken_out_of_a_call(case: Case) -> None:
     pipe = case.make()
     session, errors = open_session(pipe), []
 
-    def around(proceed: Callable[..., Any], call: Call) -> Any:
-        output = proceed()
+    def interceptor(call_next: Callable[..., Any], call: Call) -> Any:
+        output = call_next()
         rows = torch.tensor([1 + branch * call.images for branch in range(len(call.branches))])
-        alone = proceed(call.take(rows))
+        alone = call_next(call.take(rows))
         errors.append((alone[0] if isinstance(alone, tuple) else alone.sample) - _tensor(output)[rows])
         return output
 
-    session.on_call(around)
+    session.on_call(interceptor)
     case(pipe, batch=3)
     assert max(float(error.abs().max()) for error in errors) < 1e-4
 
@@ -102,7 +102,7 @@ def _tensor(output: Any) -> Tensor:
 def test_taking_rows_reaches_into_dictionaries_and_lists() -> None:
     pipe = tiny.sd3_pipeline()
     calls: list[Call] = []
-    open_session(pipe).on_call(lambda proceed, call: (calls.append(call), proceed())[1])
+    open_session(pipe).on_call(lambda call_next, call: (calls.append(call), call_next())[1])
     pipe(**families.sd3_arguments(batch=3, guided=False))
     rows = torch.arange(3.0)
     given = {"images": [10, 11, 12], "control": [rows, rows + 3], "extra": {"size": rows}, "flag": True, "ids": rows}
@@ -127,11 +127,11 @@ def test_a_missing_row_is_derived(name: str, monkeypatch: pytest.MonkeyPatch) ->
     expected = case(pipe, batch=2)
     session, orders = open_session(pipe), {}
 
-    def around(proceed: Callable[..., Any], call: Call, block: Block) -> Any:
+    def interceptor(call_next: Callable[..., Any], call: Call, block: Block) -> Any:
         orders[block.blocks.path] = block.blocks.returns
-        return block.pack(*block.unpack(proceed()))
+        return block.pack(*block.unpack(call_next()))
 
-    session.on_block(around)
+    session.on_block(interceptor)
     assert torch.equal(case(pipe, batch=2), expected)
     assert orders == {blocks.path: blocks.returns for blocks in written.blocks}
 
@@ -182,7 +182,7 @@ def test_a_row_that_cannot_be_derived_is_printed() -> None:
     with pytest.raises(
         UnsupportedModelError, match=r"(?s)Plain is not among the known.*sd3.*no list of.*Family\(name="
     ):
-        session.on_block(lambda proceed, call, block: proceed())
+        session.on_block(lambda call_next, call, block: call_next())
     close_session(pipe)
 
 
@@ -206,7 +206,7 @@ def run_by_hand(pipe: Any) -> Tensor:
 def test_ambiguous_outputs_ask_for_a_row_and_the_printed_row_works(ambiguous: Any) -> None:
     expected = run_by_hand(ambiguous)
     session = open_session(ambiguous)
-    session.on_block(lambda proceed, call, block: block.pack(*block.unpack(proceed())))
+    session.on_block(lambda call_next, call, block: block.pack(*block.unpack(call_next())))
     with pytest.raises(UnsupportedModelError, match="does not tell image from text tokens") as failure:
         run_by_hand(ambiguous)
     close_session(ambiguous)
@@ -216,7 +216,7 @@ def test_ambiguous_outputs_ask_for_a_row_and_the_printed_row_works(ambiguous: An
         assert not family_of(ambiguous.transformer).derived
         seen = []
         session = open_session(ambiguous)
-        session.on_block(lambda proceed, call, block: (seen.append(block.unpack(proceed())), proceed())[1])
+        session.on_block(lambda call_next, call, block: (seen.append(block.unpack(call_next())), call_next())[1])
         assert torch.equal(run_by_hand(ambiguous), expected)
         assert len(seen) == 2 * 2 * 2  # Heun's two evaluations of two steps, two blocks
     finally:
@@ -240,7 +240,7 @@ def test_a_wrong_path_in_a_row_is_named(monkeypatch: pytest.MonkeyPatch) -> None
     )
     session = open_session(tiny.sit_pipeline())
     with pytest.raises(UnsupportedModelError, match="has no list of blocks 'layers'"):
-        session.on_block(lambda proceed, call, block: proceed())
+        session.on_block(lambda call_next, call, block: call_next())
 
 
 def test_denoiser_is_the_transformer_or_the_unet() -> None:

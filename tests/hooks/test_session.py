@@ -41,7 +41,7 @@ def sd3() -> Iterator[Any]:
 def watched(pipe: Any) -> tuple[Session, list[Call]]:
     """A session and the calls that it sees."""
     session, calls = open_session(pipe), []
-    session.on_call(lambda proceed, call: (calls.append(call), proceed())[1])
+    session.on_call(lambda call_next, call: (calls.append(call), call_next())[1])
     return session, calls
 
 
@@ -172,19 +172,19 @@ def test_a_unet_pipeline_is_placed_too() -> None:
     assert [call.timestep for call in calls] == pipe.scheduler.timesteps.tolist()  # PNDM repeats one of them
     assert session.run.ended and not session.run.failed
     with pytest.raises(UnsupportedModelError, match="UNet2DConditionModel is not among the known families"):
-        session.on_block(lambda proceed, call, block: proceed())
+        session.on_block(lambda call_next, call, block: call_next())
 
 
 def test_state_is_gone_when_the_run_is_over(sd3: Any) -> None:
     session = open_session(sd3)
     lengths = []
 
-    def around(proceed: Any, call: Call) -> Any:
+    def interceptor(call_next: Any, call: Call) -> Any:
         call.run.state.setdefault("seen", []).append(call.step)
         lengths.append(len(call.run.state["seen"]))
-        return proceed()
+        return call_next()
 
-    session.on_call(around)
+    session.on_call(interceptor)
     sd3(**arguments())
     assert session.run.state == {}
     sd3(**arguments(steps=2))
@@ -199,7 +199,7 @@ def test_state_is_gone_when_the_run_is_over(sd3: Any) -> None:
 def test_an_exception_ends_the_run(name: str, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
     case, pipe = CASES[name], CASES[name].make()
     session = open_session(pipe)
-    session.on_call(lambda proceed, call: (call.run.state.setdefault("cache", torch.ones(1)), proceed())[1])
+    session.on_call(lambda call_next, call: (call.run.state.setdefault("cache", torch.ones(1)), call_next())[1])
 
     def fail(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
@@ -212,7 +212,7 @@ def test_an_exception_ends_the_run(name: str, where: str, monkeypatch: pytest.Mo
         close_session(pipe)
         session = open_session(pipe)
     else:
-        session.on_call(lambda proceed, call: fail() if call.step == 2 else proceed())
+        session.on_call(lambda call_next, call: fail() if call.step == 2 else call_next())
     with pytest.raises(KeyboardInterrupt):
         pipe(**options)
     assert session.run.ended and session.run.failed
@@ -294,7 +294,7 @@ def test_stays_outside_of_compiled_graphs(sd3: Any, regional: bool, compiled_fir
         compile_all()
     session, calls = watched(sd3)
     if regional:
-        session.on_block(lambda proceed, call, block: proceed())
+        session.on_block(lambda call_next, call, block: call_next())
     if not compiled_first:
         compile_all()
     sd3(**arguments())
@@ -312,7 +312,7 @@ def test_blocks_of_a_network_compiled_as_a_whole_are_refused(sd3: Any, how: str)
     else:
         sd3.transformer = torch.compile(sd3.transformer, backend="eager")
     with pytest.raises(RecipeConflictError, match=r"compiled as a whole.*compile_repeated_blocks"):
-        session.on_block(lambda proceed, call, block: proceed())
+        session.on_block(lambda call_next, call, block: call_next())
         sd3(**arguments())  # under torch.compile the session sees the network that was put in only now
 
 
@@ -334,7 +334,7 @@ def test_a_pipeline_that_shares_the_components_is_not_seen(sd3: Any) -> None:
 
     expected = made()
     session, calls = watched(sd3)
-    session.on_call(lambda proceed, call: (torch.zeros_like(proceed()[0]),))
+    session.on_call(lambda call_next, call: (torch.zeros_like(call_next()[0]),))
     assert torch.equal(made(), expected)
     assert (session.run, calls) == (None, [])
 
@@ -389,7 +389,7 @@ def test_session_of_says_what_to_call(sd3: Any) -> None:
 def test_closing_leaves_nothing(sd3: Any) -> None:
     before = tiny.snapshot(sd3)
     session, _ = watched(sd3)
-    session.on_block(lambda proceed, call, block: proceed())
+    session.on_block(lambda call_next, call, block: call_next())
     sd3(**arguments())
     close_session(sd3)
     sd3.scheduler.set_timesteps(1)  # what a run leaves in a scheduler is its own
@@ -404,11 +404,11 @@ def test_modules_obey_those_who_surround_them_now(sd3: Any) -> None:
     session = open_session(sd3)
     seen: list[tuple[str, str]] = []
 
-    def around(name: str) -> Any:
-        return lambda proceed, call, path: (seen.append((name, path)), proceed())[1]
+    def interceptor(name: str) -> Any:
+        return lambda call_next, call, path: (seen.append((name, path)), call_next())[1]
 
-    first = session.on_module(around("first"), ("attn",))
-    second = session.on_module(around("second"), ("attn", "ff"))
+    first = session.on_module(interceptor("first"), ("attn",))
+    second = session.on_module(interceptor("second"), ("attn", "ff"))
     sd3(**arguments(steps=1))
     blocks = [f"transformer_blocks.{i}" for i in range(3)]
     assert {path for name, path in seen if name == "first"} == {f"{block}.attn" for block in blocks}
@@ -429,10 +429,10 @@ def test_a_narrowed_call_is_seen_further_inside_with_its_own_rows(sd3: Any) -> N
     session, calls = watched(sd3)
     seen: list[tuple[Any, ...]] = []
 
-    def narrow(proceed: Any, call: Call) -> Any:
+    def narrow(call_next: Any, call: Call) -> Any:
         kept = torch.tensor([0, 2, 3])  # of [uncond 0, uncond 1, cond 0, cond 1]
-        found = proceed(call.narrowed(kept))[0]
-        whole = proceed()[0]
+        found = call_next(call.narrowed(kept))[0]
+        whole = call_next()[0]
         seen.append((call.rows, len(found), float((found - whole[kept]).abs().max()), float(whole.abs().max())))
         return (whole,)
 

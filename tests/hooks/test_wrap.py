@@ -27,10 +27,10 @@ class Doubler(nn.Module):
 
 
 def adding(amount: float) -> Callable[..., Tensor]:
-    def around(forward: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+    def interceptor(forward: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
         return forward(*args, **kwargs) + amount
 
-    return around
+    return interceptor
 
 
 ONE = torch.ones(1)
@@ -219,11 +219,11 @@ def test_wraps_methods_of_any_object() -> None:
     pipe = tiny.sit_pipeline()
     seen: list[int] = []
 
-    def around(set_timesteps: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+    def interceptor(set_timesteps: Callable[..., None], *args: Any, **kwargs: Any) -> None:
         seen.append(args[0])
         set_timesteps(*args, **kwargs)
 
-    handle = wrap(pipe.scheduler, "set_timesteps", around)
+    handle = wrap(pipe.scheduler, "set_timesteps", interceptor)
     pipe(3, num_inference_steps=2)
     handle.remove()
     pipe(3, num_inference_steps=3)

@@ -301,7 +301,7 @@ def test_other_schedulers(made: Any, name: str) -> None:
     pipe = pipeline()
     pipe.scheduler = made or tiny.FlowMatchEulerDiscreteScheduler()
     pipe.compile_blocks("eager")
-    message = f"need a FlowTurboScheduler, or a FlowRungeKuttaScheduler .* has a {name}; exchange the scheduler, or"
+    message = f"need a FlowTurboScheduler, or a FlowRungeKuttaScheduler .* has a {name}; replace the scheduler, or"
     with counted(pipe.transformer) as rows, pytest.raises(ValueError, match=message):
         sample(pipe, steps=2)
     assert rows == []

@@ -10,12 +10,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from flowaccel.caching.feature_cache import FeatureCache
 from flowaccel.caching.gates import Gate, Step
 from flowaccel.caching.gates.base import Feedback, Signal, State
 from flowaccel.caching.guard import Guard
 from flowaccel.caching.predictors import Hold
-from flowaccel.caching.runtime import Rules
-from flowaccel.caching.scopes import Scope, cache_of
+from flowaccel.caching.scopes import Scope
 from flowaccel.hooks import session_of
 from flowaccel.training.sampling import Notify, Sampling
 
@@ -124,8 +124,7 @@ def observe(
     calls: dict[int, str] = {}
     with ExitStack() as undo:
         for recorder in recorders:
-            rules = Rules(gate=recorder, predictor=Hold(), guard=Guard(), unit="image")
-            undo.callback(cache_of(rules, recorder.watch.scope).attach(session))
+            undo.callback(FeatureCache(recorder, recorder.watch.scope, Hold(), Guard()).running().attach(session))
         for made in sampling.run(pipe, notify, "observing"):
             images.append(made)
             batches.append({name: value for recorder in recorders for name, value in _stacked(recorder.kept).items()})

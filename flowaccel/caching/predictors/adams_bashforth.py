@@ -28,6 +28,6 @@ class AdamsBashforth(OrderedPredictor):
     name: ClassVar[str] = "adams_bashforth"
     axis: ClassVar[Axis] = "step"
 
-    def weights(self, times: Tensor, now: Tensor) -> Tensor:
+    def weights(self, times: Tensor, now: Tensor, signals: Tensor | None = None) -> Tensor:
         """Return alternating binomial coefficients, of an order up to the number of consecutive steps computed."""
         return lagrange_weights(times, now)

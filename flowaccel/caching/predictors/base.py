@@ -27,6 +27,8 @@ class Predictor(ABC):
     """Name in recipes."""
     axis: ClassVar[Axis] = "time"
     """Axis along which values are placed."""
+    needs_signal: ClassVar[bool] = False
+    """Whether the weights depend on the gate's signal, which is then stored with every value."""
 
     def place(self, step: int, timestep: float) -> float:
         """Return the position of a step of the run on the axis."""
@@ -38,13 +40,15 @@ class Predictor(ABC):
         """Maximum number of computed values that the predictor uses, at least 1."""
 
     @abstractmethod
-    def weights(self, times: Tensor, now: Tensor) -> Tensor:
+    def weights(self, times: Tensor, now: Tensor, signals: Tensor | None = None) -> Tensor:
         """Return the weights of the computed values.
 
         Args:
             times: (rows, anchors) positions of the computed values on the axis, newest first; at least 1 and at most
                 `anchors` of them, distinct within a row, float64.
             now: (rows,) the position to predict.
+            signals: (rows, 1 + anchors, ...) what the gate reads now, and what it read at the computed values' steps,
+                newest first; None unless `needs_signal`.
 
         Returns:
             (rows, anchors), each row's sum is 1.

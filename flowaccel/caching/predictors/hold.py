@@ -21,6 +21,6 @@ class Hold(Predictor):
         """Number of values, 1."""
         return 1
 
-    def weights(self, times: Tensor, now: Tensor) -> Tensor:
+    def weights(self, times: Tensor, now: Tensor, signals: Tensor | None = None) -> Tensor:
         """Return weight 1 for the newest value."""
         return hold_weights(times)

@@ -36,7 +36,7 @@ class Newton(TimedPredictor):
         if self.reach is not None and not self.reach > 0:
             raise ValueError(f"reach must be above 0, or None, got {self.reach!r}")
 
-    def weights(self, times: Tensor, now: Tensor) -> Tensor:
+    def weights(self, times: Tensor, now: Tensor, signals: Tensor | None = None) -> Tensor:
         """Return the Lagrange weights of the same polynomial."""
         count = times.shape[1]
         weights = lagrange_weights(times, now)

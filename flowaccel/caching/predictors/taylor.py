@@ -29,7 +29,7 @@ class Taylor(TimedPredictor):
 
     name: ClassVar[str] = "taylor"
 
-    def weights(self, times: Tensor, now: Tensor) -> Tensor:
+    def weights(self, times: Tensor, now: Tensor, signals: Tensor | None = None) -> Tensor:
         """Return the weights of the values in the series."""
         distance = now - times[:, 0]
         terms = torch.stack([distance**i / math.factorial(i) for i in range(times.shape[1])], dim=1)
@@ -63,7 +63,7 @@ class Hermite(TimedPredictor):
         if not self.scale > 0:
             raise ValueError(f"scale must be above 0, got {self.scale!r}")
 
-    def weights(self, times: Tensor, now: Tensor) -> Tensor:
+    def weights(self, times: Tensor, now: Tensor, signals: Tensor | None = None) -> Tensor:
         """Return the weights of the values in the series."""
         count = times.shape[1]
         gap = times[:, 0] - times[:, 1] if count > 1 else torch.ones_like(now)

@@ -1,11 +1,12 @@
-"""Runtimes of `FeatureCache`, one for each scope."""
+"""Scopes of a feature cache: what is replaced, each with its runtime."""
 
 from __future__ import annotations
+
+from typing import Any
 
 from flowaccel.caching.guard import GUARDS as GUARDS
 from flowaccel.caching.guard import Guard as Guard
 from flowaccel.caching.runtime import Cache as Cache
-from flowaccel.caching.runtime import Rules as Rules
 from flowaccel.caching.scopes.base import SCOPES as SCOPES
 from flowaccel.caching.scopes.base import Module as Module
 from flowaccel.caching.scopes.base import Output as Output
@@ -17,11 +18,11 @@ from flowaccel.caching.scopes.output import OutputCache
 from flowaccel.caching.scopes.stack import StackCache
 
 
-def cache_of(rules: Rules, scope: Scope) -> Cache:
-    """Return the runtime of a cache for a scope."""
+def runtime_of(scope: Scope, **parts: Any) -> Cache:
+    """Return the runtime for a scope; `parts` are the arguments of `Cache`."""
     if isinstance(scope, Output):
-        return OutputCache(rules, scope)
-    return ModuleCache(rules, scope) if isinstance(scope, Module) else StackCache(rules, scope)
+        return OutputCache(scope, **parts)
+    return ModuleCache(scope, **parts) if isinstance(scope, Module) else StackCache(scope, **parts)
 
 
 __all__ = [
@@ -32,8 +33,7 @@ __all__ = [
     "Module",
     "Output",
     "Range",
-    "Rules",
     "Scope",
     "Stack",
-    "cache_of",
+    "runtime_of",
 ]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from flowaccel.caching.history import Value
-from flowaccel.caching.runtime import Cache, Moment, Proceed, Rules, not_run
+from flowaccel.caching.runtime import Cache, CachedCall, CallNext, not_run
 from flowaccel.caching.scopes.base import Module
 from flowaccel.errors import UnsupportedModelError
 from flowaccel.hooks import ATTENTION, FEED_FORWARD, Call, Session, in_rows
@@ -25,55 +25,55 @@ class ModuleCache(Cache):
     If only some rows are computed, the modules run for all rows, and the others take their prediction.
     """
 
-    def __init__(self, rules: Rules, scope: Module) -> None:
-        super().__init__(rules)
+    def __init__(self, scope: Module, **parts: Any) -> None:
+        super().__init__(**parts)
         self._kinds = (ATTENTION if scope.attention else ()) + (FEED_FORWARD if scope.feed_forward else ())
-        self._moment: Moment | None = None
+        self._cached: CachedCall | None = None
         self._calls: Counter[str] = Counter()  # number of calls per module in this network call
         self._said = False
         self._bare: dict[str, bool] = {}  # by path, whether the module returns a tensor rather than a tuple of them
 
     def attach(self, session: Session) -> Callable[[], None]:
         """Wrap network calls and modules."""
-        removers = [session.on_module(self._around_module, self._kinds), super().attach(session)]
+        removers = [session.on_module(self._intercept_module, self._kinds), super().attach(session)]
         return lambda: [remove() for remove in removers].clear()
 
-    def run(self, proceed: Proceed, moment: Moment) -> Any:
+    def run(self, call_next: CallNext, cached: CachedCall) -> Any:
         """Call the network with wrapped modules."""
-        outer, self._moment = self._moment, moment
+        outer, self._cached = self._cached, cached
         self._calls.clear()
         try:
-            output = proceed()
+            output = call_next()
         finally:
-            self._moment = outer
+            self._cached = outer
         if not self._said:
             self._said = True
-            anchors = moment.rules.predictor.anchors
-            most = moment.memory.bytes * anchors / 1e6
+            anchors = cached.cache.predictor.anchors
+            most = cached.state.bytes * anchors / 1e6
             logger.info("scope 'module' will hold up to %.0f MB for each branch of a batch like this one", most)
         return output
 
-    def _around_module(self, proceed: Proceed, call: Call, path: str) -> Any:
-        if self._moment is None:
-            return proceed()
+    def _intercept_module(self, call_next: CallNext, call: Call, path: str) -> Any:
+        if self._cached is None:
+            return call_next()
         self._calls[path] += 1
         key = f"{path}#{self._calls[path]}"  # CogView4 calls one feed-forward for the image and for the text
-        history = self._moment.history(key)
-        self._moment.require(history)
-        rows = self._moment.computing
+        history = self._cached.history(key)
+        self._cached.require(history)
+        rows = self._cached.computing
         if len(rows) == call.rows or history.empty:
-            output = proceed()
+            output = call_next()
             self._bare[key] = not isinstance(output, tuple)
-            history.store(self._as_value(output, call, path), self._moment.place)
+            self._cached.store(self._as_value(output, call, path), key)
             return output
-        forecast = history.predict(self._moment.place)
+        forecast = self._cached.predict(key)
         if not len(rows):
             if self._calls[path] == 1:
                 not_run(call.record, path, call.rows)
             return _like(self._bare[key], forecast)
-        output = self._as_value(proceed(), call, path)
+        output = self._as_value(call_next(), call, path)
         chosen: Value = tuple(None if tensor is None else tensor[rows.to(tensor.device)] for tensor in output)
-        history.store(chosen, self._moment.place, rows)
+        self._cached.store(chosen, key, rows)
         return _like(self._bare[key], tuple(map(_merged, forecast, chosen, [rows] * len(chosen))))
 
     def _as_value(self, output: Any, call: Call, path: str) -> Value:
@@ -90,7 +90,7 @@ class ModuleCache(Cache):
             )
         found = tuple(None if tensor is None else in_rows(tensor, call.rows) for tensor in value)
         odd = [len(tensor) for tensor in found if tensor is not None and len(tensor) != call.rows]
-        alike = self.rules.unit == "batch" or self.rules.gate.static
+        alike = self.unit == "batch" or self.gate.static
         if odd and (min(odd) < call.rows or not alike):
             raise UnsupportedModelError(
                 f"{path} of the {type(call.module).__name__} returns {odd[0]} rows in a call of {call.rows}, so images "

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from flowaccel.caching.history import Value
-from flowaccel.caching.runtime import Cache, Moment, Proceed, Rules, not_run
+from flowaccel.caching.runtime import Cache, CachedCall, CallNext, not_run
 from flowaccel.caching.scopes.base import Output
 from flowaccel.hooks import Call, packer, require_rows, tensors_of
 
@@ -19,48 +19,48 @@ WHAT = "a cache of outputs"
 class OutputCache(Cache):
     """Cache of the network's output."""
 
-    def __init__(self, rules: Rules, scope: Output) -> None:
-        super().__init__(rules)
+    def __init__(self, scope: Output, **parts: Any) -> None:
+        super().__init__(**parts)
         self._residual = scope.residual
         self._packed: Callable[[tuple[Tensor, ...]], Any] = tuple
 
-    def run(self, proceed: Proceed, moment: Moment) -> Any:
+    def run(self, call_next: CallNext, cached: CachedCall) -> Any:
         """Call the network for the rows that are computed."""
-        history, call = moment.history(), moment.call
-        moment.require(history)
-        rows = moment.computing
+        call = cached.call
+        cached.require(cached.history())
+        rows = cached.computing
         not_run(call.record, "", call.rows - len(rows))
         if len(rows) == call.rows:
-            output = proceed()
+            output = call_next()
             found = require_rows(call, output, WHAT)
             self._packed = packer(output)
-            self._store(moment, found, None)
+            self._store(cached, found, None)
             return output
-        forecast = self._shifted(moment, _all(history.predict(moment.place)), 1)
+        forecast = self._shifted(cached, _all(cached.predict()), 1)
         if len(rows):
-            found = self._computed(proceed, call, rows)
-            self._store(moment, found, rows)
+            found = self._computed(call_next, call, rows)
+            self._store(cached, found, rows)
             forecast = tuple(
                 expected.index_copy(0, rows.to(new.device), new) for expected, new in zip(forecast, found, strict=True)
             )
         return self._packed(forecast)
 
-    def _computed(self, proceed: Proceed, call: Call, rows: Tensor) -> tuple[Tensor, ...]:
+    def _computed(self, call_next: CallNext, call: Call, rows: Tensor) -> tuple[Tensor, ...]:
         if not call.gathers:
-            return tuple(found[rows.to(found.device)] for found in require_rows(call, proceed(), WHAT))
+            return tuple(found[rows.to(found.device)] for found in require_rows(call, call_next(), WHAT))
         with call.only(rows):
-            return tensors_of(proceed(call.take(rows)))
+            return tensors_of(call_next(call.take(rows)))
 
-    def _store(self, moment: Moment, outputs: tuple[Tensor, ...], rows: Tensor | None) -> None:
-        moment.history().store(self._shifted(moment, outputs, -1, rows), moment.place, rows)
-        if moment.rules.gate.feedback == "feature":
-            moment.give_back(_all(moment.history().newest)[0])
+    def _store(self, cached: CachedCall, outputs: tuple[Tensor, ...], rows: Tensor | None) -> None:
+        cached.store(self._shifted(cached, outputs, -1, rows), rows=rows)
+        if cached.cache.gate.feedback == "feature":
+            cached.give_back(_all(cached.history().newest)[0])
 
     def _shifted(
-        self, moment: Moment, outputs: tuple[Tensor, ...], sign: int, rows: Tensor | None = None
+        self, cached: CachedCall, outputs: tuple[Tensor, ...], sign: int, rows: Tensor | None = None
     ) -> tuple[Tensor, ...]:
         """Return the outputs with the input added to or subtracted from the first, if residuals are cached."""
-        sample, output = moment.call.sample, outputs[0]
+        sample, output = cached.call.sample, outputs[0]
         if not self._residual or not isinstance(sample, Tensor) or sample.shape[1:] != output.shape[1:]:
             return outputs
         sample = sample if rows is None else sample[rows.to(sample.device)]

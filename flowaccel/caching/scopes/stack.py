@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from flowaccel.caching.gates.base import TIME_SIGNALS
-from flowaccel.caching.runtime import Cache, Moment, Proceed, Rules, not_run
+from flowaccel.caching.runtime import Cache, CachedCall, CallNext, not_run
 from flowaccel.caching.scopes.base import Range, Stack, middle
 from flowaccel.errors import UnsupportedModelError
 from flowaccel.hooks import (
@@ -33,8 +33,8 @@ Tokens = tuple[Tensor, Tensor | None]
 class StackCache(Cache):
     """Cache of what the blocks in a range add to the tokens."""
 
-    def __init__(self, rules: Rules, scope: Stack | Range) -> None:
-        super().__init__(rules)
+    def __init__(self, scope: Stack | Range, **parts: Any) -> None:
+        super().__init__(**parts)
         self._scope = scope
         self._pass: _Pass | None = None
         self._proved: WeakSet[nn.Module] = WeakSet()  # networks that passed `_prove`
@@ -45,37 +45,37 @@ class StackCache(Cache):
         Raises:
             UnsupportedModelError: the gate reads a time signal that is not known for a network.
         """
-        if self.rules.gate.signal in TIME_SIGNALS:
+        if self.gate.signal in TIME_SIGNALS:
             for network in networks(session.pipe).values():
-                time_source(network, family_of(network), self.rules.gate.signal)
-        removers = [session.on_block(self._around_block), super().attach(session)]
+                time_source(network, family_of(network), self.gate.signal)
+        removers = [session.on_block(self._intercept_block), super().attach(session)]
         return lambda: [remove() for remove in removers].clear()
 
-    def run(self, proceed: Proceed, moment: Moment) -> Any:
+    def run(self, call_next: CallNext, cached: CachedCall) -> Any:
         """Call the network with wrapped blocks."""
-        proved = not moment.call.family.derived or moment.call.module in self._proved
-        outer, self._pass = self._pass, _Pass(moment, self._scope)
-        signal = self.rules.gate.signal
+        proved = not cached.call.family.derived or cached.call.module in self._proved
+        outer, self._pass = self._pass, _Pass(cached, self._scope)
+        signal = self.gate.signal
         try:
-            if signal not in TIME_SIGNALS or moment.decision is not None:
-                output = proceed()
+            if signal not in TIME_SIGNALS or cached.decision is not None:
+                output = call_next()
             else:
-                with time_signal(moment.call, signal) as self._pass.time_signal:
-                    output = proceed()
+                with time_signal(cached.call, signal) as self._pass.time_signal:
+                    output = call_next()
             if not proved and self._pass.left is not None:
-                self._prove(proceed, self._pass, tensors_of(output))
+                self._prove(call_next, self._pass, tensors_of(output))
         finally:
             self._pass = outer
         return output
 
-    def _prove(self, proceed: Proceed, passed: _Pass, expected: tuple[Tensor, ...]) -> None:
+    def _prove(self, call_next: CallNext, passed: _Pass, expected: tuple[Tensor, ...]) -> None:
         """Check a derived family by calling the network again with the blocks skipped.
 
         The tokens that the blocks returned in this call replace them, so the output must be the same.
         """
-        call = passed.moment.call
+        call = passed.cached.call
         passed.replays = True
-        found = tensors_of(proceed())
+        found = tensors_of(call_next())
         if not all(_alike(ours, theirs) for ours, theirs in zip(found, expected, strict=True)):
             raise UnsupportedModelError(
                 f"scope {self._scope.name!r} cannot be used with this {type(call.module).__name__}: with what the "
@@ -85,15 +85,15 @@ class StackCache(Cache):
             )
         self._proved.add(call.module)
 
-    def _around_block(self, proceed: Proceed, call: Call, block: Block) -> Any:
-        return proceed() if self._pass is None else self._pass.block(proceed, block)
+    def _intercept_block(self, call_next: CallNext, call: Call, block: Block) -> Any:
+        return call_next() if self._pass is None else self._pass.block(call_next, block)
 
 
 class _Pass:
     """State of one network call on its way through the blocks."""
 
-    def __init__(self, moment: Moment, scope: Stack | Range) -> None:
-        self.moment, self._scope = moment, scope
+    def __init__(self, cached: CachedCall, scope: Stack | Range) -> None:
+        self.cached, self._scope = cached, scope
         self.left: Tokens | None = None  # tokens after the reused range, if all rows were computed
         self.replays = False  # whether `left` replaces the blocks
         self._ends = (0, 0)  # first block and end of the reused range
@@ -105,94 +105,94 @@ class _Pass:
         self._gathered = False  # whether the blocks run for these rows only
         self.time_signal: Callable[[Block], Tensor] | None = None
 
-    def block(self, proceed: Proceed, block: Block) -> Any:
+    def block(self, call_next: CallNext, block: Block) -> Any:
         """Run, skip or replace one block."""
         if self.replays:
             assert self.left is not None
-            return self._packed(block, self.left) if self._ends[0] <= block.index < self._ends[1] else proceed()
+            return self._packed(block, self.left) if self._ends[0] <= block.index < self._ends[1] else call_next()
         if block.index == 0:
             self._ends = self._middle(block)
-            self._enter(proceed, block)
+            self._enter(call_next, block)
         first, end = self._ends
         if block.index == first:
             self._arrive(block)
         if not first <= block.index < end:
-            output = proceed()
+            output = call_next()
             self._show_middle(block, output, None)
             return output
         assert self._rows is not None
-        call = self.moment.call
+        call = self.cached.call
         if not len(self._rows) or self._gathered:
             not_run(call.record, block.path, call.rows - len(self._rows))
         if not len(self._rows):
             if block.blocks not in self._standing:
                 self._standing[block.blocks] = self._packed(block, self._forecast())
             return self._standing[block.blocks]  # at every block: a ControlNet may have added to it in between
-        output = self._compute(proceed, block)
+        output = self._compute(call_next, block)
         self._show_middle(block, output, self._rows if self._gathered else None)
         return self._leave(block, output) if block.index == end - 1 else output
 
-    def _compute(self, proceed: Proceed, block: Block) -> Any:
+    def _compute(self, call_next: CallNext, block: Block) -> Any:
         if not self._gathered:
-            return proceed()
+            return call_next()
         assert self._rows is not None
-        with self.moment.call.only(self.moment.computing):
-            return proceed(block.take(self._rows, self.moment.call.rows))
+        with self.cached.call.only(self.cached.computing):
+            return call_next(block.take(self._rows, self.cached.call.rows))
 
     def _middle(self, block: Block) -> tuple[int, int]:
-        probe = self.moment.rules.gate.probe
+        probe = self.cached.cache.gate.probe
         if block.count <= 1 and probe:
             raise UnsupportedModelError(
                 "the network has a single block, so nothing is left to reuse after those that the gate "
-                f"{self.moment.rules.gate.name!r} runs; use one that reads no block, such as 'easy'"
+                f"{self.cached.cache.gate.name!r} runs; use one that reads no block, such as 'easy'"
             )
         return middle(self._scope, probe, block.count)
 
-    def _enter(self, proceed: Proceed, block: Block) -> None:
-        gate, moment = self.moment.rules.gate, self.moment
+    def _enter(self, call_next: CallNext, block: Block) -> None:
+        gate, cached = self.cached.cache.gate, self.cached
         if block.encoder is not None and not block.blocks.joined:
             self._text = block.encoder.shape[1]
-        if gate.signal == "first_block" and moment.decides:
-            self._entry = moment.of_units(self._tokens(block, block.hidden, block.encoder)[0])
-        if gate.signal == "condition" and moment.decision is None:
-            moment.decide(moment.of_units(block.condition))
+        if gate.signal == "first_block" and cached.decides:
+            self._entry = cached.of_units(self._tokens(block, block.hidden, block.encoder)[0])
+        if gate.signal == "condition" and cached.decision is None:
+            cached.decide(cached.of_units(block.condition))
         if self.time_signal is not None:
-            moment.decide(moment.of_units(self.time_signal(block)))
-        if gate.signal == "modulated_input" and moment.decision is None:
-            moment.decide(moment.of_units(attention_input(proceed, block)))
+            cached.decide(cached.of_units(self.time_signal(block)))
+        if gate.signal == "modulated_input" and cached.decision is None:
+            cached.decide(cached.of_units(attention_input(call_next, block)))
 
     def _arrive(self, block: Block) -> None:
-        moment = self.moment
+        cached = self.cached
         self._before = self._tokens(block, block.hidden, block.encoder)
-        if moment.decision is None:
+        if cached.decision is None:
             assert self._entry is not None
-            moment.decide(moment.of_units(self._before[0]) - self._entry)
+            cached.decide(cached.of_units(self._before[0]) - self._entry)
         self._entry = None
-        moment.require(moment.history())
-        self._rows = moment.computing.to(block.hidden.device)
-        self._gathered = 0 < len(self._rows) < moment.call.rows and moment.call.gathers
+        cached.require(cached.history())
+        self._rows = cached.computing.to(block.hidden.device)
+        self._gathered = 0 < len(self._rows) < cached.call.rows and cached.call.gathers
 
     def _forecast(self) -> Tokens:
         assert self._before is not None
         image, text = self._before
-        added_image, added_text = self.moment.history().predict(self.moment.place)
+        added_image, added_text = self.cached.predict()
         assert added_image is not None
         return image + added_image, text if text is None or added_text is None else text + added_text
 
     def _leave(self, block: Block, output: Any) -> Any:
         """Store what the blocks added, and set the rows that were not computed to their prediction."""
         assert self._before is not None and self._rows is not None
-        moment, rows = self.moment, self._rows
+        cached, rows = self.cached, self._rows
         found = self._tokens(block, *block.unpack(output))
-        if len(rows) == moment.call.rows:
-            moment.history().store(_difference(found, self._before), moment.place)
+        if len(rows) == cached.call.rows:
+            cached.store(_difference(found, self._before))
             self._show_feature()
             self.left = found
             return output
         if not self._gathered:
             found = _chosen(found, rows)
         forecast = self._forecast()
-        moment.history().store(_difference(found, _chosen(self._before, rows)), moment.place, moment.computing)
+        cached.store(_difference(found, _chosen(self._before, rows)), rows=cached.computing)
         self._show_feature()
         image = forecast[0].index_copy(0, rows, found[0])
         text = forecast[1]
@@ -201,22 +201,22 @@ class _Pass:
         return self._packed(block, (image, text))
 
     def _show_feature(self) -> None:
-        feature = self.moment.history().newest[0]
-        if self.moment.rules.gate.feedback == "feature" and feature is not None:
-            self.moment.give_back(feature)
+        feature = self.cached.history().newest[0]
+        if self.cached.cache.gate.feedback == "feature" and feature is not None:
+            self.cached.give_back(feature)
 
     def _show_middle(self, block: Block, output: Any, rows: Tensor | None) -> None:
         """Pass the residual of the middle block to the gate."""
-        if self.moment.rules.gate.feedback != "middle_block" or block.index != block.count // 2:
+        if self.cached.cache.gate.feedback != "middle_block" or block.index != block.count // 2:
             return
         after = self._tokens(block, *block.unpack(output))[0]
         before = self._tokens(block, block.hidden, block.encoder)[0]
         if rows is None:
-            self.moment.give_back(after - before)
+            self.cached.give_back(after - before)
             return
         before = before[rows] if len(before) != len(rows) else before
-        whole = after.new_zeros(self.moment.call.rows, *after.shape[1:])
-        self.moment.give_back(whole.index_copy(0, rows, after - before))
+        whole = after.new_zeros(self.cached.call.rows, *after.shape[1:])
+        self.cached.give_back(whole.index_copy(0, rows, after - before))
 
     def _tokens(self, block: Block, hidden: Tensor, encoder: Tensor | None) -> Tokens:
         if block.blocks.joined and self._text:

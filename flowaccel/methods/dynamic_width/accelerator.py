@@ -116,7 +116,7 @@ class DynamicWidth(Variant):
             )
         dynamics.cache.bound(int(self.slice_memory * dynamics.weight_bytes))
         self._set_sites(dynamics)
-        return put_in_place(pipe, network, _Runs(self, session_of(pipe), network))
+        return put_in_place(pipe, network, _PlanRunner(self, session_of(pipe), network))
 
     def _set_sites(self, dynamics: Dynamics) -> None:
         paths = {site.path for site in dynamics.sites}
@@ -132,7 +132,7 @@ class DynamicWidth(Variant):
             site.module.capacity = None
 
 
-class _Runs:
+class _PlanRunner:
     """Wrapper around the network's calls that applies the gates of the width plan."""
 
     def __init__(self, config: DynamicWidth, session: Session, network: Any) -> None:
@@ -140,9 +140,9 @@ class _Runs:
         self.dynamics: Dynamics = network.dynamic
         self.routers = self.dynamics.fingerprint  # once: on a GPU it waits for the device
 
-    def __call__(self, proceed: Callable[..., Any], call: Call) -> Any:
+    def __call__(self, call_next: Callable[..., Any], call: Call) -> Any:
         if call.module is not self.network:
-            return proceed()
+            return call_next()
         plan = call.run.state.get(self)
         if plan is None:
             plan = call.run.state[self] = self._plan(call)
@@ -150,7 +150,7 @@ class _Runs:
         dynamics = self.dynamics
         dynamics.chosen, cut = plan.bits[place], dynamics.cache.passing
         try:
-            return proceed()
+            return call_next()
         finally:
             dynamics.chosen = None
             if call.record.what == "computed":

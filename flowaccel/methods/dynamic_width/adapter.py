@@ -47,7 +47,7 @@ def add_timed_lora(network: Any, settings: TimedLoraSettings | None = None) -> N
     dynamics = network.dynamic
     names = {id(module): name for name, module in network.named_modules()}
     paths = [names[id(layer)] for layer in dynamics.layers]
-    inject_timed_lora(network, paths, dynamics.wires[0].gate.router.in_features, settings)
+    inject_timed_lora(network, paths, dynamics.gated_layers[0].gate.router.in_features, settings)
     dynamics.timed_lora = settings
     dynamics.connect()
 
@@ -229,11 +229,11 @@ class WidthAdapter(nn.Module):
         with torch.no_grad():
             for name, value in own.items():
                 value.copy_(given[name])
-        for wire in network.dynamic.wires:
-            groups = wire.gate.group_of.long().cpu()
-            each = len(groups) // wire.gate.units
+        for gated in network.dynamic.gated_layers:
+            groups = gated.gate.group_of.long().cpu()
+            each = len(groups) // gated.gate.units
             if groups.sort().values.tolist() != [place // each for place in range(len(groups))]:
-                raise CheckpointError(f"the adapter's weights are damaged: the groups of {wire.path} are not equal")
+                raise CheckpointError(f"the adapter's weights are damaged: the groups of {gated.path} are not equal")
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write `config.json` and one safetensors file.
@@ -295,7 +295,7 @@ def _parsed(config: dict[str, Any]) -> tuple[str, str, DynamicSettings, TimedLor
 
 def probe(network: Any) -> Tensor:
     """Return (64,) values of the stock weights in the gated layers of a dynamic network, in float32 on the CPU."""
-    weights = [linear.weight.detach().flatten() for wire in network.dynamic.wires for linear in wire.rows]
+    weights = [linear.weight.detach().flatten() for gated in network.dynamic.gated_layers for linear in gated.rows]
     chosen = [weights[index * len(weights) // PROBES] for index in range(PROBES)]
     values = [weight[index * _STRIDE % len(weight)] for index, weight in enumerate(chosen)]
     return torch.stack([value.float().cpu() for value in values])

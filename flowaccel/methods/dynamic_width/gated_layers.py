@@ -24,7 +24,7 @@ Bits = tuple[str, ...]
 """Units that are on: one string of zeros and ones per gate, in the order of `Dynamics.gates`."""
 
 
-class Gate(nn.Module):
+class WidthGate(nn.Module):
     """Router of one gate, and the assignment of heads or hidden channels to its units."""
 
     group_of: Tensor
@@ -41,7 +41,7 @@ class Gate(nn.Module):
 
 
 @dataclass
-class Wire:
+class GatedLayers:
     """Connection from one gate to the layers that it switches."""
 
     path: str
@@ -49,7 +49,7 @@ class Wire:
     block: int
     """Position of the block among all blocks that have gates."""
     rule: GateRule
-    gate: Gate
+    gate: WidthGate
     each: int
     """Rows that a member makes: the width of a head, or 1."""
     rows: list[SlicedLinear]
@@ -95,12 +95,12 @@ class TokenSite:
 
 
 @dataclass
-class LinearWires:
+class LinearGates:
     """Gates that switch one linear layer."""
 
     linear: SlicedLinear
-    rows: tuple[int, Wire] | None
-    columns: list[tuple[int, Wire, int]]
+    rows: tuple[int, GatedLayers] | None
+    columns: list[tuple[int, GatedLayers, int]]
 
     def key(self, bits: Bits) -> tuple[str, ...]:
         """Return the units that decide which part of the layer is on, as a key."""
@@ -114,8 +114,8 @@ class LinearWires:
         if not self.columns:
             return None
         keep = torch.ones(self.linear.in_features, dtype=torch.bool)
-        for place, wire, start in self.columns:
-            on = _on(wire, bits[place])
+        for place, gated, start in self.columns:
+            on = _on(gated, bits[place])
             keep[start : start + len(on)] = on
         return keep.nonzero().flatten()
 
@@ -124,24 +124,24 @@ class LinearWires:
         return self.linear.cut(self.kept(bits, columns=False), self.kept(bits, columns=True))
 
 
-def _on(wire: Wire, units: str) -> Tensor:
+def _on(gated: GatedLayers, units: str) -> Tensor:
     on = torch.tensor([unit == "1" for unit in units])
-    members = on[wire.gate.group_of.long().cpu()]
-    return members.repeat_interleave(wire.each)
+    members = on[gated.gate.group_of.long().cpu()]
+    return members.repeat_interleave(gated.each)
 
 
-def by_linear(wires: list[Wire]) -> list[LinearWires]:
+def by_linear(gated_layers: list[GatedLayers]) -> list[LinearGates]:
     """Group the gates by linear layer, each layer once."""
-    found: dict[int, LinearWires] = {}
+    found: dict[int, LinearGates] = {}
 
-    def entry(linear: SlicedLinear) -> LinearWires:
-        return found.setdefault(id(linear), LinearWires(linear, None, []))
+    def entry(linear: SlicedLinear) -> LinearGates:
+        return found.setdefault(id(linear), LinearGates(linear, None, []))
 
-    for place, wire in enumerate(wires):
-        for linear in (*wire.rows, *wire.added_rows):
-            entry(linear).rows = (place, wire)
-        for linear, start in (*wire.columns, *wire.added_columns):
-            entry(linear).columns.append((place, wire, start))
+    for place, gated in enumerate(gated_layers):
+        for linear in (*gated.rows, *gated.added_rows):
+            entry(linear).rows = (place, gated)
+        for linear, start in (*gated.columns, *gated.added_columns):
+            entry(linear).columns.append((place, gated, start))
     return list(found.values())
 
 
@@ -172,12 +172,12 @@ def linears_of(block: nn.Module, rule: GateRule) -> tuple[list[SlicedLinear], Co
     return rows, columns, added_rows, added_columns
 
 
-def places_of(wire: Wire) -> Iterator[tuple[nn.Module, str]]:
+def places_of(gated: GatedLayers) -> Iterator[tuple[nn.Module, str]]:
     """Yield the location of each layer of a gate: its parent module and its name there."""
-    for name in (*wire.rule.rows, *(name for name, _ in wire.rule.columns)):
-        if _has(wire.module, name):
+    for name in (*gated.rule.rows, *(name for name, _ in gated.rule.columns)):
+        if _has(gated.module, name):
             parent, _, child = name.rpartition(".")
-            yield wire.module.get_submodule(parent), child
+            yield gated.module.get_submodule(parent), child
 
 
 def _sliced(block: nn.Module, name: str) -> tuple[SlicedLinear, list[SlicedLinear], list[SlicedLinear]]:

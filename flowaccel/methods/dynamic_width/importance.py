@@ -79,17 +79,17 @@ def reordered(network: Any) -> dict[str, Tensor]:
         rest = start + len(order)
         changed[key] = torch.cat([*parts, value.narrow(axis, rest, value.shape[axis] - rest)], axis)
 
-    for wire in network.dynamic.wires:
-        group_of = wire.gate.group_of
+    for gated in network.dynamic.gated_layers:
+        group_of = gated.gate.group_of
         contiguous, order = group_of.sort(stable=True)
         if torch.equal(contiguous, group_of):
             continue
-        changed[f"{names[id(wire.gate)]}.group_of"] = contiguous
-        elements = (order[:, None] * wire.each + torch.arange(wire.each, device=order.device)).flatten()
-        for linear in wire.rows:
+        changed[f"{names[id(gated.gate)]}.group_of"] = contiguous
+        elements = (order[:, None] * gated.each + torch.arange(gated.each, device=order.device)).flatten()
+        for linear in gated.rows:
             for leaf in ("weight", "bias") if linear.bias is not None else ("weight",):
                 put(f"{names[id(linear)]}.{leaf}", elements)
-        for linear, start in wire.columns:
+        for linear, start in gated.columns:
             put(f"{names[id(linear)]}.weight", elements, 1, start)
     return changed
 

@@ -25,10 +25,10 @@ from flowaccel.errors import UnsupportedModelError
 from flowaccel.methods.dynamic_width.fused import TokenSingleBlock
 from flowaccel.methods.dynamic_width.gated_layers import (
     Bits,
-    Gate,
-    LinearWires,
+    GatedLayers,
+    LinearGates,
     TokenSite,
-    Wire,
+    WidthGate,
     by_linear,
     linears_of,
     places_of,
@@ -42,7 +42,7 @@ from flowaccel.models.routers import TokenRouter, logistic_noise, never_narrower
 
 
 class Dynamics(nn.Module):
-    """Routers of a network, stored at `network.dynamic`, and the wires to the layers that they switch."""
+    """Routers of a network, stored at `network.dynamic`, and the layers that they switch."""
 
     time_mean: Tensor
     """(D,) mean of the timestep embeddings over all times, for `normalise`; and their spread."""
@@ -78,27 +78,27 @@ class Dynamics(nn.Module):
         self._running = self._timed = False
         self._noises: dict[str, Tensor] = {}
         self._bits: Bits = ()
-        self._wires: list[Wire] = []
-        self._linears: list[LinearWires] = []
+        self._gated_layers: list[GatedLayers] = []
+        self._linears: list[LinearGates] = []
         self._places: list[tuple[nn.Module, str]] = []
         self._known: list[tuple[Any, ...]] = []
         self._experts: list[ExpertLinear] = []
         self.timed_lora: TimedLoraSettings | None = None
         """Settings of the TD-LoRA that the network was given (`add_timed_lora`)."""
         self._sites: list[TokenSite] = []
-        self._wire(network, width)
+        self._connect_gates(network, width)
         self.cache = SliceCache(limit=0)
         self.connect()
         self.cache.limit = self.weight_bytes
 
     # -- construction
 
-    def _wire(self, network: nn.Module, width: int) -> None:
+    def _connect_gates(self, network: nn.Module, width: int) -> None:
         for rule in self.rule.blocks:
             for place, block in enumerate(network.get_submodule(rule.path).children()):
-                self._wire_block(f"{rule.path}.{place}", block, rule, width)
+                self._connect_block(f"{rule.path}.{place}", block, rule, width)
 
-    def _wire_block(self, path: str, block: nn.Module, rule: BlockRule, width: int) -> None:
+    def _connect_block(self, path: str, block: nn.Module, rule: BlockRule, width: int) -> None:
         own = nn.ModuleDict()
         heads = next(int(getattr(block, gate.name).heads) for gate in rule.gates if gate.kind == "heads")
         for gate in rule.gates:
@@ -124,9 +124,9 @@ class Dynamics(nn.Module):
                     "SwiGLU); dynamic width is for plain activations"
                 )
             # not the module's own name: PEFT would take it for a target of adapters
-            own[f"{gate.name}_gate"] = Gate(width, units, members, self.settings)
-            self._wires.append(
-                Wire(
+            own[f"{gate.name}_gate"] = WidthGate(width, units, members, self.settings)
+            self._gated_layers.append(
+                GatedLayers(
                     path=f"{path}.{gate.name}",
                     block=len(self.blocks),
                     rule=gate,
@@ -139,12 +139,14 @@ class Dynamics(nn.Module):
                 )
             )
         if self.settings.tokens and (rule.tokens is not None or rule.fused):
-            router = TokenRouter(self._wires[-1].rows[0].in_features, self.settings.token_bias, self.settings.gain)
+            router = TokenRouter(
+                self._gated_layers[-1].rows[0].in_features, self.settings.token_bias, self.settings.gain
+            )
             own["tokens"] = router
-            self._wire_tokens(path, block, rule, router)
+            self._connect_tokens(path, block, rule, router)
         self.blocks.append(own)
 
-    def _wire_tokens(self, path: str, block: nn.Module, rule: BlockRule, router: TokenRouter) -> None:
+    def _connect_tokens(self, path: str, block: nn.Module, rule: BlockRule, router: TokenRouter) -> None:
         module: TokenChoice
         if rule.tokens is None:
             module, norm, switched = TokenSingleBlock.take_over(block), block, tuple(gate.name for gate in rule.gates)
@@ -154,9 +156,9 @@ class Dynamics(nn.Module):
         site = TokenSite(f"{path}.tokens", router, module)
         self._sites.append(site)
         norm.register_forward_pre_hook(functools.partial(self._routed, site), with_kwargs=True)
-        for wire in self._wires:
-            if wire.path in [f"{path}.{name}" for name in switched]:
-                wire.tokens = site
+        for gated in self._gated_layers:
+            if gated.path in [f"{path}.{name}" for name in switched]:
+                gated.tokens = site
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Dynamics:
         """Move as `nn.Module` does, but never to a narrower dtype, because a flipped gate changes the network."""
@@ -173,10 +175,10 @@ class Dynamics(nn.Module):
         """
         self.clear()
         self.cache.clear()
-        for wire in self._wires:
-            wire.connect()
-        self._linears = by_linear(self._wires)
-        self._places = list(dict.fromkeys(place for wire in self._wires for place in places_of(wire)))
+        for gated in self._gated_layers:
+            gated.connect()
+        self._linears = by_linear(self._gated_layers)
+        self._places = list(dict.fromkeys(place for gated in self._gated_layers for place in places_of(gated)))
         self._experts = experts_of(self.layers)
         if self.timed_lora is not None and not self._experts:
             raise ValueError(
@@ -192,9 +194,9 @@ class Dynamics(nn.Module):
     # -- what others use
 
     @property
-    def wires(self) -> tuple[Wire, ...]:
+    def gated_layers(self) -> tuple[GatedLayers, ...]:
         """All gates, in the order of the network's blocks."""
-        return tuple(self._wires)
+        return tuple(self._gated_layers)
 
     @property
     def layers(self) -> list[nn.Module]:
@@ -210,9 +212,9 @@ class Dynamics(nn.Module):
     def gate_weights(self) -> list[int]:
         """Number of weights that every gate switches; its work, except for attention itself, is proportional to it."""
         return [
-            sum(linear.weight.numel() for linear in wire.rows)
-            + sum(linear.out_features * wire.rows[0].out_features for linear, _ in wire.columns)
-            for wire in self._wires
+            sum(linear.weight.numel() for linear in gated.rows)
+            + sum(linear.out_features * gated.rows[0].out_features for linear, _ in gated.columns)
+            for gated in self._gated_layers
         ]
 
     def left_out(self, shares: Sequence[float]) -> dict[str, float]:
@@ -221,7 +223,7 @@ class Dynamics(nn.Module):
         Args:
             shares: share of each gate that is on, in [0, 1].
         """
-        return {wire.path: 1 - share for wire, share in zip(self._wires, shares, strict=True) if share < 1}
+        return {gated.path: 1 - share for gated, share in zip(self._gated_layers, shares, strict=True) if share < 1}
 
     @property
     def sites(self) -> tuple[TokenSite, ...]:
@@ -234,8 +236,8 @@ class Dynamics(nn.Module):
         digest = hashlib.sha256()
         for tensor in (self.time_mean, self.time_std):
             digest.update(tensor.detach().float().cpu().numpy().tobytes())
-        for wire in self._wires:
-            for tensor in (wire.gate.router.weight, wire.gate.router.bias, wire.gate.group_of):
+        for gated in self._gated_layers:
+            for tensor in (gated.gate.router.weight, gated.gate.router.bias, gated.gate.group_of):
                 digest.update(tensor.detach().float().cpu().numpy().tobytes())
         return digest.hexdigest()[:12]
 
@@ -247,7 +249,7 @@ class Dynamics(nn.Module):
     def logits(self, embedding: Tensor) -> list[Tensor]:
         """Return the routers' logits (B, units - 1) of each gate for timestep embeddings (B, D)."""
         given = self.given(embedding)
-        return [wire.gate.router(given) for wire in self._wires]
+        return [gated.gate.router(given) for gated in self._gated_layers]
 
     def evaluated(self, embedding: Tensor) -> list[Tensor]:
         """Return the gates used in evaluation, bool (B, units) each."""
@@ -330,7 +332,10 @@ class Dynamics(nn.Module):
     def _trained(self, embedding: Tensor) -> list[Tensor]:
         if self.hard:
             return [mask.float() for mask in self.evaluated(embedding)]
-        return [_with_first(self._relaxed(w.path, z)) for w, z in zip(self._wires, self.logits(embedding), strict=True)]
+        return [
+            _with_first(self._relaxed(w.path, z))
+            for w, z in zip(self._gated_layers, self.logits(embedding), strict=True)
+        ]
 
     def _relaxed(self, path: str, logits: Tensor) -> Tensor:
         if path not in self._noises:
@@ -348,13 +353,13 @@ class Dynamics(nn.Module):
         self.clear()
         self.cache.clear()  # the weights are about to change, and averaging writes them where nobody sees it
         self.masks = masks
-        for wire, mask in zip(self._wires, masks, strict=True):
-            elements = wire.elements(mask)
-            if wire.rule.kind == "channels":
-                for linear in (*wire.rows, *wire.added_rows):
+        for gated, mask in zip(self._gated_layers, masks, strict=True):
+            elements = gated.elements(mask)
+            if gated.rule.kind == "channels":
+                for linear in (*gated.rows, *gated.added_rows):
                     linear.row_mask = elements
                 continue
-            for linear, start in (*wire.columns, *wire.added_columns):
+            for linear, start in (*gated.columns, *gated.added_columns):
                 _mask_columns(linear, start, elements)
 
     def _slice_rows(self, masks: list[Tensor]) -> None:
@@ -365,10 +370,10 @@ class Dynamics(nn.Module):
         alike = (known == known[:1]).all(0)
         for site in self._sites:
             site.module.rows_differ = not bool(alike.all())
-        for wire, mask, same in zip(self._wires, masks, alike.split(counts), strict=True):
+        for gated, mask, same in zip(self._gated_layers, masks, alike.split(counts), strict=True):
             if not bool(same.all()):
-                for linear, start in (*wire.columns, *wire.added_columns):
-                    _mask_columns(linear, start, wire.elements(mask))
+                for linear, start in (*gated.columns, *gated.added_columns):
+                    _mask_columns(linear, start, gated.elements(mask))
         for entry in self._linears:
             mask_, kept = entry.linear.column_mask, entry.kept(self._bits, columns=True)
             if mask_ is not None and kept is not None:
@@ -387,9 +392,9 @@ class Dynamics(nn.Module):
                 continue
             cut = functools.partial(entry.cut, bits)
             entry.linear.part = cut if away else self.cache.get((index, *key), entry.linear.weight, cut)
-        for wire, units in zip(self._wires, bits, strict=True):
-            if wire.attention is not None:
-                wire.attention.heads = units.count("1")
+        for gated, units in zip(self._gated_layers, bits, strict=True):
+            if gated.attention is not None:
+                gated.attention.heads = units.count("1")
 
     def keep_slices(self, plan: Iterable[Bits]) -> None:
         """Drop the cached slices that none of these widths needs."""
@@ -404,9 +409,9 @@ class Dynamics(nn.Module):
             entry.linear.clear()
         for experts in self._experts:
             experts.time = None
-        for wire in self._wires:
-            if wire.attention is not None:
-                wire.attention.heads = wire.gate.units
+        for gated in self._gated_layers:
+            if gated.attention is not None:
+                gated.attention.heads = gated.gate.units
         for site in self._sites:
             site.module.keep = site.module.logits = None
             site.module.rows_differ = False
@@ -466,7 +471,7 @@ class Dynamics(nn.Module):
             (self, ("masks", "chosen", "hard", "_off", "_again", "_bits", "_noises")),
             *((entry.linear, ("part", "row_mask", "column_mask")) for entry in self._linears),
             *((experts, ("time",)) for experts in self._experts),
-            *((wire.attention, ("heads",)) for wire in self._wires if wire.attention is not None),
+            *((gated.attention, ("heads",)) for gated in self._gated_layers if gated.attention is not None),
             *((site, ("gates",)) for site in self._sites),
             *((site.module, ("keep", "logits", "rows_differ")) for site in self._sites),
         ]

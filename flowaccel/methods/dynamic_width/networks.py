@@ -22,7 +22,7 @@ from flowaccel.methods.dynamic_width.official import arrangement, read_dydit, wr
 from flowaccel.methods.dynamic_width.rules import rule_of
 from flowaccel.methods.dynamic_width.settings import DynamicSettings
 from flowaccel.methods.dynamic_width.td_lora import timed_layers
-from flowaccel.models.clone import twin
+from flowaccel.models.clone import clone_sharing_parameters
 from flowaccel.models.official import load_converted
 from flowaccel.models.sit import SiTTransformer2DModel
 from flowaccel.models.variants import VariantMixin
@@ -122,7 +122,7 @@ class DynamicMixin(VariantMixin):
             UnsupportedModelError: no rules for its class, or layers that cannot be sliced.
             ValueError: settings that are not known or do not fit.
         """
-        network = cls.around(base)
+        network = cls.sharing_parameters(base)
         cls.install(network, DynamicSettings.of(settings))
         network.dynamic.to(base.device)
         rank(network)
@@ -132,10 +132,10 @@ class DynamicMixin(VariantMixin):
 
 def rank(network: Any) -> None:
     """Assign heads and channels to gates by the size of their weights, the strongest to the gate that is always on."""
-    for wire in network.dynamic.wires:
-        grouping = head_groups if wire.rule.kind == "heads" else channel_groups
-        found = grouping(wire.rows, wire.columns, wire.gate.units)
-        wire.gate.group_of.copy_(found)
+    for gated in network.dynamic.gated_layers:
+        grouping = head_groups if gated.rule.kind == "heads" else channel_groups
+        found = grouping(gated.rows, gated.columns, gated.gate.units)
+        gated.gate.group_of.copy_(found)
 
 
 def measure_time(network: Any) -> None:
@@ -242,4 +242,4 @@ def time_embedding(network: Any, times: Tensor) -> Tensor:
         if weight.is_meta:  # offloaded piece by piece: only its own hooks bring the weights
             with network.dynamic.deaf():
                 return embed(projected.to(weight.dtype)).float().cpu()
-        return copy.deepcopy(twin(embed, hooks=False)).cpu().float()(projected)
+        return copy.deepcopy(clone_sharing_parameters(embed, hooks=False)).cpu().float()(projected)

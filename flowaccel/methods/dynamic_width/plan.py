@@ -70,7 +70,7 @@ class WidthPlan:
             scheduler_config=scheduler[1],
             routers=dynamics.fingerprint,
             timesteps=tuple(timesteps),
-            gates=tuple(wire.path for wire in dynamics.wires),
+            gates=tuple(gated.path for gated in dynamics.gated_layers),
             widths=tuple(widths),
         )
 

@@ -74,7 +74,7 @@ def plan_training(
 
 @dataclass(frozen=True)
 class MacsCosts:
-    """Multiply-adds per row that every gate of a network switches, in the order of its wires."""
+    """Multiply-adds per row that every gate of a network switches, in the order of its gates."""
 
     gates: tuple[int, ...]
     everywhere: tuple[int, ...] = ()
@@ -98,22 +98,22 @@ class MacsCosts:
             raise ValueError(f"the multiply-adds of a {type(network).__name__} cannot be counted; is it compiled?")
         names = {id(module): name for name, module in network.named_modules()}
         gates, everywhere = [], []
-        for wire in network.dynamic.wires:
-            made = wire.rows[0].out_features
-            cost = sum(counts.get(names[id(linear)], 0) for linear in wire.rows)
-            cost += sum(counts.get(names[id(linear)], 0) * made // linear.in_features for linear, _ in wire.columns)
-            if wire.attention is not None:
-                root = names[id(wire.attention)]
+        for gated in network.dynamic.gated_layers:
+            made = gated.rows[0].out_features
+            cost = sum(counts.get(names[id(linear)], 0) for linear in gated.rows)
+            cost += sum(counts.get(names[id(linear)], 0) * made // linear.in_features for linear, _ in gated.columns)
+            if gated.attention is not None:
+                root = names[id(gated.attention)]
                 inner = sum(
                     counts.get(f"{root}.{name}", 0)
-                    for name, child in wire.attention.named_modules()
+                    for name, child in gated.attention.named_modules()
                     if isinstance(child, nn.Linear)
                 )
                 cost += counts.get(root, 0) - inner
             always = 0
-            if wire.tokens is not None and isinstance(wire.tokens.module, TokenSingleBlock):
-                block = wire.path.removesuffix(wire.rule.name)
-                always = sum(counts.get(f"{block}{name}", 0) for name in wire.rule.everywhere)
+            if gated.tokens is not None and isinstance(gated.tokens.module, TokenSingleBlock):
+                block = gated.path.removesuffix(gated.rule.name)
+                always = sum(counts.get(f"{block}{name}", 0) for name in gated.rule.everywhere)
                 always += int((cost - always) * _text_share(arguments))
             gates.append(cost // rows)
             everywhere.append(always // rows)
@@ -124,17 +124,17 @@ class MacsCosts:
 
         Args:
             dynamics: the network's.
-            widths: (B, units) gates, in the order of the wires.
+            widths: (B, units) gates, in the order of the gates.
             tokens: (B,) share of the tokens that is kept, by the path of the site; those that are missing keep all.
         """
         done = torch.zeros(())
         everywhere = self.everywhere or (0,) * len(self.gates)
-        for wire, cost, always, gates in zip(dynamics.wires, self.gates, everywhere, widths, strict=True):
+        for gated, cost, always, gates in zip(dynamics.gated_layers, self.gates, everywhere, widths, strict=True):
             share = gates.float().mean(1)
-            if wire.tokens is None or wire.tokens.path not in tokens:
+            if gated.tokens is None or gated.tokens.path not in tokens:
                 share = share * cost
             else:
-                share = share * (always + (cost - always) * tokens[wire.tokens.path])
+                share = share * (always + (cost - always) * tokens[gated.tokens.path])
             done = done.to(share.device) + share
         return done / sum(self.gates)
 
@@ -302,8 +302,8 @@ def freeze_backbone(network: Any) -> None:
         network: a dynamic network; weights that it shares with another are frozen there, too.
     """
     network.requires_grad_(False)
-    for wire in network.dynamic.wires:
-        wire.gate.router.requires_grad_(True)
+    for gated in network.dynamic.gated_layers:
+        gated.gate.router.requires_grad_(True)
     for site in network.dynamic.sites:
         site.router.requires_grad_(True)
     for layer in timed_layers(network).values():
@@ -359,7 +359,9 @@ def layer_ratios(objective: WidthObjective, network: Any, generator: torch.Gener
         network(state, t, labels, return_dict=False)  # with gradients enabled, which is when masks are kept
         kept = dynamics.kept_tokens(len(t))
         ratio = objective.costs.ratio(dynamics, dynamics.masks, kept).mean().item()
-        gates = {wire.path: mask.mean().item() for wire, mask in zip(dynamics.wires, dynamics.masks, strict=True)}
+        gates = {
+            gated.path: mask.mean().item() for gated, mask in zip(dynamics.gated_layers, dynamics.masks, strict=True)
+        }
     finally:
         dynamics.hard = before
         dynamics.clear()

@@ -77,10 +77,10 @@ class VelocityRefiner(Accelerator):
         put_back = attend_like(refiner, network)
         session = session_of(pipe)
 
-        def around(proceed: Callable[..., Any], call: Call) -> Any:
+        def interceptor(call_next: Callable[..., Any], call: Call) -> Any:
             refinement = getattr(session.pipe.scheduler, "refinement", None)
             if refinement is None:
-                return proceed()
+                return call_next()
             device = call.arguments["hidden_states"].device
             if refiner.device != device:  # not at attach: an offloaded network is not where it computes
                 refiner.to(device)
@@ -90,7 +90,7 @@ class VelocityRefiner(Accelerator):
                 feed, base = (value[[place % len(value) for place in call.kept]] for value in (feed, base))
             return refined(refiner, convention_of(call.module), call.arguments, feed, base)
 
-        remove = session.on_call(around)
+        remove = session.on_call(interceptor)
         take_back = lend(scheduler, "refiner", refiner)
 
         def detach() -> None:

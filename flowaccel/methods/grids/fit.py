@@ -14,7 +14,16 @@ from torch import Tensor
 from flowaccel.errors import RecipeConflictError
 from flowaccel.evaluation.metrics.pixel_metrics import rel_l2
 from flowaccel.hooks import session_of
-from flowaccel.methods.grids.search import GRID_METHODS, METRICS, Metric, Path, Trajectory, boss, cost_table, oss
+from flowaccel.methods.grids.search import (
+    GRID_METHODS,
+    METRICS,
+    Metric,
+    SearchedGrid,
+    Trajectory,
+    boss,
+    cost_table,
+    oss,
+)
 from flowaccel.recipe import Recipe, accelerated
 from flowaccel.recipe.calibration import GridCalibration
 from flowaccel.recipe.sampler import Sampler
@@ -181,7 +190,7 @@ def _not_euler(scheduler: Any) -> str | None:
 
 def _boss(
     pipe: Any, base: Recipe, steps: int, sampling: Sampling, metric: Metric, notify: Notify
-) -> tuple[Grid, tuple[Path, ...]]:
+) -> tuple[Grid, tuple[SearchedGrid, ...]]:
     times: list[Grid] = []
     tables: list[Any] = []
 
@@ -195,7 +204,7 @@ def _boss(
 
 def _oss(
     pipe: Any, base: Recipe, steps: int, sampling: Sampling, metric: Metric, notify: Notify
-) -> tuple[Grid, tuple[Path, ...]]:
+) -> tuple[Grid, tuple[SearchedGrid, ...]]:
     batches: list[Trajectory] = []
     watch_fine_runs(pipe, base, sampling, batches.append, notify)
     whole = Trajectory(

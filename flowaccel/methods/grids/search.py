@@ -83,7 +83,7 @@ class Trajectory:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Path:
+class SearchedGrid:
     """Grid with its cost.
 
     Args:
@@ -114,7 +114,7 @@ def cost_table(trajectory: Trajectory, metric: Metric = "state") -> np.ndarray:
     return table
 
 
-def boss(cost: Any, k: int) -> tuple[Path, ...]:
+def boss(cost: Any, k: int) -> tuple[SearchedGrid, ...]:
     """Return the cheapest paths of exactly 1, 2, ..., k edges through a cost table, in O(k K^2).
 
     The dynamic programme of BOSS (arXiv 2312.16414, stage 1): J[q, j] = min_i J[q - 1, i] + cost[i, j].
@@ -146,7 +146,7 @@ def boss(cost: Any, k: int) -> tuple[Path, ...]:
         candidates = total[:, None] + table
         parents.append(candidates.argmin(axis=0))
         total = candidates.min(axis=0)
-        found.append(Path(nodes=_traced(parents, last), cost=float(total[last])))
+        found.append(SearchedGrid(nodes=_traced(parents, last), cost=float(total[last])))
     return tuple(found)
 
 
@@ -163,7 +163,7 @@ def _check_count(k: int, last: int) -> None:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class _Reached:
+class _PartialGrid:
     """Best path found to a node."""
 
     nodes: tuple[int, ...]
@@ -179,7 +179,7 @@ def oss(
     *,
     pin_start: bool = True,
     notify: Callable[[int, int], None] = lambda done, total: None,
-) -> tuple[Path, ...]:
+) -> tuple[SearchedGrid, ...]:
     """Search grids of 1, 2, ..., k steps whose Euler runs end near the fine run's end.
 
     The forward dynamic programme of OSS (arXiv 2503.21774): at every stage each node keeps the one state, of those
@@ -205,7 +205,7 @@ def oss(
     """
     _check_count(k, trajectory.steps)
     starts = [0] if pin_start else range(trajectory.steps)
-    reached = {node: _Reached(nodes=(node,), state=trajectory.states[0], error=0.0) for node in starts}
+    reached = {node: _PartialGrid(nodes=(node,), state=trajectory.states[0], error=0.0) for node in starts}
     found = []
     for stage in range(k):
         nodes = sorted(node for node in reached if node < trajectory.steps)
@@ -217,14 +217,14 @@ def oss(
         if trajectory.steps not in reached:
             raise ValueError("no grid has a finite error; did the network return NaN or infinite values?")
         end = reached[trajectory.steps]
-        found.append(Path(nodes=end.nodes, cost=end.error))
+        found.append(SearchedGrid(nodes=end.nodes, cost=end.error))
         notify(stage + 1, k)
     return tuple(found)
 
 
 def _advanced(
-    trajectory: Trajectory, reached: dict[int, _Reached], velocities: Tensor, metric: Metric
-) -> dict[int, _Reached]:
+    trajectory: Trajectory, reached: dict[int, _PartialGrid], velocities: Tensor, metric: Metric
+) -> dict[int, _PartialGrid]:
     """Return the best path to every node that one step from `reached` leads to."""
     errors = np.full((len(reached), trajectory.steps + 1), np.inf)
     parents = list(reached)
@@ -236,7 +236,7 @@ def _advanced(
         row = int(errors[:, node].argmin())
         parent = parents[row]
         width = trajectory.times[node] - trajectory.times[parent]
-        best[node] = _Reached(
+        best[node] = _PartialGrid(
             nodes=(*reached[parent].nodes, node),
             state=reached[parent].state + width * velocities[row],
             error=float(errors[row, node]),

@@ -13,7 +13,7 @@ from torch.nn.functional import cosine_similarity
 from flowaccel.caching.decisions import NEAR
 from flowaccel.caching.history import History, PartialHistory
 from flowaccel.caching.predictors import Predictor
-from flowaccel.caching.runtime import Proceed, not_run, require_tensor
+from flowaccel.caching.runtime import CallNext, not_run, require_tensor
 from flowaccel.errors import UnsupportedModelError
 from flowaccel.hooks import COMPUTED, COND, EXTRA, UNCOND, Call, CallRecord, Session, packer, require_rows
 from flowaccel.methods.guidance.when import AdaptiveGuidance, When
@@ -38,7 +38,7 @@ class Conditional:
 
 
 @dataclass(kw_only=True)
-class Memory:
+class GuidanceState:
     """State that is kept during one run."""
 
     stopped: list[bool]
@@ -68,52 +68,52 @@ class Guiding:
 
     def attach(self) -> Callable[[], None]:
         """Wrap the network's calls, and return a function that undoes it."""
-        return self._session.on_call(self._around_call)
+        return self._session.on_call(self._intercept_call)
 
-    def _around_call(self, proceed: Proceed, call: Call) -> Any:
+    def _intercept_call(self, call_next: CallNext, call: Call) -> Any:
         if EXTRA in call.branches:
-            return proceed()
+            return call_next()
         require_tensor(call, "guidance skip")
-        memory = call.run.state.setdefault(self, self._fresh_memory(call))
-        guided = self._guided(memory, call)
+        state = call.run.state.setdefault(self, self._fresh_state(call))
+        guided = self._guided(state, call)
         if UNCOND not in call.branches:
-            return self._conditional(proceed, call, memory)
-        memory.saw_guidance = True
-        output = self._guided_call(proceed, call, memory, guided)
-        if memory.differences is not None:
-            call.record.cache_bytes += memory.differences.bytes
+            return self._conditional(call_next, call, state)
+        state.saw_guidance = True
+        output = self._guided_call(call_next, call, state, guided)
+        if state.differences is not None:
+            call.record.cache_bytes += state.differences.bytes
         return output
 
-    def _fresh_memory(self, call: Call) -> Memory:
+    def _fresh_state(self, call: Call) -> GuidanceState:
         differences = None if self._predictor is None else History(self._predictor)
-        return Memory(stopped=[False] * call.images, differences=differences)
+        return GuidanceState(stopped=[False] * call.images, differences=differences)
 
     # -- who is guided
 
-    def _guided(self, memory: Memory, call: Call) -> tuple[bool, ...]:
+    def _guided(self, state: GuidanceState, call: Call) -> tuple[bool, ...]:
         """Return per image whether it is guided at this step."""
         if not isinstance(self._when, AdaptiveGuidance):
             return (self._when.guides(call.step, call.run.num_steps),) * call.images
-        if memory.measured is not None:
-            threshold, cosines = self._when.threshold, memory.measured.tolist()
+        if state.measured is not None:
+            threshold, cosines = self._when.threshold, state.measured.tolist()
             call.record.host_reads += 1
-            for image in memory.measured_images:
-                memory.stopped[image] = cosines[image] >= threshold
+            for image in state.measured_images:
+                state.stopped[image] = cosines[image] >= threshold
                 call.record.near_ties += abs(cosines[image] - threshold) < NEAR * (1 - threshold)
-            memory.measured = None
-        return tuple(not stopped for stopped in memory.stopped)
+            state.measured = None
+        return tuple(not stopped for stopped in state.stopped)
 
-    def _learn(self, call: Call, memory: Memory, images: list[int], cond: Tensor, uncond: Tensor) -> None:
+    def _learn(self, call: Call, state: GuidanceState, images: list[int], cond: Tensor, uncond: Tensor) -> None:
         """Record the network's outputs for both branches of these images; both outputs are (images, ...)."""
         if not images:
             return
-        if memory.differences is not None:
+        if state.differences is not None:
             chosen = torch.tensor(images, device=cond.device)
-            now = PartialHistory(memory.differences, images, call.images)
+            now = PartialHistory(state.differences, images, call.images)
             now.store(((cond - uncond)[chosen],), call.timestep)
         if isinstance(self._when, AdaptiveGuidance) and self._when.compares(call.step, call.run.num_steps):
-            memory.measured_images = images
-            memory.measured = cosine_similarity(self._compared(call, cond), self._compared(call, uncond))
+            state.measured_images = images
+            state.measured = cosine_similarity(self._compared(call, cond), self._compared(call, uncond))
 
     def _compared(self, call: Call, output: Tensor) -> Tensor:
         """Return the values (images, n), float32, whose cosine is taken, from outputs (images, ...)."""
@@ -127,9 +127,9 @@ class Guiding:
 
     # -- what runs
 
-    def _conditional(self, proceed: Proceed, call: Call, memory: Memory) -> Any:
+    def _conditional(self, call_next: CallNext, call: Call, state: GuidanceState) -> Any:
         """Make the conditional call where guidance makes two; it is never skipped."""
-        if call.step and not memory.saw_guidance:
+        if call.step and not state.saw_guidance:
             warn_once(
                 self._session.pipe,
                 UNGUIDED,
@@ -137,31 +137,31 @@ class Guiding:
                 "guidance; give a guidance scale above 1 (true_cfg_scale and a negative prompt for FLUX), or leave it "
                 "off",
             )
-        output = proceed()
-        memory.conditional = Conditional(step=call.step, output=output, record=call.record)
+        output = call_next()
+        state.conditional = Conditional(step=call.step, output=output, record=call.record)
         return output
 
-    def _guided_call(self, proceed: Proceed, call: Call, memory: Memory, guided: tuple[bool, ...]) -> Any:
+    def _guided_call(self, call_next: CallNext, call: Call, state: GuidanceState, guided: tuple[bool, ...]) -> Any:
         """Make a call with unconditional rows, without those of images that are not guided."""
-        split, first = memory.conditional if COND not in call.branches else None, call.rows_of(UNCOND).start
+        split, first = state.conditional if COND not in call.branches else None, call.rows_of(UNCOND).start
         if COND not in call.branches and (split is None or split.step != call.step):
-            return proceed()  # there is no conditional output to stand in
+            return call_next()  # there is no conditional output to stand in
         if not all(guided) and not self._may_leave_out(call):
             guided = (True,) * call.images
         call.record.guided = guided
         unguided = [image for image, on in enumerate(guided) if not on]
         left_out = [first + image for image in unguided]
-        output = split.output if split and len(left_out) == call.rows else self._run(proceed, call, left_out)
+        output = split.output if split and len(left_out) == call.rows else self._run(call_next, call, left_out)
         found = _only(call, output)
         cond = _only(call, split.output) if split else found[call.rows_of(COND)]
         records = [split.record, call.record] if split else [call.record]
         refined = any(record.what == REFINED for record in records)
-        self._learn(call, memory, _computed(records, guided), cond, found[call.rows_of(UNCOND)])
+        self._learn(call, state, _computed(records, guided), cond, found[call.rows_of(UNCOND)])
         if not unguided:
             return output
         _account(call, left_out, refined)
         images = torch.tensor(unguided, device=found.device)
-        stand_in = self._stand_in(memory, call, cond, refined)[images]
+        stand_in = self._stand_in(state, call, cond, refined)[images]
         return packer(output)((found.index_copy(0, first + images, stand_in),))
 
     def _may_leave_out(self, call: Call) -> bool:
@@ -194,24 +194,24 @@ class Guiding:
             "the family (docs/hooks.md), or leave it off",
         )
 
-    def _run(self, proceed: Proceed, call: Call, left_out: Sequence[int]) -> Any:
+    def _run(self, call_next: CallNext, call: Call, left_out: Sequence[int]) -> Any:
         """Return the network's output for all rows; those in `left_out` are undefined."""
         if not left_out:
-            return proceed()
+            return call_next()
         kept = torch.tensor(sorted(set(range(call.rows)) - set(left_out)))
-        output = proceed(call.narrowed(kept))
+        output = call_next(call.narrowed(kept))
         part = _only(call.narrowed(kept), output)
         full = part.new_zeros(call.rows, *part.shape[1:]).index_copy(0, kept.to(part.device), part)
         return packer(output)((full,))
 
-    def _stand_in(self, memory: Memory, call: Call, cond: Tensor, refined: bool) -> Tensor:
+    def _stand_in(self, state: GuidanceState, call: Call, cond: Tensor, refined: bool) -> Tensor:
         """Return (images, ...) for the unconditional output: the conditional one less the forecast difference.
 
         A refiner adds offsets to velocities that are guided already, so there the difference is left out.
         """
-        if memory.differences is None or memory.differences.empty or refined:
+        if state.differences is None or state.differences.empty or refined:
             return cond
-        (difference,) = memory.differences.predict(call.timestep)
+        (difference,) = state.differences.predict(call.timestep)
         return cond if difference is None else cond - difference
 
 

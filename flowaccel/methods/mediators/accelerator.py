@@ -108,7 +108,7 @@ class Mediators(Variant):
             for layer in layers.values():
                 undo.callback(setattr, layer, "count", layer.count)
             set_mediators(network, self.count if self.schedule is None else max(self.schedule.counts))
-            runs = _Runs(self.schedule, session_of(pipe), network, layers)
+            runs = _CountSetter(self.schedule, session_of(pipe), network, layers)
             undo.callback(put_in_place(pipe, network, runs))
             if self.schedule is not None and self.schedule.fixed is None:
                 undo.callback(session_of(pipe).on_step(runs.observe))
@@ -129,7 +129,7 @@ class Mediators(Variant):
                 module.check_backend()
 
 
-class _Runs:
+class _CountSetter:
     """Wrapper around the network's calls that sets every row's number of mediators, and observes the steps."""
 
     def __init__(
@@ -142,13 +142,13 @@ class _Runs:
         self.schedule, self.session, self.network = schedule, session, network
         self.most = {layer: layer.count for layer in layers.values()}  # set between calls, and used for counting
 
-    def __call__(self, proceed: Callable[..., Any], call: Call) -> Any:
+    def __call__(self, call_next: Callable[..., Any], call: Call) -> Any:
         if call.module is not self.network or not self.most:
-            return proceed()
+            return call_next()
         counts = self._counts(call)
         rows = tuple(counts[image % len(counts)] for image in call.row_images) if counts else ()
         with self._set(call, rows):
-            output = proceed()
+            output = call_next()
             self._note(call, rows)
         return output
 

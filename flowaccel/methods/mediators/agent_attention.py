@@ -72,19 +72,19 @@ class AgentAttention(Accelerator):
                     ours = AgentAttnProcessor(layer.processor, path, switch)
                     undo.callback(_put_back, layer, ours)
                     layer.processor = ours
-                undo.callback(session.on_call(functools.partial(self._around, session, network, switch)))
+                undo.callback(session.on_call(functools.partial(self._intercept, session, network, switch)))
             return undo.pop_all().close
 
-    def _around(
-        self, session: Session, network: nn.Module, switch: AgentSwitch, proceed: Callable[..., Any], call: Call
+    def _intercept(
+        self, session: Session, network: nn.Module, switch: AgentSwitch, call_next: Callable[..., Any], call: Call
     ) -> Any:
         if call.module is not network or call.step >= round(self.first * call.run.num_steps):
-            return proceed()
+            return call_next()
         switch.size, switch.largest = tuple(call.sample.shape[-2:]), 0
         switch.applies = functools.partial(is_present, call)
         switch.ran.clear()
         try:
-            output = proceed()
+            output = call_next()
         finally:
             switch.size, switch.applies = None, lambda: True
         if switch.ran:
@@ -101,7 +101,7 @@ class AgentAttention(Accelerator):
 
 
 def self_attentions(network: nn.Module) -> dict[str, Attention]:
-    """Return the self-attentions `attn1` of transformer blocks whose processors can be exchanged, by name.
+    """Return the self-attentions `attn1` of transformer blocks whose processors can be swapped, by name.
 
     These have no norms and no residual of their own.
     """

@@ -79,7 +79,7 @@ class MediatorSiTTransformer2DModel(VariantMixin, SiTTransformer2DModel):
             raise UnsupportedModelError(
                 f"mediators are put into a {cls.stock.__name__}, got a {type(base).__name__}; give the stock network"
             )
-        network = cls.around(base)
+        network = cls.sharing_parameters(base)
         cls.install(network, MediatorSettings.of(settings))
         with torch.no_grad():
             for layer in (module for module in network.modules() if isinstance(module, GridAttention)):

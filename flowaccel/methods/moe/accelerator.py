@@ -111,7 +111,7 @@ class MixtureOfExperts(Variant):
             for layer in layers.values():
                 undo.callback(_put_back(layer))
             self._set(network, layers)
-            undo.callback(put_in_place(pipe, network, _Runs(network, layers, self.budget)))
+            undo.callback(put_in_place(pipe, network, _LoadRecorder(network, layers, self.budget)))
             return undo.pop_all().close
 
     def _set(self, network: Any, layers: dict[str, MoEFeedForward]) -> None:
@@ -157,18 +157,18 @@ def _put_back(layer: MoEFeedForward) -> Detach:
     return put_back
 
 
-class _Runs:
+class _LoadRecorder:
     """Wrapper around the network's calls that records the experts' load."""
 
     def __init__(self, network: nn.Module, layers: dict[str, MoEFeedForward], budget: float | None) -> None:
         self.network, self.layers, self.budget = network, layers, budget
 
-    def __call__(self, proceed: Callable[..., Any], call: Call) -> Any:
+    def __call__(self, call_next: Callable[..., Any], call: Call) -> Any:
         if call.module is not self.network:
-            return proceed()
+            return call_next()
         for layer in self.layers.values():
             layer.plan = None  # a cache may leave out the layer
-        output = proceed()
+        output = call_next()
         self._note(call)
         return output
 

@@ -114,7 +114,7 @@ class MoEMixin(VariantMixin):
         Raises:
             ValueError: settings that are not known or do not fit.
         """
-        network = cls.around(base)
+        network = cls.sharing_parameters(base)
         cls.install(network, MoESettings.of(settings))
         return network
 

@@ -17,13 +17,13 @@ from torch import nn
 from flowaccel.errors import RecipeConflictError, UnsupportedModelError
 from flowaccel.hooks import Identity, denoiser, session_of
 from flowaccel.methods.policy.network import TIMED, AccelerationPolicy, check_levels
-from flowaccel.methods.policy.policy_decisions import HeadSource, Source
+from flowaccel.methods.policy.policy_decisions import DecisionSource, HeadSource
 from flowaccel.methods.policy.runtime import PolicyRuntime
 from flowaccel.methods.policy.stats import NAME
 from flowaccel.recipe.accelerator import Accelerator, Detach
 from flowaccel.recipe.compatibility import Tag
 from flowaccel.recipe.loading import beside, load_network
-from flowaccel.recipe.sampler import exchanged_scheduler
+from flowaccel.recipe.sampler import swapped_scheduler
 from flowaccel.recipe.serialization import learned
 from flowaccel.samplers import PolicyScheduler
 
@@ -99,7 +99,7 @@ class LearnedPolicy(Accelerator):
 def attach_policy(
     pipe: Any,
     policy: AccelerationPolicy,
-    source: Source,
+    source: DecisionSource,
     levels: Sequence[str] | None = None,
 ) -> Detach:
     """Attach a policy whose decisions come from `source`, as `LearnedPolicy` does with its own heads.
@@ -119,7 +119,7 @@ def attach_policy(
     with ExitStack() as undo:
         if TIMED & set(levels):
             options = {"max_steps": config.max_steps, "solver_order": config.solver_order}
-            undo.callback(exchanged_scheduler(pipe, PolicyScheduler, "a policy", **options))
+            undo.callback(swapped_scheduler(pipe, PolicyScheduler, "a policy", **options))
         undo.callback(PolicyRuntime(source, levels, policy, session_of(pipe)).attach())
         return undo.pop_all().close
 

@@ -29,7 +29,7 @@ class Sight:
     """(R, D) what it sees besides."""
 
 
-class Source(Protocol):
+class DecisionSource(Protocol):
     """Source of decisions."""
 
     def jump(self, sight: Sight, levels: Sequence[float]) -> list[float]:
@@ -57,7 +57,7 @@ class HeadSource:
     log: dict[str, list[Choices]] | None = None
 
     def jump(self, sight: Sight, levels: Sequence[float]) -> list[float]:
-        """Return floor(time * share), on the scale of the policy; see `Source.jump`."""
+        """Return floor(time * share), on the scale of the policy; see `DecisionSource.jump`."""
         raw = self._raw(STEP, sight)
         if self.generators is None:
             shares: list[float] = jump_mode(raw).tolist()
@@ -74,7 +74,7 @@ class HeadSource:
         return 0.0 if time < config.smallest else time / config.num_train_timesteps
 
     def choose(self, level: str, sight: Sight) -> list[int]:
-        """See `Source.choose`."""
+        """See `DecisionSource.choose`."""
         raw = self._raw(level, sight)
         if self.generators is None:
             chosen: list[int] = raw.argmax(dim=1).tolist()
@@ -113,11 +113,11 @@ class ScriptSource:
     choices: dict[str, Sequence[Sequence[int]]] | None = None
 
     def jump(self, sight: Sight, levels: Sequence[float]) -> list[float]:
-        """See `Source.jump`."""
+        """See `DecisionSource.jump`."""
         return self._written(self.levels, sight)
 
     def choose(self, level: str, sight: Sight) -> list[int]:
-        """See `Source.choose`."""
+        """See `DecisionSource.choose`."""
         return self._written((self.choices or {}).get(level, ((0,),)), sight)
 
     def _written(self, rows: Sequence[Sequence[Any]], sight: Sight) -> list[Any]:

@@ -10,16 +10,17 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from flowaccel.caching.feature_cache import FeatureCache
 from flowaccel.caching.gates import Gate, Step
 from flowaccel.caching.gates.base import State, where
 from flowaccel.caching.guard import Guard
 from flowaccel.caching.predictors import Hold
-from flowaccel.caching.runtime import Rules, require_tensor
-from flowaccel.caching.scopes import Stack, cache_of
+from flowaccel.caching.runtime import require_tensor
+from flowaccel.caching.scopes import Stack
 from flowaccel.errors import RecipeConflictError, UnsupportedModelError
 from flowaccel.hooks import COND, EXTRA, Call, Run, Session, denoiser, lend
 from flowaccel.methods.policy.network import CACHE, COUNT, REUSE, SPARSE, TIMED, AccelerationPolicy
-from flowaccel.methods.policy.policy_decisions import Sight, Source
+from flowaccel.methods.policy.policy_decisions import DecisionSource, Sight
 from flowaccel.methods.policy.stats import NAME, PathStats
 from flowaccel.methods.sparse_attention.accelerator import SparseAttention, put_switch, switched, warn_idle
 
@@ -71,7 +72,9 @@ class PolicyRuntime:
         session: the session.
     """
 
-    def __init__(self, source: Source, levels: Sequence[str], policy: AccelerationPolicy, session: Session) -> None:
+    def __init__(
+        self, source: DecisionSource, levels: Sequence[str], policy: AccelerationPolicy, session: Session
+    ) -> None:
         self._source, self._levels, self._config, self._session = source, tuple(levels), policy.config, session
         self._timed = bool(TIMED & set(levels))
         self._switch = SparseAttention(min_tokens=policy.config.sparse_tokens).switch()
@@ -83,14 +86,14 @@ class PolicyRuntime:
             UnsupportedModelError: the network's blocks are not known.
         """
         scheduler = self._session.pipe.scheduler
-        rules = Rules(gate=_HeadGate(self), predictor=Hold(), guard=Guard(warmup=1, last=0), unit="image")
+        cache = FeatureCache(_HeadGate(self), Stack(), Hold(), Guard(warmup=1, last=0))
         with ExitStack() as undo:
             if SPARSE in self._levels:
                 undo.callback(put_switch(denoiser(self._session.pipe), self._switch, self._config.dense_blocks))
                 undo.callback(self._session.on_block(self._set_sparsity))  # inside the cache: for computed blocks only
-            undo.callback(cache_of(rules, Stack()).attach(self._session))
-            undo.callback(self._session.on_call(self._around_call))
-            undo.callback(self._session.on_block(self._around_block))
+            undo.callback(cache.running().attach(self._session))
+            undo.callback(self._session.on_call(self._intercept_call))
+            undo.callback(self._session.on_block(self._intercept_block))
             if self._timed:
                 undo.callback(lend(scheduler, "decide", self._descend if COUNT in self._levels else self._jump))
                 undo.callback(self._session.on_step(self._after_step))
@@ -98,7 +101,7 @@ class PolicyRuntime:
 
     # -- calls
 
-    def _around_call(self, proceed: Callable[..., Any], call: Call) -> Any:
+    def _intercept_call(self, call_next: Callable[..., Any], call: Call) -> Any:
         require_tensor(call, "a policy")
         walk = self._walk(call)
         times = self._times(walk, call)
@@ -110,9 +113,9 @@ class PolicyRuntime:
             call = replace(call, arguments={**call.arguments, "timestep": _timestep(call, times, self._scale)})
         stats = call.record.stats[NAME] = PathStats(call.record)
         if SPARSE not in self._levels:
-            return proceed(call)
+            return call_next(call)
         with switched(self._switch, call, None):
-            output = proceed(call)
+            output = call_next(call)
         stats.sparsity = walk.sparsity
         if any(walk.sparsity):
             warn_idle(self._session.pipe, self._switch, self._config.dense_blocks, "the sparse head of a policy")
@@ -132,7 +135,7 @@ class PolicyRuntime:
         levels = torch.tensor(scheduler.levels(walk.images), dtype=torch.float32)
         return tuple((levels * scheduler.config.num_train_timesteps).tolist())
 
-    def _around_block(self, proceed: Callable[..., Any], call: Call, block: Any) -> Any:
+    def _intercept_block(self, call_next: Callable[..., Any], call: Call, block: Any) -> Any:
         if block.index == 0 and COND in call.branches and EXTRA not in call.branches:
             condition = block.condition[call.rows_of(COND)]
             if condition.shape[1] != self._config.condition_dim:
@@ -141,7 +144,7 @@ class PolicyRuntime:
                     f"of this {type(call.module).__name__} have {condition.shape[1]}; train one for this network"
                 )
             self._walk(call).condition = condition
-        return proceed()
+        return call_next()
 
     # -- blocks
 
@@ -179,14 +182,14 @@ class PolicyRuntime:
         walk.anchor_times = [now if on else old for on, now, old in zip(flags, walk.times, before, strict=True)]
         walk.reused = [0 if on else count + 1 for on, count in zip(flags, walk.reused, strict=True)]
 
-    def _set_sparsity(self, proceed: Callable[..., Any], call: Call, block: Any) -> Any:
+    def _set_sparsity(self, call_next: Callable[..., Any], call: Call, block: Any) -> Any:
         if block.index == 0 and EXTRA not in call.branches:
             walk = self._walk(call)
             if COND in call.branches:
                 walk.sparsity = self._sparsity(walk, call.step)
             kept = (None, *self._config.sparsity)
             self._switch.keep = tuple(kept[walk.sparsity[image]] for image in call.row_images)
-        return proceed()
+        return call_next()
 
     def _sparsity(self, walk: _Walk, step: int) -> tuple[int, ...]:
         computing = [image for image, on in enumerate(walk.computing) if on]

@@ -33,7 +33,7 @@ from flowaccel.methods.policy.train.discriminator import DiscriminatorConfig, Di
 from flowaccel.methods.policy.train.loop import (
     PolicyObjective,
     PolicySettings,
-    Task,
+    PolicyTask,
     Update,
     check_launch,
     new_policy,
@@ -132,7 +132,7 @@ def policy(
         pipeline = open_pipeline(pipe, device)
         pipeline.set_progress_bar_config(disable=True)
         arguments = call_arguments(pipeline, pipe, argument, guidance_scale=guidance_scale)
-        task = Task(
+        task = PolicyTask(
             conditions=parse_conditions(pipeline, classes, None, prompts),
             size=pool,
             steps=steps,

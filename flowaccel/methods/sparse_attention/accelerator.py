@@ -15,7 +15,7 @@ from torch import nn
 
 from flowaccel.errors import RecipeConflictError, UnsupportedModelError
 from flowaccel.hooks import Call, CallStats, Session, is_compiled, is_present, networks, session_of
-from flowaccel.methods.sparse_attention.attention import Backend, BlockRule, By, check_backend
+from flowaccel.methods.sparse_attention.attention import Backend, By, SparseRule, check_backend
 from flowaccel.methods.sparse_attention.processors import (
     SparseAttnProcessor,
     SparseFluxAttnProcessor,
@@ -49,7 +49,7 @@ class SparseAttention(Accelerator):
         keep: share of an image's key blocks that is computed, in (0, 1], or mass of the predicted attention. 1 is
             full attention.
         dense_steps: the share of the steps, from the first on, with full attention.
-        by: meaning of `keep`, `share` or `mass`, see `flowaccel.methods.sparse_attention.attention.BlockRule`.
+        by: meaning of `keep`, `share` or `mass`, see `flowaccel.methods.sparse_attention.attention.SparseRule`.
         similarity: blocks whose tokens look less alike than this are not left out; None leaves any out.
         query_block: queries that are decided about together.
         key_block: keys that are decided about together.
@@ -88,7 +88,7 @@ class SparseAttention(Accelerator):
 
     def switch(self) -> SparseSwitch:
         """Create a switch for a network, dense at first."""
-        rule = BlockRule(self.by, self.similarity, self.query_block, self.key_block)
+        rule = SparseRule(self.by, self.similarity, self.query_block, self.key_block)
         return SparseSwitch(rule, self.min_tokens, self.backend)
 
     def attach(self, pipe: Any) -> Detach:
@@ -103,16 +103,16 @@ class SparseAttention(Accelerator):
             session = session_of(pipe)
             for network, switch in found.items():
                 undo.callback(put_switch(network, switch, self.dense_blocks))
-                undo.callback(session.on_call(functools.partial(self._around, session, network, switch)))
+                undo.callback(session.on_call(functools.partial(self._intercept, session, network, switch)))
             return undo.pop_all().close
 
-    def _around(
-        self, session: Session, network: nn.Module, switch: SparseSwitch, proceed: Callable[..., Any], call: Call
+    def _intercept(
+        self, session: Session, network: nn.Module, switch: SparseSwitch, call_next: Callable[..., Any], call: Call
     ) -> Any:
         if call.module is not network or call.step < round(self.dense_steps * call.run.num_steps):
-            return proceed()
+            return call_next()
         with switched(switch, call, self.keep):
-            output = proceed()
+            output = call_next()
         if self.keep < 1:
             warn_idle(session.pipe, switch, self.dense_blocks, self.name)
         return output

@@ -31,7 +31,7 @@ _SPARGE, _SPARGE_BLOCKS = "spas_sage_attn", (128, 64)
 
 
 @dataclass(frozen=True)
-class BlockRule:
+class SparseRule:
     """Rule that predicts which key blocks a query block reads.
 
     Args:
@@ -63,12 +63,12 @@ class BlockRule:
 
 
 @dataclass(frozen=True)
-class Blocks:
+class KeptBlocks:
     """Key blocks that each query block reads."""
 
     kept: Tensor
     """(B, M, Q, K), true where the query block reads the key block."""
-    rule: BlockRule
+    rule: SparseRule
     each: int | None
     """Number of kept key blocks, where it is the same everywhere; None if it has to be counted."""
 
@@ -103,15 +103,15 @@ def kept_blocks(blocks: int, share: float) -> int:
     return min(blocks, max(1, round(share * blocks)))
 
 
-def predicted_blocks(query: Tensor, key: Tensor, level: float, rule: BlockRule) -> Blocks:
+def predicted_blocks(query: Tensor, key: Tensor, level: float, rule: SparseRule) -> KeptBlocks:
     """Select for each query block the key blocks with the highest softmax of d^-0.5 mean(q) mean(k).
 
     Of the keys their mean over the image is taken away first. That does not change their attention, but whether they
-    look alike (`BlockRule.similarity`). Key blocks that do not look alike are read besides those that the level keeps.
+    look alike (`SparseRule.similarity`). Key blocks that do not look alike are read besides those that the level keeps.
 
     Args:
         query, key: (B, M, N, d), of the image alone.
-        level: share or mass that is kept, in (0, 1], see `BlockRule.by`.
+        level: share or mass that is kept, in (0, 1], see `SparseRule.by`.
         rule: the rule.
 
     Raises:
@@ -133,7 +133,7 @@ def predicted_blocks(query: Tensor, key: Tensor, level: float, rule: BlockRule) 
         lowest = torch.finfo(logits.dtype).min
         kept = _chosen(logits.masked_fill(mixed_keys, lowest), level, rule.by) | mixed_keys | mixed_queries.unsqueeze(3)
     equal = rule.by == "share" and rule.similarity is None
-    return Blocks(kept, rule, kept_blocks(logits.shape[3], level) if equal else None)
+    return KeptBlocks(kept, rule, kept_blocks(logits.shape[3], level) if equal else None)
 
 
 def _chosen(logits: Tensor, level: float, by: By) -> Tensor:
@@ -147,7 +147,7 @@ def _chosen(logits: Tensor, level: float, by: By) -> Tensor:
 
 
 def sparse_attention(
-    query: Tensor, key: Tensor, value: Tensor, blocks: Blocks, backend: Backend = "auto"
+    query: Tensor, key: Tensor, value: Tensor, blocks: KeptBlocks, backend: Backend = "auto"
 ) -> tuple[Tensor, int | Tensor]:
     """Compute softmax(d^-0.5 q k^T) v over the pairs that `blocks` keeps.
 
@@ -195,7 +195,7 @@ def check_backend(backend: str) -> None:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
 
 
-def pairs_kept(blocks: Blocks, length: int) -> int | Tensor:
+def pairs_kept(blocks: KeptBlocks, length: int) -> int | Tensor:
     """Return how many query-key pairs of all rows and heads are kept, with `length` tokens.
 
     Does not wait for the device where the number is known.
@@ -207,7 +207,7 @@ def pairs_kept(blocks: Blocks, length: int) -> int | Tensor:
     return count * blocks.rule.query_block * blocks.rule.key_block + rest
 
 
-def _gathered(query: Tensor, key: Tensor, value: Tensor, blocks: Blocks) -> tuple[Tensor, int]:
+def _gathered(query: Tensor, key: Tensor, value: Tensor, blocks: KeptBlocks) -> tuple[Tensor, int]:
     """Compute sparse attention exactly, in plain torch.
 
     Where query blocks read different numbers of key blocks, those that are computed together all have as many as the
@@ -260,14 +260,14 @@ def _padding(counts: Tensor, most: int, size: int, rest: int) -> Tensor:
     return functional.pad(read.repeat_interleave(size, 1), (0, rest), value=True).unflatten(0, (-1, 1, 1))
 
 
-def _to_the_end(blocks: Blocks, length: int) -> Tensor:
+def _to_the_end(blocks: KeptBlocks, length: int) -> Tensor:
     """Return the mask (B, M, Q, K) extended by the blocks of the remaining tokens, which are all kept."""
     queries, keys = -(-length // blocks.rule.query_block), -(-length // blocks.rule.key_block)
     _, _, found_queries, found_keys = blocks.kept.shape
     return functional.pad(blocks.kept, (0, keys - found_keys, 0, queries - found_queries), value=True)
 
 
-def _flex(query: Tensor, key: Tensor, value: Tensor, kept: Tensor, rule: BlockRule) -> Tensor:
+def _flex(query: Tensor, key: Tensor, value: Tensor, kept: Tensor, rule: SparseRule) -> Tensor:
     # full blocks: nothing within them is masked
     counts = kept.sum(3, dtype=torch.int32)
     order = kept.to(torch.int8).argsort(dim=3, descending=True, stable=True).to(torch.int32)
@@ -308,7 +308,7 @@ def flex_error(device: torch.device) -> str | None:
     query = torch.zeros(1, 1, 256, 16, device=device)
     kept = torch.ones(1, 1, 2, 4, dtype=torch.bool, device=device)
     try:
-        _flex(query, query, query, kept, BlockRule())
+        _flex(query, query, query, kept, SparseRule())
     except (RuntimeError, ImportError, OSError, ValueError, AssertionError) as error:  # no compiler, among others
         return str(error).partition("\n")[0] or type(error).__name__
     return None
@@ -318,7 +318,7 @@ def _sparge_kernel() -> Any:
     return importlib.import_module(_SPARGE).block_sparse_sage2_attn_cuda
 
 
-def _sparge(query: Tensor, key: Tensor, value: Tensor, kept: Tensor, rule: BlockRule) -> Tensor:
+def _sparge(query: Tensor, key: Tensor, value: Tensor, kept: Tensor, rule: SparseRule) -> Tensor:
     if (rule.query_block, rule.key_block) != _SPARGE_BLOCKS:
         raise ValueError(
             f"backend='sparge' has blocks of {_SPARGE_BLOCKS[0]} queries and {_SPARGE_BLOCKS[1]} keys, got "
@@ -334,7 +334,7 @@ def _sparge_error(device: torch.device) -> str | None:
         return "it needs a CUDA device"
     query = torch.zeros(1, 1, 256, 64, device=device, dtype=torch.float16)
     try:
-        _sparge(query, query, query, torch.ones(1, 1, 2, 4, dtype=torch.bool, device=device), BlockRule())
+        _sparge(query, query, query, torch.ones(1, 1, 2, 4, dtype=torch.bool, device=device), SparseRule())
     except (RuntimeError, ImportError, AttributeError, TypeError, AssertionError) as error:
         return f"{_SPARGE}: {error}"
     return None

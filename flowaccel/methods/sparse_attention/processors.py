@@ -13,7 +13,7 @@ import torch
 from diffusers.models.embeddings import apply_rotary_emb
 from torch import Tensor
 
-from flowaccel.methods.sparse_attention.attention import Backend, BlockRule, predicted_blocks, sparse_attention
+from flowaccel.methods.sparse_attention.attention import Backend, SparseRule, predicted_blocks, sparse_attention
 from flowaccel.models.rows import grouped, joined
 from flowaccel.models.stand_in import StandIn
 
@@ -45,12 +45,12 @@ class SparseLayer:
 class SparseSwitch:
     """Shared state of a network's processors: the sparsity of the rows of the current call."""
 
-    rule: BlockRule
+    rule: SparseRule
     min_tokens: int
     """Smallest number of tokens of an image for which pairs are left out."""
     backend: Backend = "auto"
     keep: tuple[float | None, ...] | float | None = None
-    """Levels, see `BlockRule.by`: of every row of the present call, or one for all; None and 1 are dense, by the
+    """Levels, see `SparseRule.by`: of every row of the present call, or one for all; None and 1 are dense, by the
     untouched processor."""
     only: Callable[[], tuple[int, ...] | None] = field(default=lambda: None)
     """Rows of the call that a block is run for at present; None for all."""

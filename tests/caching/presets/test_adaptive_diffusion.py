@@ -54,9 +54,9 @@ def test_the_decisions_are_those_of_the_published_rule_on_the_latents() -> None:
     latents: list[Any] = []
     accelerate(pipe, skipping(0.05))
 
-    def watch(proceed: Any, call: Any) -> Any:
+    def watch(call_next: Any, call: Any) -> Any:
         latents.append(call.sample[call.rows_of("cond")].double())
-        return proceed()
+        return call_next()
 
     session_of(pipe).on_call(watch)
     case(pipe, batch=1, steps=30)

@@ -94,7 +94,7 @@ def test_every_output_is_cached(kind: str, residual: bool) -> None:
     kept: list[Any] = []
     inner = pipe.transformer.forward
     with flowaccel.accelerated(pipe, flowaccel.FeatureCache(**options, interval=2, phase=0, predictor="hold")):
-        session_of(pipe).on_call(lambda proceed, call: (kept.append(proceed()), kept[-1])[1])
+        session_of(pipe).on_call(lambda call_next, call: (kept.append(call_next()), kept[-1])[1])
         changed = pipe()
         run = session_of(pipe).last_run
     assert run is not None and [record.what for record in run.records].count("reused") == 2

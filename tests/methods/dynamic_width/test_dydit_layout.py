@@ -49,13 +49,13 @@ OFFICIAL: State = dynamic().to_official()
 def test_there_and_back(tokens: bool) -> None:
     network = dynamic(tokens=tokens)
     before = {key: value.clone() for key, value in network.state_dict().items()}
-    assert any((wire.gate.group_of.diff() < 0).any() for wire in network.dynamic.wires)
+    assert any((gated.gate.group_of.diff() < 0).any() for gated in network.dynamic.gated_layers)
     state = network.to_official()
     assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
     loaded = load(state)
     assert not loaded.training
     assert loaded.dynamic.settings.tokens is tokens
-    assert not any((wire.gate.group_of.diff() < 0).any() for wire in loaded.dynamic.wires)
+    assert not any((gated.gate.group_of.diff() < 0).any() for gated in loaded.dynamic.gated_layers)
     assert_close(output(loaded), output(network), 1e-5)
     with loaded.dynamic.complete(), network.dynamic.complete():
         assert_close(output(loaded), output(network), 1e-5)

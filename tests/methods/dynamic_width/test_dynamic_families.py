@@ -65,11 +65,11 @@ class Family:
     def dynamic(self, seed: int = 0, off: float = 0.5, **settings: Any) -> Any:
         """A dynamic network about `off` of whose gates are off, differently at every time."""
         network = make_dynamic(self.network(seed), DynamicSettings(**{"bias": 0.0, "token_bias": 0.0, **settings}))
-        for wire in network.dynamic.wires:
-            torch.nn.init.normal_(wire.gate.router.weight, std=20.0)
+        for gated in network.dynamic.gated_layers:
+            torch.nn.init.normal_(gated.gate.router.weight, std=20.0)
         halfway = embedded(network, torch.tensor([0.5 * self.scale]))
-        for wire, logits in zip(network.dynamic.wires, network.dynamic.logits(halfway), strict=True):
-            wire.gate.router.bias.data = torch.randn_like(logits[0]) + 1 - 2 * off - logits[0].detach()
+        for gated, logits in zip(network.dynamic.gated_layers, network.dynamic.logits(halfway), strict=True):
+            gated.gate.router.bias.data = torch.randn_like(logits[0]) + 1 - 2 * off - logits[0].detach()
         for site in network.dynamic.sites:
             torch.nn.init.normal_(site.router[2].weight, std=3.0)
         return network.eval()
@@ -294,8 +294,8 @@ def test_nothing_is_left_after_a_call(family: Family) -> None:
         network(**family.arguments(times=times))
         network.eval()
         assert layer_state(network) == before
-    for wire in network.dynamic.wires:
-        assert wire.attention is None or wire.attention.heads == HEADS
+    for gated in network.dynamic.gated_layers:
+        assert gated.attention is None or gated.attention.heads == HEADS
     assert all(value in (None, False, HEADS) for _, _, value in before)
 
 
@@ -306,7 +306,7 @@ def test_nothing_is_left_after_an_exception(family: Family, training: bool) -> N
     arguments = family.arguments(times=(0.1, 0.9))
     expected = sliced(network, **arguments)
     before = layer_state(network)
-    last = network.dynamic.wires[-1].columns[0][0]
+    last = network.dynamic.gated_layers[-1].columns[0][0]
 
     def fail(*_: Any) -> None:
         raise RuntimeError("in the middle")
@@ -341,12 +341,12 @@ def test_training_reaches_routers_and_weights(family: Family) -> None:
     network.dynamic.generator = torch.Generator().manual_seed(0)
     output = network(**family.arguments())[0]
     masks, kept = network.dynamic.masks, network.dynamic.kept_tokens(2)
-    assert len(masks) == len(network.dynamic.wires) and len(kept) == len(network.dynamic.sites)
+    assert len(masks) == len(network.dynamic.gated_layers) and len(kept) == len(network.dynamic.sites)
     assert all(set(mask.unique().tolist()) <= {0.0, 1.0} for mask in masks)
     output.square().mean().backward()
-    for wire in network.dynamic.wires:
-        assert wire.gate.router.weight.grad.abs().sum() > 0, wire.path
-        assert wire.rows[0].weight.grad.abs().sum() > 0, wire.path
+    for gated in network.dynamic.gated_layers:
+        assert gated.gate.router.weight.grad.abs().sum() > 0, gated.path
+        assert gated.rows[0].weight.grad.abs().sum() > 0, gated.path
     for site in network.dynamic.sites:
         assert site.router[0].weight.grad.abs().sum() > 0, site.path
 
@@ -382,7 +382,7 @@ def test_the_ratio_is_that_of_counted_multiply_adds(family: Family, seed: int) -
         rest = counted(network, arguments) - switchable  # embedders and modulation
     computed = counted(network, arguments)
     routing = sum(_router_macs(site) for site in network.dynamic.sites)
-    real = computed - rest - routing - sum(wire.gate.router.weight.numel() for wire in network.dynamic.wires)
+    real = computed - rest - routing - sum(gated.gate.router.weight.numel() for gated in network.dynamic.gated_layers)
     gates = gates_at(network, arguments["timestep"])
     ratio = costs.ratio(network.dynamic, gates, network.dynamic.kept_tokens(1))
     assert 0.1 < float(ratio) < 0.8
@@ -519,7 +519,7 @@ def test_gradient_checkpointing_changes_nothing(family: Family, hard: bool) -> N
     network.enable_gradient_checkpointing()
     assert network.is_gradient_checkpointing
     calls = []
-    handle = network.dynamic.wires[-1].rows[0].register_forward_pre_hook(lambda *_: calls.append(1))
+    handle = network.dynamic.gated_layers[-1].rows[0].register_forward_pre_hook(lambda *_: calls.append(1))
     loss_again, gradients_again = step(network, arguments, others)
     handle.remove()
     assert len(calls) == 5  # three passes, and twice again

@@ -149,11 +149,11 @@ def test_weights_that_changed_are_cut_again() -> None:
     network = dynamic(sit())
     sliced(sit_call, network, ONE)
     with torch.no_grad():
-        for linear in network.dynamic.wires[0].rows:
+        for linear in network.dynamic.gated_layers[0].rows:
             linear.weight.mul_(1.5)
     assert relative(sliced(sit_call, network, ONE), masked(sit_call, network, ONE)) < 1e-5
     sliced(sit_call, network, ONE)
     masked(sit_call, network, ONE)  # a step of training, after which averaged weights are written unseen
-    for linear in network.dynamic.wires[0].rows:
+    for linear in network.dynamic.gated_layers[0].rows:
         linear.weight.data.mul_(0.5)
     assert relative(sliced(sit_call, network, ONE), masked(sit_call, network, ONE)) < 1e-5

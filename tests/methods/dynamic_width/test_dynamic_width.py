@@ -44,8 +44,8 @@ FAMILIES = pytest.mark.parametrize(
 def random_routers(network: Any, seed: int = 0) -> Any:
     """About half of all units on, others at other times; about two thirds of the tokens."""
     generator = torch.Generator().manual_seed(seed)
-    for wire in network.dynamic.wires:
-        router = wire.gate.router
+    for gated in network.dynamic.gated_layers:
+        router = gated.gate.router
         router.weight.data = torch.randn(router.weight.shape, generator=generator)
         router.bias.data = 0.3 * torch.randn(router.bias.shape, generator=generator)
     for site in network.dynamic.sites:
@@ -350,8 +350,8 @@ def test_a_copy_is_on_its_own() -> None:
     pipe = tiny.sit_pipeline()
     network = narrow(pipe)
     other = copy.deepcopy(network)
-    for wire in other.dynamic.wires:
-        torch.nn.init.constant_(wire.gate.router.bias, 1e4)
+    for gated in other.dynamic.gated_layers:
+        torch.nn.init.constant_(gated.gate.router.bias, 1e4)
     for site in other.dynamic.sites:
         torch.nn.init.constant_(site.router[2].bias, 1e4)
     expected = images(pipe, [1])

@@ -152,7 +152,10 @@ def whole(dtype: torch.dtype = torch.float32) -> Any:
 def costs(network: Any) -> MacsCosts:
     """Upstream's constants, in thousands of millions of multiply-adds."""
     constants = MODEL.notes["flops_constants_used"]
-    each = [round(1e9 * constants["attn" if wire.rule.kind == "heads" else "mlp"]) for wire in network.dynamic.wires]
+    each = [
+        round(1e9 * constants["attn" if gated.rule.kind == "heads" else "mlp"])
+        for gated in network.dynamic.gated_layers
+    ]
     return MacsCosts(tuple(each))
 
 

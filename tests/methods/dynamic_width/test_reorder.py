@@ -39,7 +39,7 @@ EACH = pytest.mark.parametrize("family", FAMILIES)
 def made_dynamic(base: nn.Module) -> Any:
     """Ranked, with routers that answer with about as many zeros as ones, and another answer to every time."""
     network = make_dynamic(base, {"bias": 0.0, "token_bias": 0.0})
-    for seed, router in enumerate(wire.gate.router for wire in network.dynamic.wires):
+    for seed, router in enumerate(gated.gate.router for gated in network.dynamic.gated_layers):
         random_weights(router, seed, std=1.0)
     network.dynamic.noise = lambda path, shape: logistic_noise(
         shape, torch.Generator().manual_seed(zlib.crc32(path.encode()))
@@ -50,7 +50,7 @@ def made_dynamic(base: nn.Module) -> Any:
 def some_off(network: Any) -> Bits:
     """A plan's gates with about half of the units off."""
     generator = torch.Generator().manual_seed(4)
-    drawn = (torch.randint(2, (wire.gate.units - 1,), generator=generator) for wire in network.dynamic.wires)
+    drawn = (torch.randint(2, (gated.gate.units - 1,), generator=generator) for gated in network.dynamic.gated_layers)
     return tuple("1" + "".join(map(str, bits.tolist())) for bits in drawn)
 
 
@@ -80,15 +80,15 @@ def test_moving_units_changes_no_output(family: str) -> None:
     before = outputs(network, call)
     results = list(before.values())
     assert all(not torch.allclose(one, other, atol=1e-3) for i, one in enumerate(results) for other in results[:i])
-    arranged = [wire.gate.group_of.clone() for wire in network.dynamic.wires]
+    arranged = [gated.gate.group_of.clone() for gated in network.dynamic.gated_layers]
     reorder_(network)
-    for wire, former in zip(network.dynamic.wires, arranged, strict=True):
-        size = len(former) // wire.gate.units
-        assert wire.gate.group_of.dtype == former.dtype
-        assert wire.gate.group_of.tolist() == [member // size for member in range(len(former))]
-    moved = {wire.rule.name for wire, former in zip(network.dynamic.wires, arranged, strict=True)
-             if not torch.equal(wire.gate.group_of, former)}  # fmt: skip
-    assert moved == {wire.rule.name for wire in network.dynamic.wires}  # of every kind some were out of place
+    for gated, former in zip(network.dynamic.gated_layers, arranged, strict=True):
+        size = len(former) // gated.gate.units
+        assert gated.gate.group_of.dtype == former.dtype
+        assert gated.gate.group_of.tolist() == [member // size for member in range(len(former))]
+    moved = {gated.rule.name for gated, former in zip(network.dynamic.gated_layers, arranged, strict=True)
+             if not torch.equal(gated.gate.group_of, former)}  # fmt: skip
+    assert moved == {gated.rule.name for gated in network.dynamic.gated_layers}  # of every kind some were out of place
     for name, value in outputs(network, call).items():
         assert_close(value, before[name], 1e-5)
     with torch.no_grad():
@@ -100,14 +100,14 @@ def test_a_gate_switches_the_same_units_as_before(family: str) -> None:
     """For every gate alone, the rows that it takes hold the same numbers, in another order."""
     network = made_dynamic(at_two_times(family)[0])
 
-    def taken(wire: Any) -> list[Tensor]:
-        rows = [wire.elements(unit).nonzero().flatten() for unit in torch.eye(wire.gate.units)]
-        return [wire.rows[0].weight[places].flatten().sort().values for places in rows]
+    def taken(gated: Any) -> list[Tensor]:
+        rows = [gated.elements(unit).nonzero().flatten() for unit in torch.eye(gated.gate.units)]
+        return [gated.rows[0].weight[places].flatten().sort().values for places in rows]
 
-    before = [taken(wire) for wire in network.dynamic.wires]
+    before = [taken(gated) for gated in network.dynamic.gated_layers]
     reorder_(network)
-    for wire, parts in zip(network.dynamic.wires, before, strict=True):
-        assert all(torch.equal(one, other) for one, other in zip(taken(wire), parts, strict=True))
+    for gated, parts in zip(network.dynamic.gated_layers, before, strict=True):
+        assert all(torch.equal(one, other) for one, other in zip(taken(gated), parts, strict=True))
 
 
 def test_moving_twice_moves_nothing() -> None:
@@ -125,7 +125,7 @@ def test_frozen_weights_stay_frozen() -> None:
     network.transformer_blocks.requires_grad_(False)
     reorder_(network)
     assert not any(parameter.requires_grad for parameter in network.transformer_blocks.parameters())
-    assert all(wire.gate.router.weight.requires_grad for wire in network.dynamic.wires)
+    assert all(gated.gate.router.weight.requires_grad for gated in network.dynamic.gated_layers)
 
 
 def test_units_below_adapters_are_not_moved() -> None:
@@ -167,28 +167,28 @@ def test_units_are_ranked_by_their_weights() -> None:
     """SD3.5's blocks: joint attention in two streams, a second attention, and two feed-forwards."""
     network = made_dynamic(sd3())
     seen = set()
-    for wire in network.dynamic.wires:
-        block = network.transformer_blocks[wire.block]
-        name, units = wire.rule.name, wire.gate.units
+    for gated in network.dynamic.gated_layers:
+        block = network.transformer_blocks[gated.block]
+        name, units = gated.rule.name, gated.gate.units
         seen.add(name)
-        if wire.rule.kind == "heads":
-            sizes = [head_size(block, name, head, wire.each, text=name == "attn") for head in range(units)]
+        if gated.rule.kind == "heads":
+            sizes = [head_size(block, name, head, gated.each, text=name == "attn") for head in range(units)]
         else:
             sizes = [
-                channel_size(block, f"{name}.net.0.proj", f"{name}.net.2", i) for i in range(wire.rows[0].out_features)
+                channel_size(block, f"{name}.net.0.proj", f"{name}.net.2", i) for i in range(gated.rows[0].out_features)
             ]
-        assert_ranked(wire.gate.group_of, sizes, units)
+        assert_ranked(gated.gate.group_of, sizes, units)
     assert seen == {"attn", "attn2", "ff", "ff_context"}
 
 
 def test_channels_of_a_fused_block_are_ranked_by_their_weights() -> None:
     """FLUX's single-stream block reads attention and hidden channels with one layer."""
     network = made_dynamic(flux())
-    wires = [wire for wire in network.dynamic.wires if wire.rule.name == "proj_mlp"]
-    for wire, block in zip(wires, network.single_transformer_blocks, strict=True):
+    gated_layers = [gated for gated in network.dynamic.gated_layers if gated.rule.name == "proj_mlp"]
+    for gated, block in zip(gated_layers, network.single_transformer_blocks, strict=True):
         width = block.proj_mlp.in_features
         sizes = [channel_size(block, "proj_mlp", "proj_out", i, start=width) for i in range(4 * width)]
-        assert_ranked(wire.gate.group_of, sizes, HEADS)
+        assert_ranked(gated.gate.group_of, sizes, HEADS)
 
 
 @pytest.mark.parametrize("strongest", range(HEADS))
@@ -200,8 +200,8 @@ def test_the_strongest_head_and_channels_are_always_on(strongest: int) -> None:
         size = SIZES["attention_head_dim"]
         block.attn.to_v.weight[size * strongest : size * (strongest + 1)] += 9
         block.ff.net[2].weight[:, channels] += 9
-    wires = {wire.path: wire for wire in make_dynamic(base).dynamic.wires}
-    heads = wires["transformer_blocks.1.attn"].gate.group_of
-    hidden = wires["transformer_blocks.1.ff"].gate.group_of
+    gated_layers = {gated.path: gated for gated in make_dynamic(base).dynamic.gated_layers}
+    heads = gated_layers["transformer_blocks.1.attn"].gate.group_of
+    hidden = gated_layers["transformer_blocks.1.ff"].gate.group_of
     assert heads[strongest] == 0
     assert (hidden == 0).nonzero().flatten().tolist() == channels

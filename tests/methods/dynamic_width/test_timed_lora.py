@@ -57,7 +57,9 @@ def test_at_first_it_adds_nothing() -> None:
 def test_it_lies_on_every_gated_layer(family: Any) -> None:
     make, _ = family
     network = dynamic(make())
-    gated = {id(linear) for wire in network.dynamic.wires for linear in (*wire.rows, *[c for c, _ in wire.columns])}
+    gated = {
+        id(linear) for gated in network.dynamic.gated_layers for linear in (*gated.rows, *[c for c, _ in gated.columns])
+    }
     add_timed_lora(network)
     assert {id(layer.get_base_layer()) for layer in timed_layers(network).values()} == gated
 

@@ -200,7 +200,7 @@ def test_the_fingerprint_is_of_all_that_decides_on_widths() -> None:
     found = {dynamic(sit()).dynamic.fingerprint}
     for change in ("router", "bias", "group", "time"):
         network = dynamic(sit())
-        gate = network.dynamic.wires[-1].gate
+        gate = network.dynamic.gated_layers[-1].gate
         with torch.no_grad():
             if change == "router":
                 gate.router.weight[0, 0] += 1e-6

@@ -56,9 +56,9 @@ def narrow(saved: str, tmp_path_factory: pytest.TempPathFactory) -> str:
     out, pipe = tmp_path_factory.mktemp("narrow") / "narrow", load_pipeline(saved)
     network = make_dynamic(pipe.transformer, {"normalise": True})
     generator = torch.Generator().manual_seed(0)
-    for wire in network.dynamic.wires:
-        wire.gate.router.weight.data.normal_(generator=generator)
-        wire.gate.router.bias.data.zero_()
+    for gated in network.dynamic.gated_layers:
+        gated.gate.router.weight.data.normal_(generator=generator)
+        gated.gate.router.bias.data.zero_()
     Recipe([DynamicWidth(network)], name="narrow").for_pipeline(pipe).save_pretrained(out)
     return str(out)
 

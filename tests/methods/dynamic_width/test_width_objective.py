@@ -54,8 +54,8 @@ def network(base: nn.Module = BASE, bias: float = 0.0, spread: float = 1.0, **se
     torch.manual_seed(0)
     made = make_dynamic(copy.deepcopy(base), {"normalise": True, "tau": 2.0, "tokens": False, **settings}).train()
     generator = seeded(5)
-    for wire in made.dynamic.wires:
-        router = wire.gate.router
+    for gated in made.dynamic.gated_layers:
+        router = gated.gate.router
         router.weight.data = spread * torch.randn(router.weight.shape, generator=generator)
         router.bias.data.fill_(bias)
     for site in made.dynamic.sites:
@@ -90,7 +90,7 @@ def mse(one: Tensor, other: Tensor) -> Tensor:
 
 
 def by_hand(masks: list[list[list[float]]], shares: dict[str, list[float]], costs: tuple[int, ...]) -> float:
-    """The mean ratio of a batch, of gates[wire][row][unit] and the share of tokens of every block and row."""
+    """The mean ratio of a batch, of gates[gate][row][unit] and the share of tokens of every block and row."""
     rows = len(masks[0])
     total = 0.0
     for row in range(rows):
@@ -171,7 +171,7 @@ def test_what_the_loss_is_made_of(tokens: bool) -> None:
             site.path: [sum(row) / len(row) for row in site.gates.reshape(16, -1).tolist()]
             for site in model.dynamic.sites
         }
-        assert tuple(wire.path for wire in model.dynamic.wires) == GATES
+        assert tuple(gated.path for gated in model.dynamic.gated_layers) == GATES
         assert 0 < sum(map(sum, masks[1])) < 16 * HEADS
         assert all(0 < sum(rows) / 16 < 1 for rows in shares.values()) and bool(shares) == tokens
         macs = weight * (by_hand(masks, shares, UNEQUAL.gates) - aim) ** 2
@@ -271,8 +271,8 @@ def test_the_correction_is_bounded_and_returns_at_once() -> None:
     model = network(bias=50.0, spread=0.0)
     pushed = corrected(model, aimed, 60, rate=0.05)
     assert pushed[5] > pushed[-1] == pytest.approx(-0.2 - 0.05 * 0.4)  # the bound and one step
-    for wire in model.dynamic.wires:
-        wire.gate.router.bias.data.fill_(-50.0)
+    for gated in model.dynamic.gated_layers:
+        gated.gate.router.bias.data.fill_(-50.0)
     assert corrected(model, aimed, 1, rate=0.05)[0] == pytest.approx(-0.2 + 0.05 * (0.6 - 1 / HEADS))
 
 

@@ -118,7 +118,7 @@ def recorded(pipe: Any, call: Callable[[], Any]) -> tuple[list[Evaluation], Any]
     def before_network(*_: Any) -> None:
         pending.append(getattr(pipe.scheduler, "refinement", None))
 
-    def around_step(model_output: Tensor, timestep: Any, sample: Tensor, **kwargs: Any) -> Any:
+    def intercept_step(model_output: Tensor, timestep: Any, sample: Tensor, **kwargs: Any) -> Any:
         result = step(model_output, timestep, sample, **kwargs)
         arguments, outputs = zip(*calls, strict=True)
         seen.append(
@@ -127,7 +127,7 @@ def recorded(pipe: Any, call: Callable[[], Any]) -> tuple[list[Evaluation], Any]
         calls.clear()
         return result
 
-    pipe.scheduler.step = around_step
+    pipe.scheduler.step = intercept_step
     handles = [
         pipe.transformer.register_forward_pre_hook(before_network),
         pipe.transformer.register_forward_hook(after_network, with_kwargs=True),

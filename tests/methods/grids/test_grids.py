@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from flowaccel.methods.grids.search import METRICS, Path, Trajectory, boss, cost_table, oss
+from flowaccel.methods.grids.search import METRICS, SearchedGrid, Trajectory, boss, cost_table, oss
 
 FINE, IMAGES, SIZE = 10, 6, 5
 
@@ -178,7 +178,7 @@ def test_a_start_that_is_not_pinned() -> None:
         noise = RUN.states[0]
         end = noise - RUN.times[start] * mixture_velocity(noise, RUN.times[start])
         errors.append(float((end - RUN.states[-1]).square().mean()))
-    assert found == Path(nodes=(int(np.argmin(errors)), FINE), cost=pytest.approx(min(errors)))
+    assert found == SearchedGrid(nodes=(int(np.argmin(errors)), FINE), cost=pytest.approx(min(errors)))
 
 
 def test_oss_refuses_what_is_not_finite() -> None:

@@ -275,11 +275,11 @@ def test_realised_capacity_counts_pairs_and_changes_nothing() -> None:
     assert made.training and equal(states(made), before)
     calls: list[Any] = []
 
-    def around(*arguments: Tensor, **options: Any) -> Any:
+    def wrapped(*arguments: Tensor, **options: Any) -> Any:
         calls.append(arguments)
         return made(*arguments, **options)
 
-    realised_capacity(made.eval(), batches, call=around)
+    realised_capacity(made.eval(), batches, call=wrapped)
     assert not made.training
     assert [len(arguments[0]) for arguments in calls] == [5, 5]
 

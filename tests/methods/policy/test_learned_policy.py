@@ -29,7 +29,7 @@ from flowaccel.methods.policy import runtime
 from flowaccel.methods.policy.accelerator import base_of
 from flowaccel.methods.policy.network import CACHE, COUNT, SPARSE, STEP, AccelerationPolicy
 from flowaccel.methods.policy.policy_decisions import HeadSource, ScriptSource
-from flowaccel.recipe.sampler import exchanged_scheduler
+from flowaccel.recipe.sampler import swapped_scheduler
 from flowaccel.samplers import PolicyScheduler
 from moe_networks import fitted
 from policies import FAMILIES, SMALL_BLOCKS, conditioned, decided_by, driven, image_paths, pipeline, policy_for
@@ -71,7 +71,7 @@ def test_a_forced_count_is_the_plain_run_of_so_many_steps(case: Case) -> None:
     """On the grid of that number, shifted as the pipeline's scheduler is, and from where the run starts."""
     pipe = pipeline(case)
     policy = policy_for(pipe, max_steps=None, **ONE_SHOT)
-    back = exchanged_scheduler(pipe, PolicyScheduler, "a test")
+    back = swapped_scheduler(pipe, PolicyScheduler, "a test")
     plain = {count: case(pipe, batch=2, steps=count) for count in (2, 4, 6)}
     back()
     for choice, count in enumerate((2, 4)):

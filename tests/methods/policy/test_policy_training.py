@@ -23,7 +23,7 @@ from flowaccel.methods.policy.train.loop import (
     REFERENCES,
     PolicyObjective,
     PolicySettings,
-    Task,
+    PolicyTask,
     condition_width,
     fidelity,
     references,
@@ -35,7 +35,7 @@ from flowaccel.training.loop import LoopConfig, train
 POOL = 10
 COUNTS = (2, 3, 5, 8)
 FIXED = 40
-TASK = Task(conditions=Classes((0, 1)), size=POOL, steps=5, seed=1)
+TASK = PolicyTask(conditions=Classes((0, 1)), size=POOL, steps=5, seed=1)
 
 
 def pipeline() -> Any:
@@ -145,7 +145,7 @@ def test_a_count_is_chosen_once_by_what_the_step_head_sees_first() -> None:
     pipe = pipeline()
     ids, seeds = [0, 1, 2], [(1,), (2,), (4,)]
 
-    def played(policy: AccelerationPolicy, task: Task = TASK) -> Rollout:
+    def played(policy: AccelerationPolicy, task: PolicyTask = TASK) -> Rollout:
         return roll_out(pipe, policy, lambda: task.generate(pipe, ids), sampled(policy, seeds, limits=(0.97, 0.99)))
 
     policy = heads(pipe, levels=(COUNT, CACHE), counts=COUNTS)
@@ -204,7 +204,7 @@ def test_references_are_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     first = references(pipe, TASK, tmp_path, batch=4)
     assert first.shape[0] == POOL and first.min() >= 0 and first.max() <= 1
     assert torch.allclose(first[3:4], TASK.generate(pipe, [3]), atol=1e-5)
-    monkeypatch.setattr(Task, "generate", None)
+    monkeypatch.setattr(PolicyTask, "generate", None)
     assert torch.equal(references(pipe, TASK, tmp_path), first)
     for change in ({"size": 11}, {"seed": 2}, {"steps": 6}, {"conditions": Classes((1, 0))}):
         with pytest.raises(CheckpointError, match="of another task"):
@@ -248,7 +248,7 @@ def test_later_epochs_are_clipped_and_make_no_images(tmp_path: Path, monkeypatch
     assert first is not None and first.stats.ratio == 1
     optimizer.step()
     with monkeypatch.context() as patch:
-        patch.setattr(Task, "generate", None)
+        patch.setattr(PolicyTask, "generate", None)
         made.at(1)(policy, torch.Generator().manual_seed(1))
     second = made.last
     assert second is not None and second.reward == first.reward

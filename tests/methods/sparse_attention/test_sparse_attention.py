@@ -88,11 +88,11 @@ def test_rows_of_one_call_have_their_own_levels(case: Case) -> None:
         switch = SparseAttention(**SMALL).switch()
         put_switch(pipe.transformer, switch, 0)
 
-        def around(proceed: Any, call: Call) -> Any:
+        def interceptor(call_next: Any, call: Call) -> Any:
             with switched(switch, call, tuple(chosen[image] for image in call.row_images)):
-                return proceed()
+                return call_next()
 
-        session_of(pipe).on_call(around)
+        session_of(pipe).on_call(interceptor)
         return made(case, pipe, STEPS, batch=len(chosen), seed=seed)
 
     together = run(levels, 3)

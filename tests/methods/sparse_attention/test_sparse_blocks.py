@@ -11,8 +11,8 @@ from torch.nn import functional
 
 from flowaccel.methods.sparse_attention import attention as module
 from flowaccel.methods.sparse_attention.attention import (
-    BlockRule,
-    Blocks,
+    KeptBlocks,
+    SparseRule,
     block_means,
     block_similarity,
     chosen_backend,
@@ -22,7 +22,7 @@ from flowaccel.methods.sparse_attention.attention import (
     sparse_attention,
 )
 
-SMALL = BlockRule(query_block=16, key_block=8)
+SMALL = SparseRule(query_block=16, key_block=8)
 
 
 def heads(length: int, width: int = 8, rows: int = 2, seed: int = 0) -> list[Tensor]:
@@ -30,7 +30,7 @@ def heads(length: int, width: int = 8, rows: int = 2, seed: int = 0) -> list[Ten
     return [torch.randn(rows, 3, length, width, generator=generator) for _ in range(3)]
 
 
-def dense_mask(blocks: Blocks, length: int) -> Tensor:
+def dense_mask(blocks: KeptBlocks, length: int) -> Tensor:
     """(B, M, L, L) of all pairs, from the definition, pair by pair of blocks."""
     rows, many, queries, keys = blocks.kept.shape
     rule = blocks.rule
@@ -70,7 +70,7 @@ def test_how_many_a_share_keeps(share: float, kept: int) -> None:
 @pytest.mark.parametrize("mass", [0.3, 0.6, 0.9, 1.0])
 def test_the_fewest_blocks_that_have_a_mass(mass: float) -> None:
     query, key, _ = heads(48)
-    found = predicted_blocks(3 * query, 3 * key, mass, BlockRule("mass", query_block=16, key_block=8))
+    found = predicted_blocks(3 * query, 3 * key, mass, SparseRule("mass", query_block=16, key_block=8))
     scores = (block_means(3 * query, 16) @ block_means(3 * key, 8).transpose(2, 3) * 8**-0.5).softmax(3)
     had = (scores * found.kept).sum(3)
     least = scores.masked_fill(~found.kept, 2).amin(3)
@@ -94,7 +94,7 @@ def test_blocks_of_unlike_tokens_are_computed() -> None:
     query, key = torch.ones(1, 1, 48, 8), torch.randn(1, 1, 6, 1, 8).repeat(1, 1, 1, 8, 1).flatten(2, 3)
     unlike = torch.eye(8).repeat(2, 1) * torch.tensor([1.0, -1]).repeat_interleave(8).unsqueeze(1)
     query[0, 0, 32:], key[0, 0, 8:16] = unlike, unlike[4:12] * 4 + key.mean()
-    rule = BlockRule(similarity=0.5, query_block=16, key_block=8)
+    rule = SparseRule(similarity=0.5, query_block=16, key_block=8)
     found = predicted_blocks(query, key, 0.3, rule).kept[0, 0]
     assert found[:, 1].all()  # read by all
     assert found[2].all()  # reads all
@@ -104,7 +104,7 @@ def test_blocks_of_unlike_tokens_are_computed() -> None:
 
 def test_a_shift_of_all_keys_changes_nothing() -> None:
     query, key, _ = heads(48)
-    rule = BlockRule(similarity=0.1, query_block=16, key_block=8)
+    rule = SparseRule(similarity=0.1, query_block=16, key_block=8)
     kept = predicted_blocks(query, key, 0.5, rule).kept
     assert torch.equal(predicted_blocks(query, key + 5, 0.5, rule).kept, kept)
 
@@ -112,9 +112,9 @@ def test_a_shift_of_all_keys_changes_nothing() -> None:
 # -- what is computed of them
 
 
-@pytest.mark.parametrize("rule", [SMALL, BlockRule("mass", None, 16, 8), BlockRule("share", 0.1, 8, 8)], ids=str)
+@pytest.mark.parametrize("rule", [SMALL, SparseRule("mass", None, 16, 8), SparseRule("share", 0.1, 8, 8)], ids=str)
 @pytest.mark.parametrize(("tokens", "text", "width"), [(64, 0, 8), (64, 5, 20), (75, 0, 8), (79, 11, 1), (23, 3, 8)])
-def test_gathered_is_the_masked_attention(rule: BlockRule, tokens: int, text: int, width: int) -> None:
+def test_gathered_is_the_masked_attention(rule: SparseRule, tokens: int, text: int, width: int) -> None:
     query, key, value = heads(tokens + text, width)
     blocks = predicted_blocks(query[:, :, :tokens], key[:, :, :tokens], 0.5, rule)
     mask = dense_mask(blocks, tokens + text)
@@ -167,7 +167,7 @@ def compiled(compiler: None) -> Any:
 @pytest.mark.parametrize(("tokens", "text", "by"), [(384, 0, "share"), (391, 40, "mass")])
 def test_flex_is_the_masked_attention(tokens: int, text: int, by: Any) -> None:
     query, key, value = heads(tokens + text, 16)
-    blocks = predicted_blocks(query[:, :, :tokens], key[:, :, :tokens], 0.5, BlockRule(by))
+    blocks = predicted_blocks(query[:, :, :tokens], key[:, :, :tokens], 0.5, SparseRule(by))
     mask = dense_mask(blocks, tokens + text)
     assert not mask.all()
     found, pairs = sparse_attention(query, key, value, blocks, "flex")
@@ -183,7 +183,7 @@ def test_flex_that_may_not_be_compiled_again_raises() -> None:
     with torch._dynamo.config.patch(recompile_limit=1), pytest.raises(RuntimeError, match="recompile_limit"):
         for width in (16, 32, 48):
             query, key, value = heads(256, width)
-            sparse_attention(query, key, value, predicted_blocks(query, key, 0.5, BlockRule()), "flex")
+            sparse_attention(query, key, value, predicted_blocks(query, key, 0.5, SparseRule()), "flex")
 
 
 @pytest.mark.gpu
@@ -191,7 +191,7 @@ def test_flex_that_may_not_be_compiled_again_raises() -> None:
 def test_flex_on_a_gpu(width: int) -> None:
     query, key, value = (part.cuda().bfloat16() for part in heads(1024 + 77, width))
     assert chosen_backend("auto", query.device) == "flex"
-    blocks = predicted_blocks(query[:, :, :1024], key[:, :, :1024], 0.5, BlockRule())
+    blocks = predicted_blocks(query[:, :, :1024], key[:, :, :1024], 0.5, SparseRule())
     found, _ = sparse_attention(query, key, value, blocks)
     exact, _ = sparse_attention(query.double(), key.double(), value.double(), blocks, "gather")
     assert (found - exact).norm() < 0.01 * exact.norm()
@@ -226,7 +226,7 @@ def test_flex_that_does_not_compile_is_refused(monkeypatch: pytest.MonkeyPatch) 
 )
 def test_wrong_rules(options: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
-        BlockRule(**options)
+        SparseRule(**options)
 
 
 def test_images_of_less_than_a_block() -> None:

@@ -51,7 +51,7 @@ _SHARPNESS, _LEAST = 10.0, 1e-6
 
 
 @dataclass(frozen=True, kw_only=True)
-class Task:
+class PolicyTask:
     """Samples that a policy is trained on: a pool, each with a condition and noise of its own."""
 
     conditions: Conditions
@@ -83,7 +83,7 @@ class Task:
 
 
 def references(
-    pipe: Any, task: Task, folder: Path, batch: int = 32, notify: Callable[[int], None] | None = None
+    pipe: Any, task: PolicyTask, folder: Path, batch: int = 32, notify: Callable[[int], None] | None = None
 ) -> Tensor:
     """Return the unaccelerated images (size, C, H, W) of a task, made once and kept in `folder`.
 
@@ -104,7 +104,7 @@ def references(
     return found
 
 
-def _described(pipe: Any, task: Task) -> dict[str, Any]:
+def _described(pipe: Any, task: PolicyTask) -> dict[str, Any]:
     """Return what the unaccelerated images depend on, except for the weights."""
     own = {
         "conditions": task.conditions.describe(),
@@ -129,7 +129,7 @@ def _kept(path: Path, meta: dict[str, str]) -> Tensor:
     return images
 
 
-def new_policy(pipe: Any, task: Task, levels: Sequence[str], seed: int = 0, **config: Any) -> AccelerationPolicy:
+def new_policy(pipe: Any, task: PolicyTask, levels: Sequence[str], seed: int = 0, **config: Any) -> AccelerationPolicy:
     """Create trainable heads for a pipeline's network, on its device.
 
     Args:
@@ -159,7 +159,7 @@ def new_policy(pipe: Any, task: Task, levels: Sequence[str], seed: int = 0, **co
     return policy
 
 
-def set_costs(pipe: Any, policy: AccelerationPolicy, task: Task, folder: Path, images: int = 8) -> None:
+def set_costs(pipe: Any, policy: AccelerationPolicy, task: PolicyTask, folder: Path, images: int = 8) -> None:
     """Store the measured costs of a policy's decisions in its configuration.
 
     They are measured once for `batch` images and kept in `folder`, so that a resumed training goes on with the same.
@@ -172,7 +172,7 @@ def set_costs(pipe: Any, policy: AccelerationPolicy, task: Task, folder: Path, i
     policy.register_to_config(costs=json.loads(file.read_text()))
 
 
-def condition_width(pipe: Any, task: Task) -> int:
+def condition_width(pipe: Any, task: PolicyTask) -> int:
     """Return the width of the embedding that modulates the network's blocks, by running one step of one image.
 
     Raises:
@@ -180,10 +180,10 @@ def condition_width(pipe: Any, task: Task) -> int:
     """
     found: list[int] = []
 
-    def look(proceed: Callable[..., Any], call: Call, block: Block) -> Any:
+    def look(call_next: Callable[..., Any], call: Call, block: Block) -> Any:
         if block.index == 0:
             found.append(block.condition.shape[1])
-        return proceed()
+        return call_next()
 
     with accelerated(pipe, Recipe()), torch.no_grad():
         session_of(pipe).on_block(look)
@@ -307,7 +307,7 @@ class PolicyObjective:
     def __init__(
         self,
         pipe: Any,
-        task: Task,
+        task: PolicyTask,
         reward: Reward,
         settings: PolicySettings,
         untouched: Tensor,

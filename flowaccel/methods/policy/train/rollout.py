@@ -15,7 +15,7 @@ from flowaccel.evaluation import measure_latency
 from flowaccel.hooks import COND, CallRecord, denoiser, session_of
 from flowaccel.methods.policy.accelerator import attach_policy
 from flowaccel.methods.policy.network import CACHE, COMPUTE, COUNT, REUSE, SPARSE, AccelerationPolicy, Choices
-from flowaccel.methods.policy.policy_decisions import HeadSource, Sight, Source
+from flowaccel.methods.policy.policy_decisions import DecisionSource, HeadSource, Sight
 from flowaccel.methods.policy.stats import NAME
 from flowaccel.recipe import Recipe, accelerated
 
@@ -76,7 +76,11 @@ def joined(parts: Sequence[Rollout]) -> Rollout:
 
 
 def roll_out(
-    pipe: Any, policy: AccelerationPolicy, generate: Generate, source: Source, levels: Sequence[str] | None = None
+    pipe: Any,
+    policy: AccelerationPolicy,
+    generate: Generate,
+    source: DecisionSource,
+    levels: Sequence[str] | None = None,
 ) -> Rollout:
     """Make a batch of images in which `source` decides.
 
@@ -125,7 +129,7 @@ def sampled(
     return HeadSource(policy, [np.random.default_rng(list(seed)) for seed in seeds], limits, log={})
 
 
-def _logged(source: Source) -> dict[str, Choices]:
+def _logged(source: DecisionSource) -> dict[str, Choices]:
     logged = getattr(source, "log", None) or {}
     return {level: _joined(parts) for level, parts in logged.items()}
 
