@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowaccel import Recipe, Sampler, accelerated, zoo
+from flowaccel import Recipe, Sampler, zoo
 from flowaccel.cli.common import progress
 from flowaccel.cli.evaluate import default_protocol
 from flowaccel.data import shape_captions, shapes
@@ -43,7 +43,7 @@ from flowaccel.evaluation import (
     measure,
 )
 from flowaccel.evaluation.features.extractors import quantise
-from flowaccel.evaluation.metrics.attributes import load_attributes
+from flowaccel.evaluation.metrics.attribute_accuracy import load_attributes
 from flowaccel.evaluation.metrics.clip_score import load_clip
 from flowaccel.evaluation.metrics.table import not_worse
 from flowaccel.evaluation.protocol import call, plan_rows, row_store
@@ -172,7 +172,7 @@ def quality(pipe: Any, recipes: list[Recipe], protocol: Protocol, folder: Path) 
     samples = []
     for row in plan_rows(recipes, protocol):
         store = row_store(folder, row)
-        with accelerated(pipe, row.recipe):
+        with row.switched_on(pipe):
             images = store.read(ids) if store.folder.is_dir() else sampled(pipe, protocol, row.steps)
         samples.append(judged(images, row.name, ids, protocol.conditions, network, clip, attributes))
     reference = load_reference(protocol.reference, network)

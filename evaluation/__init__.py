@@ -11,10 +11,10 @@ from flowaccel.evaluation.features.statistics import save_statistics as save_sta
 from flowaccel.evaluation.metrics.frechet import Moments as Moments
 from flowaccel.evaluation.metrics.frechet import frechet_distance as frechet_distance
 from flowaccel.evaluation.metrics.frechet import frechet_infinity as frechet_infinity
-from flowaccel.evaluation.metrics.table import AttributeMatch as AttributeMatch
-from flowaccel.evaluation.metrics.table import ReferenceSet as ReferenceSet
-from flowaccel.evaluation.metrics.table import RowSamples as RowSamples
-from flowaccel.evaluation.metrics.table import TextMatch as TextMatch
+from flowaccel.evaluation.metrics.metric import AttributeMatch as AttributeMatch
+from flowaccel.evaluation.metrics.metric import ReferenceSet as ReferenceSet
+from flowaccel.evaluation.metrics.metric import RowSamples as RowSamples
+from flowaccel.evaluation.metrics.metric import TextMatch as TextMatch
 from flowaccel.evaluation.metrics.table import difference as difference
 from flowaccel.evaluation.metrics.table import measure as measure
 from flowaccel.evaluation.metrics.table import not_worse as not_worse

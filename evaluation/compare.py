@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from flowaccel.errors import UnnamedCodeError
+from flowaccel.evaluation.candidates import BASELINE
 from flowaccel.evaluation.features.extractors import load_features, load_reference, runs_code
-from flowaccel.evaluation.metrics.attributes import load_attributes
+from flowaccel.evaluation.metrics.attribute_accuracy import load_attributes
 from flowaccel.evaluation.metrics.table import difference, find_metric
-from flowaccel.evaluation.protocol import BASELINE
 from flowaccel.evaluation.results import Results, load_results, row
 from flowaccel.evaluation.runner import row_samples
 from flowaccel.evaluation.samples.prompts import Conditions, Prompts, load_conditions

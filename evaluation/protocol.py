@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from flowaccel import Recipe
-from flowaccel.evaluation.baselines.baselines import Baseline, parse_baseline
-from flowaccel.evaluation.features.extractors import fingerprint
+from flowaccel.evaluation.baselines.baselines import parse_baseline
+from flowaccel.evaluation.candidates import BASELINE, BaselineCandidate, Candidate, RecipeCandidate
 from flowaccel.evaluation.metrics.table import find_metric
 from flowaccel.evaluation.samples.call_arguments import check_names
 from flowaccel.evaluation.samples.finite import check_samples
@@ -21,7 +21,6 @@ from flowaccel.evaluation.samples.prompts import Conditions
 from flowaccel.evaluation.samples.store import SampleStore, folder_name, sample_generator
 from flowaccel.evaluation.timing.cost import denoiser
 
-BASELINE = "baseline"
 DEFAULT_METRICS = ("fid", "kid", "class_accuracy", "rel_l2")
 
 
@@ -72,48 +71,27 @@ class Protocol:
             parse_baseline(baseline)
 
 
-@dataclass(frozen=True, kw_only=True)
-class RowSpec:
-    """Row of an evaluation: a recipe, or a baseline of another library, at a number of steps."""
-
-    name: str
-    recipe: Recipe
-    steps: int
-    family: str
-    baseline: Baseline | None = None
-
-
-def plan_rows(recipes: Sequence[Recipe], protocol: Protocol) -> list[RowSpec]:
+def plan_rows(recipes: Sequence[Recipe], protocol: Protocol) -> list[Candidate]:
     """Return the rows of an evaluation in order: the untouched pipeline, fewer steps, the baselines, the recipes.
 
     Raises:
         ValueError: two rows of one name.
     """
-    rows = [RowSpec(name=BASELINE, recipe=Recipe(name=BASELINE), steps=protocol.steps, family=BASELINE)]
-    rows += [
-        RowSpec(name=f"{BASELINE}@{steps}", recipe=Recipe(name=BASELINE), steps=steps, family=BASELINE)
-        for steps in protocol.baseline_steps
-        if steps != protocol.steps
-    ]
-    for text in protocol.baselines:
-        baseline = parse_baseline(text)
-        rows.append(
-            RowSpec(
-                name=text,
-                recipe=Recipe(name=text),
-                steps=protocol.steps,
-                family=baseline.family,
-                baseline=baseline,
+    fewer = [steps for steps in protocol.baseline_steps if steps != protocol.steps]
+    baselines = [parse_baseline(text) for text in protocol.baselines]
+    rows = [
+        Candidate(name=BASELINE, steps=protocol.steps),
+        *(Candidate(name=f"{BASELINE}@{steps}", steps=steps) for steps in fewer),
+        *(BaselineCandidate(name=b.name, steps=protocol.steps, family=b.family, baseline=b) for b in baselines),
+        *(
+            RecipeCandidate(
+                name=recipe.name,
+                steps=recipe.num_inference_steps or protocol.steps,
+                family=re.split("[@:-]", recipe.name)[0],
+                recipe=recipe,
             )
-        )
-    rows += [
-        RowSpec(
-            name=r.name,
-            recipe=r,
-            steps=r.num_inference_steps or protocol.steps,
-            family=re.split("[@:-]", r.name)[0],
-        )
-        for r in recipes
+            for recipe in recipes
+        ),
     ]
     names = [row.name for row in rows]
     twice = sorted({name for name in names if names.count(name) > 1})
@@ -122,30 +100,27 @@ def plan_rows(recipes: Sequence[Recipe], protocol: Protocol) -> list[RowSpec]:
     return rows
 
 
-def row_store(out: Path, row: RowSpec) -> SampleStore:
+def row_store(out: Path, row: Candidate) -> SampleStore:
     """Return the sample store of a row in a run folder."""
     return SampleStore(out / "rows" / folder_name(row.name))
 
 
-def row_manifest(pipe: Any, protocol: Protocol, row: RowSpec, weights: dict[str, str]) -> dict[str, Any]:
+def row_manifest(pipe: Any, protocol: Protocol, row: Candidate, weights: dict[str, str]) -> dict[str, Any]:
     """Return everything that a row's samples depend on, and nothing else."""
     manifest = {
         "pipeline": type(pipe).__name__,
         "scheduler": _plain_config(pipe.scheduler),
         "dtype": str(denoiser(pipe).dtype),
-        "weights": weights
-        | {name: fingerprint(part.network) for a in row.recipe.accelerators for name, part in a.parts.items()},
-        "recipe": [{"name": a.name, **a.to_dict()} for a in row.recipe.accelerators],
+        "weights": weights | row.fingerprints(),
+        "recipe": row.describe(),
         "steps": row.steps,
         "guidance_scale": protocol.guidance_scale,
         "arguments": protocol.arguments or None,
         "conditions": protocol.conditions.describe(),
         "seed": protocol.seed,
     }
-    if row.baseline is not None:
-        manifest["recipe"] = [row.baseline.describe()]
-        if row.baseline.by_batch:
-            manifest["batch_size"] = protocol.batch_size
+    if row.by_batch:
+        manifest["batch_size"] = protocol.batch_size
     return manifest
 
 

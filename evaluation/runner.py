@@ -19,20 +19,20 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from flowaccel import Recipe, accelerated, is_accelerated
+from flowaccel import Recipe, is_accelerated
 from flowaccel.data import AttributeSet
-from flowaccel.evaluation.baselines.baselines import NATIVE, calibrated, calibrated_to, check_native, native
-from flowaccel.evaluation.baselines.subprocess_worker import REMARK, OwnProcess, carried_over, loaded_from
+from flowaccel.evaluation.baselines.baselines import calibrated, calibrated_to
+from flowaccel.evaluation.baselines.subprocess_worker import REMARK, OwnProcess, carried_over
+from flowaccel.evaluation.candidates import BASELINE, Candidate
 from flowaccel.evaluation.features.extractors import check_reference, fingerprint, load_features, load_reference
 from flowaccel.evaluation.features.network import FeatureNetwork
 from flowaccel.evaluation.features.statistics import is_statistics
-from flowaccel.evaluation.metrics.attributes import attribute_match, load_attributes
+from flowaccel.evaluation.metrics.attribute_accuracy import attribute_match, load_attributes
 from flowaccel.evaluation.metrics.clip_score import load_clip, text_match, warn_of_cut_prompts
-from flowaccel.evaluation.metrics.table import METRICS, OF_PROMPTS, RowSamples, find_metric, measure
+from flowaccel.evaluation.metrics.metric import OF_PROMPTS, RowSamples
+from flowaccel.evaluation.metrics.table import METRICS, find_metric, measure
 from flowaccel.evaluation.protocol import (
-    BASELINE,
     Protocol,
-    RowSpec,
     call,
     no_images,
     plan_rows,
@@ -65,7 +65,7 @@ class _Evaluation:
 
     pipe: Any
     protocol: Protocol
-    rows: list[RowSpec]
+    rows: list[Candidate]
     out: Path
     notify: Notify
     network: FeatureNetwork = field(init=False)
@@ -85,7 +85,7 @@ class _Evaluation:
     def ids(self) -> list[int]:
         return list(range(self.protocol.num_samples))
 
-    def store(self, row: RowSpec) -> SampleStore:
+    def store(self, row: Candidate) -> SampleStore:
         return row_store(self.out, row)
 
 
@@ -178,10 +178,7 @@ def _measure(run: _Evaluation) -> Results:
 def _check_early(run: _Evaluation) -> None:
     """Refuse early what would otherwise fail once all samples are made."""
     for row in run.rows:
-        if row.baseline is not None:
-            row.baseline.describe()
-            if row.baseline.family != NATIVE:
-                loaded_from(run.pipe, row.baseline)
+        row.check_early(run.pipe)
     reference = run.protocol.reference
     check_reference(reference)
     bare = is_statistics(reference) and load_reference(reference, run.network).features is None
@@ -220,10 +217,9 @@ def _check_prompts(run: _Evaluation, prompts: Sequence[str]) -> None:
 def _try_baselines(run: _Evaluation, stack: contextlib.ExitStack) -> None:
     """Start the processes of the rows that need one, and refuse every baseline that does not work with the pipeline."""
     for row in run.rows:
-        if row.baseline is not None and row.baseline.family == NATIVE:
-            check_native(run.pipe, row.baseline, lambda steps: call(run.pipe, run.protocol, [0], steps), row.steps)
+        row.check(run.pipe, lambda steps: call(run.pipe, run.protocol, [0], steps))
     for row in run.rows:
-        if row.baseline is not None and row.baseline.family != NATIVE:
+        if row.baseline is not None and row.own_process:
             run.protocol.conditions.save(run.out)
             process = OwnProcess(run.pipe, row.baseline, run.protocol, run.out, run.store(row).folder)
             run.own[row.name] = stack.enter_context(process)
@@ -253,25 +249,25 @@ def _make_samples(run: _Evaluation) -> None:
     world.wait()
 
 
-def _todo(run: _Evaluation, row: RowSpec) -> list[int]:
+def _todo(run: _Evaluation, row: Candidate) -> list[int]:
     """Return the samples to be made, in whole batches for a baseline that decides for the whole batch."""
     missing = run.store(row).missing(run.ids)
-    if row.baseline is None or not row.baseline.by_batch:
+    if not row.by_batch:
         return missing
     begun = {sample_id // run.protocol.batch_size for sample_id in missing}
     return [sample_id for sample_id in run.ids if sample_id // run.protocol.batch_size in begun]
 
 
-def _share(run: _Evaluation, row: RowSpec, todo: list[int]) -> list[list[int]]:
+def _share(run: _Evaluation, row: Candidate, todo: list[int]) -> list[list[int]]:
     """Return this process's batches of the samples to be made."""
     size = run.protocol.batch_size
-    if row.baseline is None or not row.baseline.by_batch:
+    if not row.by_batch:
         return in_batches(run.world.share(todo), size)
     batches = [list(batch) for _, batch in itertools.groupby(todo, key=lambda sample_id: sample_id // size)]
     return [batches[index] for index in run.world.share(range(len(batches)))]
 
 
-def _generated(run: _Evaluation, row: RowSpec, batches: list[list[int]]) -> Iterator[int]:
+def _generated(run: _Evaluation, row: Candidate, batches: list[list[int]]) -> Iterator[int]:
     if row.name in run.own:
         yield from run.own[row.name].samples(batches)
         return
@@ -297,16 +293,13 @@ def _open_stores(run: _Evaluation) -> None:
         run.store(row).open(row_manifest(run.pipe, run.protocol, row, run.weights))
 
 
-def _switched_on(run: _Evaluation, row: RowSpec) -> contextlib.AbstractContextManager[Any]:
+def _switched_on(run: _Evaluation, row: Candidate) -> contextlib.AbstractContextManager[Any]:
     """Return a context in which the pipeline is that of the row."""
-    if row.baseline is not None:
-        return native(run.pipe, row.baseline, **run.settings.get(row.name, {}))
-    # Even an empty recipe is observed, which the untouched pipeline must not be.
-    return accelerated(run.pipe, row.recipe) if row.recipe.accelerators else contextlib.nullcontext()
+    return row.switched_on(run.pipe, **run.settings.get(row.name, {}))
 
 
 @contextlib.contextmanager
-def _row_pipeline(run: _Evaluation, row: RowSpec) -> Iterator[Callable[[list[int]], Tensor]]:
+def _row_pipeline(run: _Evaluation, row: Candidate) -> Iterator[Callable[[list[int]], Tensor]]:
     """Yield a function ids -> uint8 images that samples with the row's recipe or baseline."""
 
     def make(ids: list[int]) -> Tensor:
@@ -316,7 +309,7 @@ def _row_pipeline(run: _Evaluation, row: RowSpec) -> Iterator[Callable[[list[int
         with _switched_on(run, row):
             return make(ids)
 
-    if row.baseline is not None:  # others' state may outlive a call
+    if row.afresh:
         yield make_afresh
         return
     with _switched_on(run, row):
@@ -372,7 +365,7 @@ def judged(
     )
 
 
-def _cost(run: _Evaluation, row: RowSpec) -> Cost:
+def _cost(run: _Evaluation, row: Candidate) -> Cost:
     if row.name in run.own:
         return run.own[row.name].cost()
     ids = run.ids[: run.protocol.latency_batch]
@@ -382,8 +375,7 @@ def _cost(run: _Evaluation, row: RowSpec) -> Cost:
         with _row_pipeline(run, row) as make:
             yield lambda: make(ids)
 
-    stand_ins = [module for a in row.recipe.accelerators if (module := a.stand_in(run.pipe)) is not None]
-    return measure_cost(run.pipe, len(ids), switched, row.recipe.networks, stand_ins)
+    return measure_cost(run.pipe, len(ids), switched, row.networks, row.stand_ins(run.pipe))
 
 
 def _time(run: _Evaluation) -> tuple[dict[str, Timing], dict[str, tuple[Timing, Timing]]]:
@@ -409,7 +401,7 @@ def _time(run: _Evaluation) -> tuple[dict[str, Timing], dict[str, tuple[Timing, 
 
 
 def _row(
-    run: _Evaluation, row: RowSpec, cost: Cost, base: Cost, timings: dict[str, Timing], metrics: dict[str, Any]
+    run: _Evaluation, row: Candidate, cost: Cost, base: Cost, timings: dict[str, Timing], metrics: dict[str, Any]
 ) -> RowEntry:
     timing, untouched = timings[row.name], timings[BASELINE]
     images = min(run.protocol.latency_batch, run.protocol.num_samples)
@@ -445,7 +437,7 @@ def _row(
     return entry
 
 
-def _baseline_entry(run: _Evaluation, row: RowSpec, apart: dict[str, tuple[Timing, Timing]]) -> Any:
+def _baseline_entry(run: _Evaluation, row: Candidate, apart: dict[str, tuple[Timing, Timing]]) -> Any:
     """Return the result file's remarks on a baseline of another library."""
     if row.baseline is None:
         return {}
@@ -461,7 +453,7 @@ def _baseline_entry(run: _Evaluation, row: RowSpec, apart: dict[str, tuple[Timin
         }
         entry["throttled"] = own.throttled
         remarks.append(REMARK)
-    if row.baseline.by_batch and protocol.batch_size != protocol.latency_batch:
+    if row.by_batch and protocol.batch_size != protocol.latency_batch:
         remarks.append(
             f"It decides for the whole batch: its samples were made in batches of {protocol.batch_size}, its time and "
             f"cost measured in batches of {protocol.latency_batch}."

@@ -14,12 +14,17 @@ import torch
 
 import tiny
 from flowaccel import FeatureCache, Recipe, accelerated, report
-from flowaccel.evaluation import RowSamples
-from flowaccel.evaluation.metrics.table import Case
+from flowaccel.evaluation import RowSamples, metrics
+from flowaccel.evaluation.metrics.metric import Case
+from flowaccel.evaluation.metrics.table import metrics_of_the_folder
 from flowaccel.hooks.families import FAMILIES, register_family
 from flowaccel.recipe import PRESETS
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "extending.md"
+
+
+def blocks() -> list[str]:
+    return re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.S)
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +32,7 @@ def page() -> Iterator[Any]:
     """All blocks of the page, run in one module one after the other."""
     module = ModuleType("the_page")
     sys.modules[module.__name__] = module  # where dataclasses look for the names in their annotations
-    for block in re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.S):
+    for block in blocks():
         exec("from __future__ import annotations\n" + block, module.__dict__)
     yield module
     module.remove()
@@ -71,8 +76,12 @@ def test_the_family(page: Any) -> None:
     del FAMILIES[page.row.name]
 
 
-def test_the_metric(page: Any) -> None:
+def test_the_metric(page: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (block,) = [one for one in blocks() if "METRICS = {" in one]
+    (tmp_path / "brightness.py").write_text("from __future__ import annotations\n" + block)
+    monkeypatch.setattr(metrics, "__path__", [*metrics.__path__, str(tmp_path)])
+    metric = metrics_of_the_folder()["brightness"]
     shades = torch.arange(4, dtype=torch.uint8).mul(80).view(4, 1, 1, 1).expand(4, 3, 2, 2)
     row = RowSamples(name="row", features=torch.zeros(4, 2), labels=None, predicted=None, images=shades)
-    found = page.metric.estimate(Case(row=row, baseline=None, reference=None, seed=0, resamples=7))  # type: ignore[arg-type]
+    found = metric.estimate(Case(row=row, baseline=None, reference=None, seed=0, resamples=7))  # type: ignore[arg-type]
     assert found.value == pytest.approx(120 / 255) and found.replicates.shape == (7,)

@@ -23,7 +23,7 @@ from flowaccel.evaluation.features.network import FeatureNetwork
 from flowaccel.evaluation.features.pretrained import load_pretrained
 from flowaccel.evaluation.features.statistics import is_statistics, load_statistics
 from flowaccel.evaluation.metrics.frechet import Moments
-from flowaccel.evaluation.metrics.table import ReferenceSet
+from flowaccel.evaluation.metrics.metric import ReferenceSet
 from flowaccel.zoo.loading import load_classifier
 
 _PRETRAINED = ("inception", "clip", "dinov2")

@@ -15,7 +15,7 @@ from safetensors.torch import save
 
 from flowaccel.evaluation.features.network import FeatureNetwork
 from flowaccel.evaluation.metrics.frechet import Moments
-from flowaccel.evaluation.metrics.table import ReferenceSet
+from flowaccel.evaluation.metrics.metric import ReferenceSet
 from flowaccel.evaluation.samples.store import write_atomically
 
 _FORMAT = "flowaccel-statistics-1"

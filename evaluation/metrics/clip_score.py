@@ -10,7 +10,7 @@ from torch import Tensor
 
 from flowaccel.evaluation.features.extractors import load_features
 from flowaccel.evaluation.features.network import FeatureNetwork
-from flowaccel.evaluation.metrics.table import TextMatch
+from flowaccel.evaluation.metrics.metric import Case, Estimate, Metric, TextMatch, mean_over_prompts
 from flowaccel.evaluation.samples.prompt_lengths import token_counts
 
 _BATCH = 100
@@ -61,3 +61,22 @@ def text_match(clip: FeatureNetwork, image_features: Tensor, prompts: Sequence[s
     of_each = encoded[torch.tensor([row[prompt] for prompt in prompts])]
     cosine = torch.nn.functional.cosine_similarity(image_features.double(), of_each.double(), dim=1)
     return TextMatch(network=clip.name, prompts=tuple(prompts), cosine=cosine)
+
+
+def _clip_score(case: Case) -> Estimate:
+    """Compute 100 max(cos, 0) (arXiv 2104.08718 with w = 100)."""
+    match = case.row.text_match
+    assert match is not None  # declared in `needs`
+    return mean_over_prompts(100 * match.cosine.to(torch.float64).clamp_min(0), match.prompts, case)
+
+
+METRICS = {
+    "clip_score": Metric(
+        title="CLIP score, {features}",
+        higher_is_better=True,
+        estimate=_clip_score,
+        needs=("clip",),
+        network="clip",
+        against=None,
+    ),
+}

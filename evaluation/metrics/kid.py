@@ -12,7 +12,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from flowaccel.evaluation.metrics.bootstrap import resample_counts
 from flowaccel.evaluation.metrics.frechet import check_features
+from flowaccel.evaluation.metrics.metric import Case, Estimate, Metric
 
 _BLOCK_ENTRIES = 2**23  # kernel entries in one block: 64 MiB in float64
 
@@ -82,3 +84,22 @@ def _check_sizes(features: Tensor, reference: Tensor) -> None:
             f"the kernel distance needs at least 2 samples on each side, got {len(features)} features "
             f"and {len(reference)} reference samples"
         )
+
+
+def _kid(case: Case) -> Estimate:
+    features, reference = case.row.features, case.reference.features
+    assert reference is not None  # declared in `needs`
+    counts = resample_counts(case.indices(len(features)))
+    original = torch.ones_like(counts[:1])  # along with the resamples: the kernel is then computed once
+    distances = kernel_distance_resampled(features, reference, torch.cat([original, counts]))
+    return Estimate(value=float(distances[0]), replicates=distances[1:])
+
+
+METRICS = {
+    "kid": Metric(
+        title="Kernel distance (unbiased cubic MMD^2), {features}",
+        higher_is_better=False,
+        estimate=_kid,
+        needs=("reference_features",),
+    ),
+}

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from flowaccel.evaluation.metrics.metric import Case, Estimate, Metric, mean
+
 _CHUNK = 256  # images in float64 at a time
 _WINDOW = 11  # the window of the SSIM paper: 11 x 11 pixels, Gaussian with sigma 1.5
 _SIGMA = 1.5
@@ -111,3 +113,50 @@ def _check_images(images: Tensor, baseline: Tensor) -> None:
             f"images and baseline must be of one shape, got {tuple(images.shape)} and "
             f"{tuple(baseline.shape)}; make both at one size and with the same ids, nothing is resized"
         )
+
+
+def _psnr(case: Case) -> Estimate:
+    assert case.baseline is not None
+    ratio = psnr(case.row.images, case.baseline.images)
+    chosen = case.indices(len(ratio.identical))
+    replicates = ratio.decibels[chosen].sum(dim=1) / (~ratio.identical)[chosen].sum(dim=1)  # 0 / 0 is NaN: undefined
+    extra = {"identical_fraction": ratio.identical_fraction}
+    return Estimate(value=ratio.mean, replicates=replicates, extra=extra)
+
+
+def _ssim(case: Case) -> Estimate:
+    assert case.baseline is not None
+    return mean(ssim(case.row.images, case.baseline.images), case)
+
+
+def _rel_l2(case: Case) -> Estimate:
+    assert case.baseline is not None
+    return mean(rel_l2(case.row.images, case.baseline.images), case)
+
+
+METRICS = {
+    "psnr": Metric(
+        title="PSNR in dB against {reference}",
+        higher_is_better=True,
+        estimate=_psnr,
+        needs=("baseline",),
+        network=None,
+        against="baseline",
+    ),
+    "ssim": Metric(
+        title="SSIM against {reference}",
+        higher_is_better=True,
+        estimate=_ssim,
+        needs=("baseline",),
+        network=None,
+        against="baseline",
+    ),
+    "rel_l2": Metric(
+        title="Relative L2 error against {reference}",
+        higher_is_better=False,
+        estimate=_rel_l2,
+        needs=("baseline",),
+        network=None,
+        against="baseline",
+    ),
+}

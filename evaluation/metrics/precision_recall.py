@@ -14,6 +14,9 @@ import torch
 from torch import Tensor
 
 from flowaccel.evaluation.metrics.frechet import check_features
+from flowaccel.evaluation.metrics.metric import Case, Estimate, Metric, mean
+
+_NEIGHBOURS = 3  # arXiv 1904.06991
 
 _BLOCK_ENTRIES = 2**23  # distances in one block: 64 MiB in float64
 
@@ -59,3 +62,35 @@ def _squared_distances(x: Tensor, y: Tensor) -> Iterator[Tensor]:
     lengths = y.square().sum(dim=1)
     for rows in torch.split(x, step):
         yield (rows.square().sum(dim=1, keepdim=True) + lengths - 2 * rows @ y.T).clamp_min_(0)
+
+
+def _precision(case: Case) -> Estimate:
+    assert case.reference.features is not None
+    return mean(precision_indicators(case.row.features, case.reference.features, _NEIGHBOURS), case)
+
+
+def _recall(case: Case) -> Estimate:
+    """Compute recall; the M reference samples are resampled, since recall is a mean over them.
+
+    The generated set is held fixed. A resampled one would have fewer distinct samples and so a smaller manifold.
+
+    A resampled generated set would have fewer distinct samples and so a smaller manifold.
+    """
+    assert case.reference.features is not None
+    return mean(recall_indicators(case.row.features, case.reference.features, _NEIGHBOURS), case)
+
+
+METRICS = {
+    "precision": Metric(
+        title=f"Precision (k={_NEIGHBOURS}), {{features}}",
+        higher_is_better=True,
+        estimate=_precision,
+        needs=("reference_features",),
+    ),
+    "recall": Metric(
+        title=f"Recall (k={_NEIGHBOURS}), {{features}}",
+        higher_is_better=True,
+        estimate=_recall,
+        needs=("reference_features",),
+    ),
+}

@@ -357,7 +357,7 @@ def test_processes_share_whole_batches() -> None:
     rows = plan_rows((), replace(PROTOCOL, baselines=(FBC,)))
     parts = []
     for rank in range(2):
-        part = runner._Run(pipe=None, protocol=PROTOCOL, rows=rows, out=Path("."), notify=print)
+        part = runner._Evaluation(pipe=None, protocol=PROTOCOL, rows=rows, out=Path("."), notify=print)
         part.world = World(rank, 2)
         parts.append([runner._share(part, r, part.ids) for r in rows])
     assert parts[0][1] == [[0, 1, 2, 3], [8, 9, 10, 11]] and parts[1][1] == [[4, 5, 6, 7]]

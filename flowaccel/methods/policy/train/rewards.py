@@ -14,7 +14,7 @@ from torch import Tensor
 from flowaccel import zoo
 from flowaccel.evaluation.features.extractors import imported, load_features
 from flowaccel.evaluation.features.network import FeatureNetwork
-from flowaccel.evaluation.metrics.attributes import attribute_match, load_attributes
+from flowaccel.evaluation.metrics.attribute_accuracy import attribute_match, load_attributes
 from flowaccel.evaluation.metrics.clip_score import load_clip, text_match
 from flowaccel.training.features import unit_to_uint8
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from torch import Tensor
 from flowaccel import zoo
 from flowaccel.data import ATTRIBUTE_SETS, AttributeSet
 from flowaccel.evaluation.features.network import FeatureNetwork
-from flowaccel.evaluation.metrics.table import AttributeMatch
+from flowaccel.evaluation.metrics.metric import AttributeMatch, Case, Estimate, Metric, mean_over_prompts
 
 
 def load_attributes(name: str | None, network: FeatureNetwork) -> AttributeSet:
@@ -64,3 +65,28 @@ def attribute_match(
         stated=attributes.read(prompts),
         seen=network.attributes(features),
     )
+
+
+def _attribute_accuracy(case: Case) -> Estimate:
+    """Compute the share of images that show all that their prompt states (as GenEval counts, arXiv 2310.11513)."""
+    match = case.row.attributes
+    assert match is not None  # declared in `needs`
+    stated, right = match.stated >= 0, match.stated == match.seen
+    by_attribute = {
+        name: float(right[asked, column].double().mean())
+        for column, (name, asked) in enumerate(zip(match.names, stated.T, strict=True))
+        if asked.any()
+    }
+    estimate = mean_over_prompts((right | ~stated).all(dim=1), match.prompts, case)
+    return replace(estimate, extra={"attributes": by_attribute})
+
+
+METRICS = {
+    "attribute_accuracy": Metric(
+        title="Attribute accuracy (images that show all that their prompt states), {features}",
+        higher_is_better=True,
+        estimate=_attribute_accuracy,
+        needs=("attributes",),
+        against=None,
+    ),
+}
