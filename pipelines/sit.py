@@ -16,6 +16,7 @@ from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from flowaccel.checks import is_whole
 from flowaccel.compat import register_components
 from flowaccel.errors import RecipeConflictError
 from flowaccel.models import SiTTransformer2DModel, convention_of
@@ -293,7 +294,7 @@ class SiTBase(DiffusionPipeline):
     def _check_guidance(self, scale: float, channels: int | str) -> bool:
         if not 1 <= scale < math.inf:
             raise ValueError(f"guidance_scale must be finite and at least 1 (1 switches guidance off), got {scale}")
-        if channels != "all" and (isinstance(channels, bool) or not isinstance(channels, int) or channels < 1):
+        if channels != "all" and not is_whole(channels, 1):
             raise ValueError(f"guidance_channels must be a positive number of channels or 'all', got {channels!r}")
         if scale > 1 and not self.transformer.config.null_class:
             raise ValueError(

@@ -23,6 +23,7 @@ from diffusers.configuration_utils import ConfigMixin
 from diffusers.schedulers.scheduling_utils import SchedulerMixin, SchedulerOutput
 from torch import Tensor
 
+from flowaccel.checks import is_number
 from flowaccel.compat import register_components
 from flowaccel.samplers.formulas import noised
 
@@ -411,9 +412,7 @@ def _fixed_levels(grid: Sequence[float], count: int | None, sigmas: Sequence[flo
 
 
 def _check_grid(grid: Any) -> None:
-    numbers = isinstance(grid, (list, tuple)) and all(
-        isinstance(level, (int, float)) and not isinstance(level, bool) for level in grid
-    )
+    numbers = isinstance(grid, (list, tuple)) and all(is_number(level) for level in grid)
     # Written so that NaN fails too.
     if (
         not numbers

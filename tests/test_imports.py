@@ -21,6 +21,7 @@ PACKAGE_DIR = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"
 
 LEVELS = {
     "errors": 1,
+    "checks": 1,
     "extras": 2,
     "compat": 2,
     "hooks": 3,

@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+from flowaccel.checks import is_number, is_whole
+
 
 @dataclass(frozen=True)
 class Guard:
@@ -34,14 +36,13 @@ class Guard:
     rounding: Literal["up", "nearest"] = "up"
 
     def __post_init__(self) -> None:
-        if isinstance(self.warmup, bool) or not 0 <= self.warmup < math.inf:
+        if not is_number(self.warmup, 0):
             raise ValueError(f"warmup must be a number of steps, or a part of the run below 1, got {self.warmup!r}")
         if self.warmup >= 1 and self.warmup != int(self.warmup):
             raise ValueError(f"warmup must be a whole number of steps where it is not below 1, got {self.warmup!r}")
-        if isinstance(self.last, bool) or not isinstance(self.last, int) or self.last < 0:
+        if not is_whole(self.last, 0):
             raise ValueError(f"last must be a whole number of at least 0, got {self.last!r}")
-        bad_run = isinstance(self.max_run, bool) or not isinstance(self.max_run, int) or self.max_run < 1
-        if self.max_run is not None and bad_run:
+        if self.max_run is not None and not is_whole(self.max_run, 1):
             raise ValueError(f"max_run must be a whole number of at least 1, or None, got {self.max_run!r}")
         if self.budget is not None and not self.budget > 0:
             raise ValueError(f"budget must be above 0, or None, got {self.budget!r}")

@@ -8,6 +8,7 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from flowaccel.checks import is_whole
 from flowaccel.hooks import Call, Identity, Session, denoiser
 
 
@@ -46,7 +47,7 @@ class Fitted:
     model: str | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 1:
+        if not is_whole(self.steps, 1):
             raise ValueError(f"steps must be a whole number of at least 1, got {self.steps!r}")
 
     def fits_network(self, network: Identity) -> bool:

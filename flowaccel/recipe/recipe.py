@@ -10,6 +10,7 @@ from typing import Any, Self
 
 from torch import nn
 
+from flowaccel.checks import is_whole
 from flowaccel.errors import RecipeConflictError, UnsupportedModelError
 from flowaccel.hooks import Identity, denoiser
 from flowaccel.recipe import compatibility, registry, serialization, storage
@@ -67,7 +68,7 @@ class Recipe:
         if not isinstance(self.name, str):
             raise ValueError(f"name must be text, got {self.name!r}")
         steps = self.num_inference_steps
-        if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 1):
+        if steps is not None and not is_whole(steps, 1):
             raise ValueError(f"num_inference_steps must be a whole number of at least 1, or None, got {steps!r}")
         compatibility.check(self.accelerators, self.name)
         agreed = self._agreed_steps()
@@ -246,7 +247,7 @@ def _decoded_accelerator(entry: Any, path: str, source: serialization.Source) ->
 
 def _check_schema(data: dict[str, Any]) -> None:
     schema = data.get("schema")
-    if isinstance(schema, bool) or not isinstance(schema, int) or schema < 1:
+    if not is_whole(schema, 1):
         raise ValueError(f"not a recipe: schema must be {SCHEMA}, got {schema!r}")
     if schema > SCHEMA:
         raise ValueError(

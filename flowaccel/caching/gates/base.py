@@ -10,6 +10,8 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from flowaccel.checks import is_number
+
 State = dict[str, Tensor]
 """State of a gate, each tensor with a leading units axis; empty before the first step."""
 
@@ -102,7 +104,7 @@ class Gate(ABC):
 
 def check_threshold(threshold: float) -> None:
     """Raise a ValueError unless `threshold` is a number of at least 0."""
-    if isinstance(threshold, bool) or not isinstance(threshold, (int, float)) or not 0 <= threshold < float("inf"):
+    if not is_number(threshold, 0):
         raise ValueError(f"threshold must be a finite number of at least 0 (0 computes every step), got {threshold!r}")
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from flowaccel.caching.gates.base import Gate, State, Step
+from flowaccel.checks import is_whole
 
 # Step masks at 28 steps as (steps computed, steps reused) in turn (cache-dit's step computation masks).
 _REFERENCE_STEPS = 28
@@ -56,11 +57,11 @@ class Interval(_Schedule):
     phase: int | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.interval, bool) or not isinstance(self.interval, int) or self.interval < 1:
+        if not is_whole(self.interval, 1):
             raise ValueError(
                 f"interval must be a whole number of at least 1 (1 computes every step), got {self.interval!r}"
             )
-        if self.phase is not None and (isinstance(self.phase, bool) or not isinstance(self.phase, int)):
+        if self.phase is not None and not is_whole(self.phase):
             raise ValueError(f"phase must be a whole number or None, got {self.phase!r}")
 
     def computes(self, state: State, step: Step) -> bool:

@@ -9,6 +9,8 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from flowaccel.checks import is_whole
+
 Axis = Literal["time", "step"]
 AXES: tuple[Axis, ...] = ("time", "step")
 """Axes of a predictor: the scheduler's timesteps, or the indices of the run's steps. The two differ on a grid with
@@ -69,7 +71,7 @@ class OrderedPredictor(Predictor):
     order: int = 1
 
     def __post_init__(self) -> None:
-        if isinstance(self.order, bool) or not isinstance(self.order, int) or not 0 <= self.order <= 4:
+        if not is_whole(self.order, 0, 4):
             raise ValueError(f"order must be a whole number from 0 (hold) to 4, got {self.order!r}")
 
     @property

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from flowaccel.checks import is_whole
+
 
 @dataclass(frozen=True)
 class Output:
@@ -60,7 +62,7 @@ class Range:
     def __post_init__(self) -> None:
         for name in ("front", "back"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+            if not is_whole(value, 0):
                 raise ValueError(f"{name} must be a whole number of at least 0, got {value!r}")
 
 

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from flowaccel.checks import is_number, is_whole
 from flowaccel.hooks import Call, CallStats, Identity, Session, denoiser, session_of
 from flowaccel.methods.dynamic_width.adapter import WEIGHTS_FILE as ADAPTER_WEIGHTS
 from flowaccel.methods.dynamic_width.adapter import WidthAdapter
@@ -72,16 +73,15 @@ class DynamicWidth(Variant):
         self.check_network()
         if self.plan is not None and not isinstance(self.plan, WidthPlan):
             raise TypeError(f"plan must be a WidthPlan or None, got {self.plan!r}")
-        whole = isinstance(self.buckets, int) and not isinstance(self.buckets, bool)
-        if self.buckets is not None and not (whole and self.buckets >= 1):
+        if self.buckets is not None and not is_whole(self.buckets, 1):
             raise ValueError(f"buckets must be a whole number of at least 1, or None, got {self.buckets!r}")
         for path, share in (self.capacities or {}).items():
-            if isinstance(share, bool) or not 0 < share <= 1:
+            if not is_number(share, 0, 1) or share == 0:
                 raise ValueError(f"capacities must lie in (0, 1], got {share!r} for {path}")
         for path, choice in (self.gather or {}).items():
             if not isinstance(choice, bool):
                 raise ValueError(f"gather must be true or false for every layer, got {choice!r} for {path}")
-        if isinstance(self.slice_memory, bool) or not self.slice_memory >= 0:
+        if not is_number(self.slice_memory, 0):
             raise ValueError(f"slice_memory must not be negative, got {self.slice_memory!r}")
 
     @staticmethod

@@ -11,6 +11,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
+from flowaccel.checks import is_whole
 from flowaccel.errors import RecipeConflictError
 from flowaccel.evaluation.metrics.pixel_metrics import rel_l2
 from flowaccel.hooks import session_of
@@ -144,7 +145,7 @@ def _check(method: str, metric: str, steps: int, fine_steps: int) -> None:
     for name, value, allowed in (("method", method, GRID_METHODS), ("metric", metric, METRICS)):
         if value not in allowed:
             raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
-    if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= fine_steps:
+    if not is_whole(steps, 1, fine_steps):
         raise ValueError(f"steps must be a whole number in 1 .. {fine_steps} (the fine run's steps), got {steps!r}")
 
 

@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flowaccel.checks import is_whole
+
 Metric = Literal["state", "x0"]
 METRICS: tuple[str, ...] = get_args(Metric)
 GRID_METHODS = ("boss", "oss")
@@ -158,7 +160,7 @@ def _traced(parents: Sequence[np.ndarray], last: int) -> tuple[int, ...]:
 
 
 def _check_count(k: int, last: int) -> None:
-    if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= last:
+    if not is_whole(k, 1, last):
         raise ValueError(f"k, the number of steps, must be a whole number in 1 .. {last} (the fine steps), got {k!r}")
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+from flowaccel.checks import is_number, is_whole
+
 Space = Literal["v", "x0"]
 
 
@@ -32,15 +34,14 @@ class AdaptiveGuidance:
     warmup: int = 2
 
     def __post_init__(self) -> None:
-        number = isinstance(self.threshold, (int, float)) and not isinstance(self.threshold, bool)
-        if not number or not -1 < self.threshold <= 1:
+        if not is_number(self.threshold, -1, 1) or self.threshold == -1:
             raise ValueError(
                 "threshold must be a cosine, above -1 and at most 1 (which never ends guidance), "
                 f"got {self.threshold!r}"
             )
         if self.space not in ("v", "x0"):
             raise ValueError(f"space must be 'v' or 'x0', got {self.space!r}")
-        if isinstance(self.warmup, bool) or not isinstance(self.warmup, int) or self.warmup < 2:
+        if not is_whole(self.warmup, 2):
             raise ValueError(f"warmup must be a whole number of evaluations, at least 2, got {self.warmup!r}")
 
     def compares(self, step: int, count: int) -> bool:
@@ -66,8 +67,7 @@ class GuidanceInterval:
     stop: float = 0.5
 
     def __post_init__(self) -> None:
-        numbers = [isinstance(end, (int, float)) and not isinstance(end, bool) for end in (self.start, self.stop)]
-        if not all(numbers) or not 0 <= self.start < self.stop <= 1:
+        if not (is_number(self.start, 0, 1) and is_number(self.stop, 0, 1) and self.start < self.stop):
             raise ValueError(
                 "start and stop must be parts of the run with 0 <= start < stop <= 1, got "
                 f"start={self.start!r}, stop={self.stop!r}"

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from flowaccel.caching.gates.base import mean_abs, mean_square, relative_change
+from flowaccel.checks import is_number, is_whole
 
 Levels = tuple[tuple[float, int], ...]
 METRICS, DECIDES = ("mae", "mse"), ("image", "batch")
@@ -101,7 +102,7 @@ class MediatorSchedule:
                 )
         if rule != "fixed":
             check_count("start", self.start)
-        if isinstance(self.first, bool) or not isinstance(self.first, int) or self.first < 1:
+        if not is_whole(self.first, 1):
             raise ValueError(f"first must be a whole number of at least 1, got {self.first!r}")
         if self.metric not in METRICS:
             raise ValueError(f"metric must be one of {list(METRICS)}, got {self.metric!r}")
@@ -196,8 +197,7 @@ def _levels(name: str, given: Any) -> Levels:
         if isinstance(pair, str) or not isinstance(pair, Sequence) or len(pair) != 2:
             raise ValueError(f"{name} must hold pairs of a number and a number of mediators, got {pair!r}")
         threshold, count = pair
-        numeric = isinstance(threshold, (int, float)) and not isinstance(threshold, bool) and math.isfinite(threshold)
-        if not numeric or threshold < 0 or (threshold == 0 and name != "fixed"):
+        if not is_number(threshold, 0) or (threshold == 0 and name != "fixed"):
             raise ValueError(f"{name} must hold positive numbers, got {threshold!r} for {count!r} mediators")
         check_count(name, count)
         found.append((float(threshold), count))
@@ -214,6 +214,5 @@ def _levels(name: str, given: Any) -> Levels:
 
 def check_count(name: str, count: Any) -> None:
     """Raise a ValueError unless it is a square."""
-    whole = isinstance(count, int) and not isinstance(count, bool) and count > 0
-    if not whole or math.isqrt(count) ** 2 != count:
+    if not is_whole(count, 1) or math.isqrt(count) ** 2 != count:
         raise ValueError(f"{name}: the number of mediators must be a square, such as 4, 16 or 64, got {count!r}")

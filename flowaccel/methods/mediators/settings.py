@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
+from flowaccel.checks import is_whole
 from flowaccel.models.settings import settings_from
 
 
@@ -38,7 +39,7 @@ class MediatorSettings:
             if isinstance(given, str) or not isinstance(given, Sequence) or not given:
                 raise ValueError(f"{name} must be a sequence of whole numbers, got {given!r}")
             lowest = 1 if name == "counts" else 0
-            if any(isinstance(value, bool) or not isinstance(value, int) or value < lowest for value in given):
+            if any(not is_whole(value, lowest) for value in given):
                 raise ValueError(f"{name} must hold whole numbers of at least {lowest}, got {list(given)}")
             ordered = tuple(sorted(set(given)))
             if self.per_layer and name == "layers" and tuple(given) != ordered:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -14,6 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from flowaccel.checks import is_number
 from flowaccel.hooks import Call, CallRecord, Run, denoiser
 from flowaccel.methods.moe.control import (
     moe_layers,
@@ -74,8 +74,7 @@ class MixtureOfExperts(Variant):
     def __post_init__(self) -> None:
         self.check_network()
         for name, value in (("capacity", self.capacity), ("budget", self.budget)):
-            number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-            if value is not None and not (number and value > 0):
+            if value is not None and not (is_number(value) and value > 0):
                 raise ValueError(f"{name} must be a positive number or None, got {value!r}")
         if self.selection == "gate_topk_count":
             raise ValueError(f"selection {_by_batch('gate_topk_count')}")

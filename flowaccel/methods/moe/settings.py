@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any, Literal, Self, get_args
 
+from flowaccel.checks import is_number, is_whole
 from flowaccel.models.settings import settings_from
 
 RouterName = Literal[
@@ -82,7 +82,7 @@ class MoESettings:
         if self.score_fn is not None:
             self._one_of("score_fn", ("softmax", "sigmoid", "identity"))
         self._whole("num_experts")
-        if not (_number(self.capacity) and 0 < self.capacity <= self.num_experts):
+        if not (is_number(self.capacity) and 0 < self.capacity <= self.num_experts):
             raise ValueError(f"capacity must be above 0 and at most num_experts={self.num_experts}, got "
                              f"{self.capacity!r}")  # fmt: skip
         if self.router in BY_TOKEN and self.capacity != int(self.capacity):
@@ -102,13 +102,13 @@ class MoESettings:
                 self._whole(name)
         for name in ("threshold_warmup", "expert_groups", "top_groups"):
             self._whole(name)
-        if not (_number(self.threshold_momentum) and 0 <= self.threshold_momentum < 1):
+        if not (is_number(self.threshold_momentum) and 0 <= self.threshold_momentum < 1):
             raise ValueError(f"threshold_momentum must lie in [0, 1), got {self.threshold_momentum!r}")
-        if not (_number(self.routed_scale) and self.routed_scale > 0):
+        if not (is_number(self.routed_scale) and self.routed_scale > 0):
             raise ValueError(f"routed_scale must be above 0, got {self.routed_scale!r}")
         for name in ("aux_loss_weight", "bias_rate", "gate_init_std"):
             value = getattr(self, name)
-            if value is not None and not (_number(value) and value >= 0):
+            if value is not None and not (is_number(value) and value >= 0):
                 raise ValueError(f"{name} must be at least 0, got {value!r}")
         if self.num_experts % self.expert_groups or self.top_groups > self.expert_groups:
             raise ValueError(
@@ -135,7 +135,7 @@ class MoESettings:
 
     def _whole(self, name: str) -> None:
         value = getattr(self, name)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        if not is_whole(value, 1):
             raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
 
     @property
@@ -194,7 +194,3 @@ def named_blocks(layers: str, count: int) -> tuple[int, ...]:
         "first3_last1_dense": range(3, count - 1),
     }
     return tuple(named[layers])
-
-
-def _number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

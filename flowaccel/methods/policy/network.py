@@ -17,6 +17,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from flowaccel.checks import is_whole
 from flowaccel.methods.policy.heads import JUMP_MARGIN, DecisionHead, choice_distribution, jump_distribution, logits_of
 
 STEP, CACHE, SPARSE, COUNT = "step", "cache", "sparse", "count"
@@ -202,7 +203,7 @@ def _check_sparsity(head: bool, sparsity: Sequence[float]) -> None:
 
 
 def _check_counts(head: bool, counts: Sequence[int]) -> None:
-    whole = all(isinstance(count, int) and not isinstance(count, bool) and count >= 1 for count in counts)
+    whole = all(is_whole(count, 1) for count in counts)
     if not whole or any(later <= earlier for earlier, later in itertools.pairwise(counts)):
         raise ValueError(
             f"counts must hold whole numbers of at least 1 that rise, such as (4, 6, 8, 12, 20), got {counts!r}"

@@ -22,6 +22,8 @@ from torch._dynamo.exc import FailOnRecompileLimitHit
 from torch.nn import functional
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
+from flowaccel.checks import is_whole
+
 By = Literal["share", "mass"]
 Backend = Literal["auto", "flex", "gather", "sparge"]
 BACKENDS: tuple[str, ...] = get_args(Backend)
@@ -58,7 +60,7 @@ class SparseRule:
             raise ValueError(f"similarity must be a cosine from -1 to 1, or None, got {self.similarity!r}")
         for name in ("query_block", "key_block"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            if not is_whole(value, 1):
                 raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
 
 
