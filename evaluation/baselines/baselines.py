@@ -1,7 +1,7 @@
 """Baselines, the accelerators of other libraries as rows of an evaluation: their names, and diffusers' own caches.
 
 `native:fbc`, `native:taylorseer` and `native:mag` are diffusers' `enable_cache`, and `cache-dit` is the package of that
-name, which runs in a process of its own (`own_process`). They are measured as they are, with their defects.
+name, which runs in a process of its own (`subprocess_worker`). They are measured as they are, with their defects.
 """
 
 from __future__ import annotations
@@ -21,8 +21,10 @@ import diffusers
 import torch
 from torch import nn
 
+from flowaccel.checks import is_number, is_whole
 from flowaccel.errors import MissingExtraError, UnsupportedModelError, did_you_mean
 from flowaccel.evaluation.timing.cost import replaced_method
+from flowaccel.recipe.grammar import parse_options, parse_value, separate
 
 NATIVE, CACHE_DIT = "native", "cache-dit"
 TRIAL_STEPS = 4
@@ -31,38 +33,16 @@ TRIAL_ERRORS = (TypeError, ValueError, AttributeError, LookupError, ArithmeticEr
 """Errors that other libraries raise on networks that they do not know."""
 _CALIBRATION_IMAGES = 8
 
-Options = Mapping[str, Any]
+_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
-
-def _number(text: str) -> float:
-    value = float(text)
-    if not math.isfinite(value):
-        raise ValueError
-    return value
-
-
-def _switch(text: str) -> bool:
-    return {"true": True, "false": False}[text.lower()]
-
-
-def _dtype(text: str) -> torch.dtype:
-    return {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}[text]
-
-
-def _several(one: Callable[[str], Any]) -> Callable[[str], list[Any]]:
-    return lambda text: [one(part) for part in text.split("/")]
-
-
-_KINDS: dict[str, tuple[Callable[[str], Any], str]] = {
-    "integer": (int, "an integer"),
-    "number": (_number, "a finite number"),
-    "switch": (_switch, "true or false"),
-    "text": (str, "text"),
-    "dtype": (_dtype, "float32, float16 or bfloat16"),
-    "integers": (_several(int), "integers separated by /"),
-    "numbers": (_several(_number), "finite numbers separated by /"),
-    "texts": (_several(str), "texts separated by /"),
+_KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "integer": (is_whole, "an integer"),
+    "number": (is_number, "a finite number"),
+    "switch": (lambda value: isinstance(value, bool), "true or false"),
+    "text": (lambda value: isinstance(value, str), "text"),
+    "dtype": (lambda value: value in _DTYPES, "float32, float16 or bfloat16"),
 }
+_SEVERAL = {"integers": "integer", "numbers": "number", "texts": "text"}
 
 # The fields of the libraries' own configurations, but for those that follow from the run: MagCache's number of steps
 # and calibration mode.
@@ -128,18 +108,13 @@ class Baseline:
     """Name as given, which is also the name of its row."""
     method: str
     """Key of `OPTIONS`."""
-    given: dict[str, str]
-    """The options as they were typed."""
+    options: dict[str, Any]
+    """Options as the library takes them."""
 
     @property
     def family(self) -> str:
         """Family of the baseline, `native` or `cache-dit`."""
         return self.method.partition(":")[0]
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """Options as the library takes them."""
-        return {key: _KINDS[OPTIONS[self.method][key]][0](text) for key, text in self.given.items()}
 
     @property
     def package(self) -> str:
@@ -168,14 +143,17 @@ class Baseline:
         return self.method == "native:mag"
 
     def describe(self) -> dict[str, Any]:
-        """Return what its samples depend on, JSON-serialisable."""
-        return {"name": self.method, "options": dict(self.given), "package": self.package}
+        """Return what its samples depend on, JSON-serialisable: the options as they were typed."""
+        typed = (part.partition("=") for part in separate(self.name[len(self.method) + 1 :]) if part)
+        options = {key.strip(): value.strip() or "true" for key, _, value in typed}
+        return {"name": self.method, "options": options, "package": self.package}
 
 
 def parse_baseline(text: str) -> Baseline:
-    """Parse a baseline: a name of `OPTIONS`, and then, after a colon, its options, `KEY=VALUE,KEY=VALUE`.
+    """Parse a baseline: a name of `OPTIONS`, and then, after a colon, its options as those of a recipe.
 
-    `native:fbc:threshold=0.1`, `cache-dit:Fn_compute_blocks=1,taylorseer_order=1`. Lists are separated by `/`.
+    `native:fbc:threshold=0.1`, `cache-dit:Fn_compute_blocks=1,taylorseer_order=1`. Lists are in brackets, or separated
+    by `/`.
 
     Raises:
         ValueError: an unknown name or option, or a value of another kind; the message says what is allowed.
@@ -187,24 +165,34 @@ def parse_baseline(text: str) -> Baseline:
         raise ValueError(
             f"unknown baseline {text!r}: {hint}there are {known}, with options as in native:fbc:threshold=0.1"
         )
-    rest = text[len(method) + 1 :]
-    given: dict[str, str] = {}
-    for part in rest.split(",") if rest else []:
-        key, equals, value = (piece.strip() for piece in part.partition("="))
-        allowed = f"options of {method} are {', '.join(OPTIONS[method])}"
-        if not equals or not value:
-            raise ValueError(f"baseline {text!r}: expected KEY=VALUE, got {part!r}; {allowed}")
+    try:
+        given = parse_options(method, text[len(method) + 1 :])
+    except ValueError as error:
+        raise ValueError(f"baseline {text!r}: {error}; options of {method} are {', '.join(OPTIONS[method])}") from error
+    options = {}
+    for key, value in given.items():
         if key not in OPTIONS[method]:
+            allowed = f"options of {method} are {', '.join(OPTIONS[method])}"
             raise ValueError(f"baseline {text!r}: unknown option {key!r}; {allowed}")
-        if key in given:
-            raise ValueError(f"baseline {text!r}: option {key!r} is given twice")
-        convert, kind = _KINDS[OPTIONS[method][key]]
-        try:
-            convert(value)
-        except (ValueError, KeyError) as error:
-            raise ValueError(f"baseline {text!r}: {key} must be {kind}, got {value!r}") from error
-        given[key] = value
-    return Baseline(name=text, method=method, given=given)
+        options[key] = _of_kind(OPTIONS[method][key], value, f"baseline {text!r}: {key}")
+    return Baseline(name=text, method=method, options=options)
+
+
+def _of_kind(kind: str, value: Any, what: str) -> Any:
+    """Return the value as the library takes it, or raise a ValueError that begins with `what`."""
+    if kind in _SEVERAL:
+        parts = [parse_value(part) for part in value.split("/")] if isinstance(value, str) else value
+        fits, expected = _KINDS[_SEVERAL[kind]]
+        parts = parts if isinstance(parts, list) else [parts]
+        if all(fits(part) for part in parts):
+            return parts
+        raise ValueError(f"{what} must be {expected.split()[-1]}s separated by /, got {value!r}")
+    if kind == "switch" and value in ("True", "False"):
+        return value == "True"
+    fits, expected = _KINDS[kind]
+    if not fits(value):
+        raise ValueError(f"{what} must be {expected}, got {value!r}")
+    return _DTYPES[value] if kind == "dtype" else value
 
 
 # -- diffusers' own caches
@@ -253,7 +241,7 @@ def calibrated(pipe: Any, baseline: Baseline, make: Callable[[list[int]], object
     """
     ids = list(range(_CALIBRATION_IMAGES))
     steps = _steps_of(pipe, lambda: make(ids[:1]))
-    if "mag_ratios" in baseline.given:
+    if "mag_ratios" in baseline.options:
         return {"num_inference_steps": steps}
     printed = io.StringIO()
     # What that mode prints is its only output.

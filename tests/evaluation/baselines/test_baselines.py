@@ -104,12 +104,14 @@ def test_a_name_alone_and_with_options() -> None:
         ("", ["unknown baseline ''"]),
         ("native:fbc:treshold=0.1", ["unknown option 'treshold'", "options of native:fbc are threshold"]),
         ("native:mag:num_inference_steps=3", ["unknown option", "max_skip_steps, retention_ratio, mag_ratios"]),
-        ("native:fbc:threshold", ["expected KEY=VALUE, got 'threshold'"]),
-        ("native:fbc:threshold=", ["expected KEY=VALUE"]),
+        ("native:fbc:threshold", ["threshold must be a finite number, got True"]),
+        ("native:fbc:threshold=", ["threshold must be a finite number, got ''"]),
         ("native:fbc:threshold=low", ["threshold must be a finite number, got 'low'"]),
         ("native:fbc:threshold=nan", ["threshold must be a finite number"]),
         ("native:fbc:threshold=1,threshold=2", ["given twice"]),
-        ("native:taylorseer:use_lite_mode=1", ["use_lite_mode must be true or false, got '1'"]),
+        ("native:taylorseer:use_lite_mode=1", ["use_lite_mode must be true or false, got 1"]),
+        ("native:fbc:=0.1", ["options of 'native:fbc' look like", "options of native:fbc are threshold"]),
+        ("native:mag:mag_ratios=1/x", ["mag_ratios must be numbers separated by /, got '1/x'"]),
         ("native:taylorseer:max_order=1.5", ["max_order must be an integer"]),
         ("cache-dit:fn=1", ["unknown option 'fn'", "Fn_compute_blocks", "taylorseer_order"]),
     ],
@@ -403,7 +405,7 @@ def test_a_process_that_dies_says_why(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(own_process, "_MODULE", "flowaccel.no_such_module")
     pipe = pipeline()
     pipe.register_to_config(_name_or_path="somewhere")
-    baseline = Baseline(name="cache-dit", method="cache-dit", given={})
+    baseline = Baseline(name="cache-dit", method="cache-dit", options={})
     ended = r"row cache-dit ended with code 1 \(.*no_such_module.*process.log"
     with (
         pytest.raises(OSError, match=ended),
