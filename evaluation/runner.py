@@ -515,10 +515,7 @@ def write_figures(results: Results, images: dict[str, Tensor], out: Path, prompt
 
 
 def _drawn(path: Path, draw: Callable[[Path], None]) -> bool:
-    """Whether `draw` wrote the file.
-
-    If not, a warning says why, and no file of an earlier call stays in its place.
-    """
+    """Whether `draw` wrote the file. If not, a warning says why, and no file of an earlier call stays in its place."""
     try:
         draw(path)
     except Exception as error:  # whatever a drawing library does with these numbers, it must not cost the results

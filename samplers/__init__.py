@@ -1,13 +1,10 @@
 """Schedulers for flow models, usable in any diffusers flow pipeline."""
 
-from flowaccel.samplers.base import FlowSampler as FlowSampler
-from flowaccel.samplers.base import FusedStep as FusedStep
-from flowaccel.samplers.flowturbo import Blocks as Blocks
-from flowaccel.samplers.flowturbo import FlowTurboScheduler as FlowTurboScheduler
-from flowaccel.samplers.ode import FlowAdamsBashforthScheduler as FlowAdamsBashforthScheduler
-from flowaccel.samplers.ode import FlowRungeKuttaScheduler as FlowRungeKuttaScheduler
-from flowaccel.samplers.policy import PolicyScheduler as PolicyScheduler
-from flowaccel.samplers.sde import FlowSDEScheduler as FlowSDEScheduler
+from flowaccel.samplers.base import FlowSampler, FusedStep
+from flowaccel.samplers.flowturbo import Blocks, FlowTurboScheduler
+from flowaccel.samplers.ode import FlowAdamsBashforthScheduler, FlowRungeKuttaScheduler
+from flowaccel.samplers.policy import PolicyScheduler
+from flowaccel.samplers.sde import FlowSDEScheduler
 
 __all__ = [
     "Blocks",

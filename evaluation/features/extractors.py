@@ -239,10 +239,7 @@ def _shape(path: Path) -> tuple[int, ...]:
 
 
 def _read(path: Path) -> Tensor:
-    """Read an image as uint8 (C, H, W).
-
-    What is neither grey nor RGB is converted to RGB, without its transparency.
-    """
+    """Read an image as uint8 (C, H, W). What is neither grey nor RGB is converted to RGB, without its transparency."""
     try:
         with _opened(path) as image:
             array = np.array(image if image.mode in ("L", "RGB") else image.convert("RGB"))

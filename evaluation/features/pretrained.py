@@ -141,10 +141,7 @@ def _inception(name: str, where: str, expected: str | None) -> Pretrained:
 
 
 class _ClipImages(nn.Module):
-    """Image encoder of a CLIP.
-
-    It returns the projected embeddings, not normalised, as Frechet distances take them.
-    """
+    """Image encoder of a CLIP. It returns the projected embeddings, not normalised, as Frechet distances take them."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()

@@ -1,7 +1,4 @@
-"""Check for samples with NaN or infinity.
-
-Rounded to 8 bits they would be black or white, and nobody would know.
-"""
+"""Check for samples with NaN or infinity. Rounded to 8 bits they would be black or white, and nobody would know."""
 
 from __future__ import annotations
 

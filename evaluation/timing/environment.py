@@ -62,10 +62,7 @@ def _git_state(file: Path) -> dict[str, str | bool]:
 
 
 def _git(folder: Path, *arguments: str) -> str | None:
-    """Return the output of a git command.
-
-    None when there is no git, no repository, or no answer in five seconds.
-    """
+    """Return the output of a git command. None when there is no git, no repository, or no answer in five seconds."""
     try:
         done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, timeout=5, check=True)
     except (OSError, subprocess.SubprocessError):

@@ -7,13 +7,8 @@ prompts state.
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from flowaccel.data.digits import ImageSet as ImageSet
-from flowaccel.data.digits import digits as digits
-from flowaccel.data.shapes import AttributeSet as AttributeSet
-from flowaccel.data.shapes import CaptionedSet as CaptionedSet
-from flowaccel.data.shapes import shape_attributes as shape_attributes
-from flowaccel.data.shapes import shape_captions as shape_captions
-from flowaccel.data.shapes import shapes as shapes
+from flowaccel.data.digits import ImageSet, digits
+from flowaccel.data.shapes import AttributeSet, CaptionedSet, shape_attributes, shape_captions, shapes
 
 DATASETS: dict[str, Callable[[str], ImageSet | CaptionedSet]] = {"digits": digits, "shapes": shapes}
 """Functions that load a split of images with classes or captions, by data set."""

@@ -191,10 +191,7 @@ def shapes_tokenizer() -> CLIPTokenizer:
 
 
 def train_autoencoder(autoencoder: AutoencoderKL, out: Path, loop: LoopConfig) -> Iterator[Step]:
-    """Train the autoencoder in place.
-
-    It ends rounded to bfloat16, as it is shipped, and with its latent scale.
-    """
+    """Train the autoencoder in place. It ends rounded to bfloat16, as it is shipped, and with its latent scale."""
     images = shapes("generator").images
     for progress in train(autoencoder, AutoencoderObjective(images=images), loop, out / "training-autoencoder"):
         yield "autoencoder", progress, loop.steps

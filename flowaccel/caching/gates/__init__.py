@@ -1,15 +1,12 @@
 """Gates, which decide when to compute: small frozen objects, pure functions of a signal, per image."""
 
-from flowaccel.caching.gates.base import Gate as Gate
-from flowaccel.caching.gates.base import Step as Step
-from flowaccel.caching.gates.change import FirstBlock as FirstBlock
-from flowaccel.caching.gates.change import ModulatedInput as ModulatedInput
-from flowaccel.caching.gates.codebook import Codebook as Codebook
-from flowaccel.caching.gates.easy import Easy as Easy
-from flowaccel.caching.gates.magnitude import Magnitude as Magnitude
-from flowaccel.caching.gates.schedules import Interval as Interval
-from flowaccel.caching.gates.schedules import Mask as Mask
-from flowaccel.caching.gates.third_difference import ThirdDifference as ThirdDifference
+from flowaccel.caching.gates.base import Gate, Step
+from flowaccel.caching.gates.change import FirstBlock, ModulatedInput
+from flowaccel.caching.gates.codebook import Codebook
+from flowaccel.caching.gates.easy import Easy
+from flowaccel.caching.gates.magnitude import Magnitude
+from flowaccel.caching.gates.schedules import Interval, Mask
+from flowaccel.caching.gates.third_difference import ThirdDifference
 
 GATES: dict[str, type[Gate]] = {
     kind.name: kind for kind in (Interval, Mask, FirstBlock, ModulatedInput, Magnitude, Easy, Codebook, ThirdDifference)

@@ -1,11 +1,10 @@
 """Predictors of values that are not computed: pure functions of the positions of the computed values."""
 
-from flowaccel.caching.predictors.adams_bashforth import AdamsBashforth as AdamsBashforth
-from flowaccel.caching.predictors.base import Predictor as Predictor
-from flowaccel.caching.predictors.hold import Hold as Hold
-from flowaccel.caching.predictors.newton import Newton as Newton
-from flowaccel.caching.predictors.taylor import Hermite as Hermite
-from flowaccel.caching.predictors.taylor import Taylor as Taylor
+from flowaccel.caching.predictors.adams_bashforth import AdamsBashforth
+from flowaccel.caching.predictors.base import Predictor
+from flowaccel.caching.predictors.hold import Hold
+from flowaccel.caching.predictors.newton import Newton
+from flowaccel.caching.predictors.taylor import Hermite, Taylor
 
 PREDICTORS: dict[str, type[Predictor]] = {kind.name: kind for kind in (Hold, Newton, Taylor, Hermite, AdamsBashforth)}
 """Predictors by their names in recipes."""

@@ -4,15 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from flowaccel.caching.guard import GUARDS as GUARDS
-from flowaccel.caching.guard import Guard as Guard
-from flowaccel.caching.runtime import Cache as Cache
-from flowaccel.caching.scopes.base import SCOPES as SCOPES
-from flowaccel.caching.scopes.base import Module as Module
-from flowaccel.caching.scopes.base import Output as Output
-from flowaccel.caching.scopes.base import Range as Range
-from flowaccel.caching.scopes.base import Scope as Scope
-from flowaccel.caching.scopes.base import Stack as Stack
+from flowaccel.caching.guard import GUARDS, Guard
+from flowaccel.caching.runtime import Cache
+from flowaccel.caching.scopes.base import SCOPES, Module, Output, Range, Scope, Stack
 from flowaccel.caching.scopes.module import ModuleCache
 from flowaccel.caching.scopes.output import OutputCache
 from flowaccel.caching.scopes.stack import StackCache

@@ -27,10 +27,7 @@ _ANY = (-math.inf, math.inf)
 
 
 class Score(Protocol):
-    """Reward function.
-
-    It may have `bounds`, the lowest and highest value; without, any number is allowed.
-    """
+    """Reward function. It may have `bounds`, the lowest and highest value; without, any number is allowed."""
 
     def __call__(self, images: Tensor, conditions: Sequence[Condition], /) -> Tensor:
         """Return scores (B,), higher is better, of images (B, C, H, W) in [0, 1] and their conditions."""
