@@ -18,7 +18,7 @@ class UnnamedCodeError(FlowaccelError, ValueError):
     """A file asks for code to be run, which the person at work has not named: files choose data, never code."""
 
     def __init__(self, where: str, option: str, name: str) -> None:
-        self.reason = (
+        self.reason: str = (
             f"{where} asks for the {option} network {name!r}, and loading that runs code, which a file may not choose"
         )
         super().__init__(

@@ -73,7 +73,7 @@ class SiTBase(DiffusionPipeline):
         super().__init__()
         self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae)
         self.register_to_config(id2label=id2label)
-        self.image_processor = VaeImageProcessor(do_convert_rgb=False)
+        self.image_processor: VaeImageProcessor = VaeImageProcessor(do_convert_rgb=False)
         self._interrupt = False
         self._guidance_scale: float | None = None
         self._blocks: CompiledBlocks | None = None

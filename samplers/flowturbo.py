@@ -120,7 +120,7 @@ class FlowTurboScheduler(FlowSampler):
     ) -> None:
         if refiner_mode not in REFINER_MODES:
             raise ValueError(f"refiner_mode must be one of {REFINER_MODES}, got {refiner_mode!r}")
-        self.blocks = Blocks.parse(blocks)
+        self.blocks: Blocks = Blocks.parse(blocks)
         if isinstance(grid, (list, tuple)) and len(grid) != self.blocks.total + 1:
             raise ValueError(
                 f"grid must have {self.blocks.total + 1} levels for the {self.blocks.total} steps of {blocks!r}, got "

@@ -77,7 +77,7 @@ class FlowRungeKuttaScheduler(FlowSampler):
     ) -> None:
         if solver not in TABLEAUS:
             raise ValueError(f"solver must be one of {sorted(TABLEAUS)}, got {solver!r}")
-        self.tableau = TABLEAUS[solver]
+        self.tableau: Tableau = TABLEAUS[solver]
         self._initialise()
         self._forget()
 

@@ -81,7 +81,7 @@ class CachedCall:
 
     def __init__(self, cache: Cache, state: CacheState, call: Call) -> None:
         self.cache, self.state, self.call = cache, state, call
-        self.step = Step(
+        self.step: Step = Step(
             index=call.step,
             count=call.run.num_steps,
             time=call.timestep,

@@ -36,7 +36,7 @@ def _group(references: Callable[[], Mapping[str, str]], text: str) -> typer.Type
 def _nothing() -> None: ...
 
 
-app = typer.Typer(
+app: typer.Typer = typer.Typer(
     name="flowaccel",
     cls=lazy_group(lambda: {**COMMANDS, **registry.entries("commands")}),
     help="Makes diffusers flow and diffusion pipelines faster, and proves it.",

@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from flowaccel.errors import FlowaccelError, UnnamedCodeError
 
-console = Console(stderr=True)
+console: Console = Console(stderr=True)
 
 
 PipeArgument = Annotated[str, typer.Argument(metavar="PIPE", help="A pipeline folder, a Hub id, or zoo:NAME.")]

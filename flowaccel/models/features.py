@@ -62,7 +62,7 @@ class DigitsClassifier(FeatureClassifier):
     def __init__(self, num_features: int = 32, num_classes: int = 10, channels: int = 32) -> None:
         super().__init__()
         self.num_features = num_features
-        self.trunk = nn.Sequential(
+        self.trunk: nn.Sequential = nn.Sequential(
             nn.Conv2d(1, channels, 3, padding=1),
             nn.GELU(),
             nn.Conv2d(channels, 2 * channels, 3, padding=1),
@@ -75,7 +75,7 @@ class DigitsClassifier(FeatureClassifier):
             nn.Linear(2 * channels * 4, num_features),
             nn.Tanh(),
         )
-        self.head = nn.Linear(num_features, num_classes)
+        self.head: nn.Linear = nn.Linear(num_features, num_classes)
 
     def logits(self, features: Tensor) -> Tensor:
         """Map features (N, num_features) to class logits (N, num_classes)."""
@@ -97,7 +97,7 @@ class ShapesClassifier(FeatureClassifier):
     def __init__(self, attribute_sizes: Sequence[int], num_features: int = 64, channels: int = 32) -> None:
         super().__init__()
         self.num_features = num_features
-        self.trunk = nn.Sequential(
+        self.trunk: nn.Sequential = nn.Sequential(
             nn.Conv2d(3, channels, 3, padding=1),
             nn.GELU(),
             nn.Conv2d(channels, channels, 3, padding=1, stride=2),
@@ -114,7 +114,7 @@ class ShapesClassifier(FeatureClassifier):
             nn.Linear(channels * 16, num_features),
             nn.Tanh(),
         )
-        self.heads = nn.ModuleList(nn.Linear(num_features, size) for size in attribute_sizes)
+        self.heads: nn.ModuleList = nn.ModuleList(nn.Linear(num_features, size) for size in attribute_sizes)
 
     def attribute_logits(self, features: Tensor) -> list[Tensor]:
         """Map features (N, num_features) to the logits of each attribute (N, its number of values)."""

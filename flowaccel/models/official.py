@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from flowaccel.errors import CheckpointError, WeightsNotFoundError
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 # name -> (depth, width, heads); arXiv 2401.08740, table 1
 SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}

@@ -58,13 +58,13 @@ class SiTAttention(nn.Module, AttentionModuleMixin):
     def __init__(self, dim: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
-        self.head_dim = dim // heads
+        self.head_dim: int = dim // heads
         self.use_bias = True
         self.is_cross_attention = False
-        self.to_q = nn.Linear(dim, dim)
-        self.to_k = nn.Linear(dim, dim)
-        self.to_v = nn.Linear(dim, dim)
-        self.to_out = nn.ModuleList([nn.Linear(dim, dim), nn.Identity()])
+        self.to_q: nn.Linear = nn.Linear(dim, dim)
+        self.to_k: nn.Linear = nn.Linear(dim, dim)
+        self.to_v: nn.Linear = nn.Linear(dim, dim)
+        self.to_out: nn.ModuleList = nn.ModuleList([nn.Linear(dim, dim), nn.Identity()])
         self.processor = SiTAttnProcessor()
 
     def forward(self, hidden_states: Tensor) -> Tensor:
@@ -83,11 +83,11 @@ class SiTBlock(nn.Module):
 
     def __init__(self, dim: int, heads: int, mlp_ratio: float) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=NORM_EPS, elementwise_affine=False)
-        self.attn = SiTAttention(dim, heads)
-        self.norm2 = nn.LayerNorm(dim, eps=NORM_EPS, elementwise_affine=False)
-        self.ff = FeedForward(dim, inner_dim=round(dim * mlp_ratio), activation_fn="gelu-approximate")
-        self.modulation = nn.Linear(dim, 6 * dim)
+        self.norm1: nn.LayerNorm = nn.LayerNorm(dim, eps=NORM_EPS, elementwise_affine=False)
+        self.attn: SiTAttention = SiTAttention(dim, heads)
+        self.norm2: nn.LayerNorm = nn.LayerNorm(dim, eps=NORM_EPS, elementwise_affine=False)
+        self.ff: FeedForward = FeedForward(dim, inner_dim=round(dim * mlp_ratio), activation_fn="gelu-approximate")
+        self.modulation: nn.Linear = nn.Linear(dim, 6 * dim)
 
     def forward(self, hidden_states: Tensor, temb: Tensor) -> Tensor:
         """Map `hidden_states` (B, L, D) to (B, L, D); `temb` (B, D) is the SiLU of time plus label."""
@@ -152,22 +152,22 @@ class SiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapter
             raise ValueError(f"sample_size must be a multiple of patch_size, got {sample_size} and {patch_size}")
         if dim % 4:
             raise ValueError(f"num_attention_heads * attention_head_dim must be a multiple of 4, got {dim}")
-        self.out_channels = in_channels if out_channels is None else out_channels
-        self.computed_channels = 2 * self.out_channels if learn_sigma else self.out_channels
-        self.grid_size = sample_size // patch_size
+        self.out_channels: int = in_channels if out_channels is None else out_channels
+        self.computed_channels: int = 2 * self.out_channels if learn_sigma else self.out_channels
+        self.grid_size: int = sample_size // patch_size
 
-        self.patch_embed = nn.Conv2d(in_channels, dim, kernel_size=patch_size, stride=patch_size)
+        self.patch_embed: nn.Conv2d = nn.Conv2d(in_channels, dim, kernel_size=patch_size, stride=patch_size)
         # A frozen parameter, not a buffer: the official checkpoints store it, and resized ones store another table.
-        self.pos_embed = nn.Parameter(self._position_table(dim), requires_grad=False)
-        self.time_proj = Timesteps(TIME_FREQUENCIES, flip_sin_to_cos=True, downscale_freq_shift=0)
-        self.time_embed = TimestepEmbedding(TIME_FREQUENCIES, dim)
-        self.label_embed = nn.Embedding(num_classes + null_class, dim)
-        self.transformer_blocks = nn.ModuleList(
+        self.pos_embed: nn.Parameter = nn.Parameter(self._position_table(dim), requires_grad=False)
+        self.time_proj: Timesteps = Timesteps(TIME_FREQUENCIES, flip_sin_to_cos=True, downscale_freq_shift=0)
+        self.time_embed: TimestepEmbedding = TimestepEmbedding(TIME_FREQUENCIES, dim)
+        self.label_embed: nn.Embedding = nn.Embedding(num_classes + null_class, dim)
+        self.transformer_blocks: nn.ModuleList = nn.ModuleList(
             SiTBlock(dim, num_attention_heads, mlp_ratio) for _ in range(num_layers)
         )
-        self.norm_out = nn.LayerNorm(dim, eps=NORM_EPS, elementwise_affine=False)
-        self.modulation_out = nn.Linear(dim, 2 * dim)
-        self.proj_out = nn.Linear(dim, patch_size**2 * self.computed_channels)
+        self.norm_out: nn.LayerNorm = nn.LayerNorm(dim, eps=NORM_EPS, elementwise_affine=False)
+        self.modulation_out: nn.Linear = nn.Linear(dim, 2 * dim)
+        self.proj_out: nn.Linear = nn.Linear(dim, patch_size**2 * self.computed_channels)
         self.gradient_checkpointing = False
         self.reset_parameters()
 

@@ -54,7 +54,7 @@ class Diffusion:
         before = torch.cat([kept.new_ones(1), kept[:-1]])
         posterior = betas * (1 - before) / (1 - kept)
         posterior[0] = posterior[1]  # it is 0 at the first step, whose logarithm is needed
-        self.steps = len(betas)
+        self.steps: int = len(betas)
         self._signal, self._noise = kept.sqrt(), (1 - kept).sqrt()
         self._log_lower, self._log_upper = posterior.log(), betas.log()
         self._of_data = betas * before.sqrt() / (1 - kept)

@@ -23,7 +23,7 @@ from flowaccel.errors import CheckpointError
 from flowaccel.methods.moe.control import set_aux_loss_scale
 from flowaccel.training.labelled import LabelledObjective
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 _PARTS = ("parameter", "ema", "exp_avg", "exp_avg_sq")
 _PLAIN = (bool, int, float, str, type(None))

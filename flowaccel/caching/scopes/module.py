@@ -16,7 +16,7 @@ from flowaccel.caching.scopes.base import Module
 from flowaccel.errors import UnsupportedModelError
 from flowaccel.hooks import ATTENTION, FEED_FORWARD, Call, Session, in_rows
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 
 class ModuleCache(Cache):

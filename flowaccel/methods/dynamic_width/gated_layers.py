@@ -32,7 +32,7 @@ class WidthGate(nn.Module):
     def __init__(self, width: int, units: int, members: int, settings: DynamicSettings) -> None:
         super().__init__()
         self.units = units
-        self.router = WidthRouter(width, units, settings.bias, settings.gain)
+        self.router: WidthRouter = WidthRouter(width, units, settings.bias, settings.gain)
         self.register_buffer("group_of", (torch.arange(members) // (members // units)).to(torch.int32))
 
     def members(self, mask: Tensor) -> Tensor:

@@ -52,8 +52,8 @@ class Dynamics(nn.Module):
         super().__init__()
         self.settings = settings
         self.rule: DynamicRule = rule_of(network)
-        self.blocks = nn.ModuleList()
-        self.correction = nn.Parameter(torch.zeros(()), requires_grad=False)
+        self.blocks: nn.ModuleList = nn.ModuleList()
+        self.correction: nn.Parameter = nn.Parameter(torch.zeros(()), requires_grad=False)
         """Term that a controller, where there is one, adds to the target ratio in training."""
         self.generator: torch.Generator | None = None
         """Generator of the noise of training."""
@@ -87,7 +87,7 @@ class Dynamics(nn.Module):
         """Settings of the TD-LoRA that the network was given (`add_timed_lora`)."""
         self._sites: list[TokenSite] = []
         self._connect_gates(network, width)
-        self.cache = SliceCache(limit=0)
+        self.cache: SliceCache = SliceCache(limit=0)
         self.connect()
         self.cache.limit = self.weight_bytes
 

@@ -75,7 +75,7 @@ class ExpertLinear(SlicedLinear):
     def __init__(self, rank: int, rows: int, experts: int, width: int) -> None:
         super().__init__(experts * rank, rows, bias=False)
         self.rank, self.experts = rank, experts
-        self.router = nn.Linear(width, experts, bias=False)
+        self.router: nn.Linear = nn.Linear(width, experts, bias=False)
         nn.init.zeros_(self.weight)
         nn.init.normal_(self.router.weight, std=_START)
 

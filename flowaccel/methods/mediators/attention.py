@@ -66,9 +66,9 @@ class PlaceBiases(nn.Module):
     def __init__(self, heads: int, count: int, grid: tuple[int, int]) -> None:
         super().__init__()
         self.grid = grid
-        self.table = _normal(heads, count, TABLE, TABLE)
-        self.rows = _normal(heads, count, grid[0])
-        self.columns = _normal(heads, count, grid[1])
+        self.table: nn.Parameter = _normal(heads, count, TABLE, TABLE)
+        self.rows: nn.Parameter = _normal(heads, count, grid[0])
+        self.columns: nn.Parameter = _normal(heads, count, grid[1])
 
     def forward(self) -> Tensor:
         """Return the biases (1, M, n, N)."""
@@ -162,8 +162,8 @@ class GridAttention(nn.Module, AttentionModuleMixin, ABC):
         self.heads, self.head_dim, self.grid, self.extra = heads, dim // heads, grid, extra
         self.use_bias, self.is_cross_attention = bias, False
         self.to_q, self.to_k, self.to_v = (nn.Linear(dim, dim, bias=bias) for _ in range(3))
-        self.to_out = nn.ModuleList([nn.Linear(dim, dim, bias=bias), nn.Identity()])
-        self.dwc = nn.Conv2d(dim, dim, 3, padding=1, groups=dim) if use_dwc else None
+        self.to_out: nn.ModuleList = nn.ModuleList([nn.Linear(dim, dim, bias=bias), nn.Identity()])
+        self.dwc: nn.Conv2d | None = nn.Conv2d(dim, dim, 3, padding=1, groups=dim) if use_dwc else None
         self.processor = GridAttnProcessor()
         self._folded: dict[Any, tuple[Any, tuple[Tensor, ...]]] = {}
 
@@ -297,7 +297,7 @@ class SoftmaxGridAttention(GridAttention):
 
     def __init__(self, dim: int, heads: int, grid: tuple[int, int], *, use_bias: bool = True, **options: Any) -> None:
         super().__init__(dim, heads, grid, **options)
-        self.place_biases = PlaceBiases(heads, grid[0] * grid[1], grid) if use_bias else None
+        self.place_biases: PlaceBiases | None = PlaceBiases(heads, grid[0] * grid[1], grid) if use_bias else None
 
     @property
     def tables(self) -> nn.Module | None:

@@ -112,10 +112,10 @@ class Experts(nn.Module):
     def __init__(self, count: int, shape: ExpertShape) -> None:
         super().__init__()
         self.shape = shape
-        self.w_in = nn.Parameter(torch.empty(count, shape.rows, shape.dim))
-        self.w_out = nn.Parameter(torch.empty(count, shape.dim, shape.inner_dim))
-        self.b_in = nn.Parameter(torch.zeros(count, shape.rows)) if shape.bias else None
-        self.b_out = nn.Parameter(torch.zeros(count, shape.dim)) if shape.bias else None
+        self.w_in: nn.Parameter = nn.Parameter(torch.empty(count, shape.rows, shape.dim))
+        self.w_out: nn.Parameter = nn.Parameter(torch.empty(count, shape.dim, shape.inner_dim))
+        self.b_in: nn.Parameter | None = nn.Parameter(torch.zeros(count, shape.rows)) if shape.bias else None
+        self.b_out: nn.Parameter | None = nn.Parameter(torch.zeros(count, shape.dim)) if shape.bias else None
         self.backend = "auto"
         for weight in (*self.w_in, *self.w_out):
             nn.init.xavier_uniform_(weight.data)
@@ -167,8 +167,8 @@ class ExpertModules(nn.ModuleList):
 
     def __init__(self, packed: Experts) -> None:
         super().__init__(ExpertModule(packed, index) for index in range(len(packed)))
-        self.shape = packed.shape
-        self.backend = packed.backend
+        self.shape: ExpertShape = packed.shape
+        self.backend: str = packed.backend
         """Backend for when they are packed again; modules run one after the other."""
 
     def forward(self, pool: Tensor, plan: ExpertPlan) -> Tensor:
@@ -214,9 +214,9 @@ class ExpertModule(nn.Module):
 
     def __init__(self, packed: Experts, index: int) -> None:
         super().__init__()
-        self.shape = packed.shape
-        self.proj_in = _linear(packed.w_in, packed.b_in, index)
-        self.proj_out = _linear(packed.w_out, packed.b_out, index)
+        self.shape: ExpertShape = packed.shape
+        self.proj_in: nn.Linear = _linear(packed.w_in, packed.b_in, index)
+        self.proj_out: nn.Linear = _linear(packed.w_out, packed.b_out, index)
 
     def forward(self, rows: Tensor) -> Tensor:
         """Apply the expert: (n, D) -> (n, D)."""

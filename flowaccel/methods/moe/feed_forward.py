@@ -41,20 +41,20 @@ class MoEFeedForward(nn.Module):
     def __init__(self, settings: MoESettings, shape: ExpertShape) -> None:
         super().__init__()
         self.settings = settings
-        self.shape = ExpertShape(
+        self.shape: ExpertShape = ExpertShape(
             dim=shape.dim,
             inner_dim=settings.inner_dim or shape.inner_dim,
             activation_fn=settings.activation_fn or shape.activation_fn,
             bias=shape.bias if settings.bias is None else settings.bias,
         )
         dim, count = shape.dim, settings.num_experts
-        self.gate = nn.Linear(dim, count, bias=False)
+        self.gate: nn.Linear = nn.Linear(dim, count, bias=False)
         self.experts: Any = Experts(count, self.shape)
-        self.gate_hidden = nn.Linear(dim, dim) if settings.router == "expert_race" else None
+        self.gate_hidden: nn.Linear | None = nn.Linear(dim, dim) if settings.router == "expert_race" else None
         self.capacity_predictor: Any = None
         if settings.router == "diffmoe":
             self.capacity_predictor = nn.Sequential(nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, count))
-        self.thresholds = Thresholds(
+        self.thresholds: Thresholds = Thresholds(
             count, observed(settings), settings.threshold_momentum, joint=settings.router == "expert_race"
         )
         if settings.router == "deepseek":

@@ -39,12 +39,12 @@ class DecisionHead(nn.Module):
 
     def __init__(self, in_channels: int, condition_dim: int, bias: Sequence[float], width: int = 128) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(in_channels, width, 3, padding=1)
-        self.norm = nn.GroupNorm(1, width, eps=_EPS)
-        self.modulation = nn.Linear(condition_dim, 2 * width)
-        self.conv2 = nn.Conv2d(width, width, 3, stride=2, padding=1)
-        self.fc1 = nn.Linear(width, width)
-        self.fc2 = nn.Linear(width, len(bias))
+        self.conv1: nn.Conv2d = nn.Conv2d(in_channels, width, 3, padding=1)
+        self.norm: nn.GroupNorm = nn.GroupNorm(1, width, eps=_EPS)
+        self.modulation: nn.Linear = nn.Linear(condition_dim, 2 * width)
+        self.conv2: nn.Conv2d = nn.Conv2d(width, width, 3, stride=2, padding=1)
+        self.fc1: nn.Linear = nn.Linear(width, width)
+        self.fc2: nn.Linear = nn.Linear(width, len(bias))
         layers: tuple[Any, ...] = (self.conv1, self.modulation, self.conv2, self.fc1, self.fc2)
         for layer in layers:
             nn.init.normal_(layer.weight, std=_STD)

@@ -139,7 +139,7 @@ class AccelerationPolicy(ModelMixin, ConfigMixin):
             SPARSE: (0, dense),
             COUNT: (0, (0.0,) * len(counts)),
         }
-        self.heads = nn.ModuleDict(
+        self.heads: nn.ModuleDict = nn.ModuleDict(
             {
                 level: DecisionHead(in_channels, condition_dim + made[level][0], made[level][1], width)
                 for level in LEVELS

@@ -89,8 +89,8 @@ class ConvDiscriminator(Discriminator):
         for out, stride in ((width, 1), (2 * width, 2), (2 * width, 2)):
             layers += [nn.Conv2d(into, out, 3, padding=1, stride=stride), nn.GroupNorm(1, out), nn.SiLU()]
             into = out
-        self.trunk = nn.Sequential(*layers)
-        self.head = nn.Linear(into, 1)
+        self.trunk: nn.Sequential = nn.Sequential(*layers)
+        self.head: nn.Linear = nn.Linear(into, 1)
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the logits (B,) of images (B, *image_shape) in [0, 1]."""
@@ -113,8 +113,10 @@ class FeatureDiscriminator(Discriminator):
     def __init__(self, features: FeatureClassifier, width: int = 64) -> None:
         super().__init__()
         self.image_shape = features.image_shape
-        self.features = features.eval().requires_grad_(False)
-        self.head = nn.Sequential(nn.Linear(features.num_features, width), nn.SiLU(), nn.Linear(width, 1))
+        self.features: FeatureClassifier = features.eval().requires_grad_(False)
+        self.head: nn.Sequential = nn.Sequential(
+            nn.Linear(features.num_features, width), nn.SiLU(), nn.Linear(width, 1)
+        )
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the logits (B,) of images (B, *image_shape) in [0, 1]."""
@@ -130,8 +132,8 @@ class Bottleneck(nn.Module):
 
     def __init__(self, size: int, width: int) -> None:
         super().__init__()
-        self.down = nn.Linear(size, width)
-        self.up = nn.Linear(width, size)
+        self.down: nn.Linear = nn.Linear(size, width)
+        self.up: nn.Linear = nn.Linear(width, size)
         nn.init.zeros_(self.up.weight)
         nn.init.zeros_(self.up.bias)
 
@@ -160,13 +162,13 @@ class ClipDiscriminator(Discriminator):
         self.image_shape = (3, preprocessing.size, preprocessing.size)
         self.register_buffer("shift", torch.tensor(preprocessing.shift).reshape(3, 1, 1) / 255, persistent=False)
         self.register_buffer("scale", torch.tensor(preprocessing.scale).reshape(3, 1, 1) / 255, persistent=False)
-        self.tower = tower.eval().requires_grad_(False)
+        self.tower: Any = tower.eval().requires_grad_(False)
         adapted = list(tower.vision_model.encoder.layers)[-blocks:]
         size = tower.visual_projection.in_features
-        self.adapters = nn.ModuleList(Bottleneck(size, width) for _ in adapted)
+        self.adapters: nn.ModuleList = nn.ModuleList(Bottleneck(size, width) for _ in adapted)
         for layer, adapter in zip(adapted, self.adapters, strict=True):
             layer.register_forward_hook(lambda module, inputs, output, adapter=adapter: adapter(output))
-        self.head = nn.Linear(tower.visual_projection.out_features, 1)
+        self.head: nn.Linear = nn.Linear(tower.visual_projection.out_features, 1)
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the logits (B,) of images (B, 3, size, size) in [0, 1]."""
