@@ -13,6 +13,7 @@ from flowaccel import Recipe, accelerated
 from flowaccel.evaluation.baselines.baselines import NATIVE, Baseline, check_native, native
 from flowaccel.evaluation.baselines.subprocess_worker import loaded_from
 from flowaccel.evaluation.features.extractors import fingerprint
+from flowaccel.hooks import Pipeline
 
 BASELINE = "baseline"
 
@@ -49,7 +50,7 @@ class Candidate:
         """Learned networks beside the pipeline's own, by name."""
         return {}
 
-    def stand_ins(self, pipe: Any) -> list[nn.Module]:
+    def stand_ins(self, pipe: Pipeline) -> list[nn.Module]:
         """Return the networks that take the place of the pipeline's."""
         return []
 
@@ -61,13 +62,13 @@ class Candidate:
         """Return the fingerprints of its learned parts."""
         return {}
 
-    def check_early(self, pipe: Any) -> None:
+    def check_early(self, pipe: Pipeline) -> None:
         """Raise an error where something is missing; before anything is computed."""
 
-    def check(self, pipe: Any, sample: Callable[[int], object]) -> None:
+    def check(self, pipe: Pipeline, sample: Callable[[int], object]) -> None:
         """Raise an UnsupportedModelError where it does not work with the pipeline; `sample(steps)` makes one image."""
 
-    def switched_on(self, pipe: Any, **settings: Any) -> AbstractContextManager[Any]:
+    def switched_on(self, pipe: Pipeline, **settings: Any) -> AbstractContextManager[Any]:
         """Return a context in which the pipeline is accelerated; `settings` are those of a calibration."""
         return nullcontext()
 
@@ -83,7 +84,7 @@ class RecipeCandidate(Candidate):
         """Learned networks of the recipe, by name."""
         return self.recipe.networks
 
-    def stand_ins(self, pipe: Any) -> list[nn.Module]:
+    def stand_ins(self, pipe: Pipeline) -> list[nn.Module]:
         """Return the networks that its variants put in the place of the pipeline's."""
         return [module for a in self.recipe.accelerators if (module := a.stand_in(pipe)) is not None]
 
@@ -95,7 +96,7 @@ class RecipeCandidate(Candidate):
         """Return the fingerprints of the accelerators' parts."""
         return {name: fingerprint(part.network) for a in self.recipe.accelerators for name, part in a.parts.items()}
 
-    def switched_on(self, pipe: Any, **settings: Any) -> AbstractContextManager[Any]:
+    def switched_on(self, pipe: Pipeline, **settings: Any) -> AbstractContextManager[Any]:
         """Return a context with the recipe; even an empty one is observed, which the untouched pipeline must not be."""
         return accelerated(pipe, self.recipe) if self.recipe.accelerators else nullcontext()
 
@@ -115,17 +116,17 @@ class BaselineCandidate(Candidate):
         """Return its options and its package's version."""
         return [self.baseline.describe()]
 
-    def check_early(self, pipe: Any) -> None:
+    def check_early(self, pipe: Pipeline) -> None:
         """Raise a MissingExtraError without its package, a ValueError if its process could not load the pipeline."""
         self.baseline.describe()
         if self.own_process:
             loaded_from(pipe, self.baseline)
 
-    def check(self, pipe: Any, sample: Callable[[int], object]) -> None:
+    def check(self, pipe: Pipeline, sample: Callable[[int], object]) -> None:
         """Try a cache of diffusers on a short call; another process checks what it runs itself."""
         if not self.own_process:
             check_native(pipe, self.baseline, sample, self.steps)
 
-    def switched_on(self, pipe: Any, **settings: Any) -> AbstractContextManager[Any]:
+    def switched_on(self, pipe: Pipeline, **settings: Any) -> AbstractContextManager[Any]:
         """Return a context with diffusers' cache."""
         return native(pipe, self.baseline, **settings)

@@ -20,6 +20,7 @@ from flowaccel.evaluation.samples.finite import check_samples
 from flowaccel.evaluation.samples.prompts import Conditions
 from flowaccel.evaluation.samples.store import SampleStore, folder_name, sample_generator
 from flowaccel.evaluation.timing.cost import denoiser
+from flowaccel.hooks import Pipeline
 
 DEFAULT_METRICS = ("fid", "kid", "class_accuracy", "rel_l2")
 
@@ -105,7 +106,7 @@ def row_store(out: Path, row: Candidate) -> SampleStore:
     return SampleStore(out / "rows" / folder_name(row.name))
 
 
-def row_manifest(pipe: Any, protocol: Protocol, row: Candidate, weights: dict[str, str]) -> dict[str, Any]:
+def row_manifest(pipe: Pipeline, protocol: Protocol, row: Candidate, weights: dict[str, str]) -> dict[str, Any]:
     """Return everything that a row's samples depend on, and nothing else."""
     manifest = {
         "pipeline": type(pipe).__name__,
@@ -148,7 +149,7 @@ def call(pipe: Any, protocol: Protocol, ids: Sequence[int], steps: int) -> Tenso
     return (torch.from_numpy(images).permute(0, 3, 1, 2) * 255).round().clamp(0, 255).to(torch.uint8)
 
 
-def no_images(pipe: Any) -> ValueError:
+def no_images(pipe: Pipeline) -> ValueError:
     """Return the error for a pipeline that does not make images."""
     return ValueError(
         f"evaluate needs a pipeline that makes images, and {type(pipe).__name__} does not; "

@@ -51,6 +51,7 @@ from flowaccel.evaluation.timing.attention import chosen_attention
 from flowaccel.evaluation.timing.cost import Cost, measure_cost
 from flowaccel.evaluation.timing.environment import environment
 from flowaccel.evaluation.timing.latency import Timing, measure_latency
+from flowaccel.hooks import Pipeline
 
 CALIBRATION = "calibration.json"
 _GRID_SAMPLES = 10
@@ -63,7 +64,7 @@ Notify = Callable[[str, int, int], None]
 class _Evaluation:
     """Shared state of the stages of one evaluation."""
 
-    pipe: Any
+    pipe: Pipeline
     protocol: Protocol
     rows: list[Candidate]
     out: Path
@@ -90,7 +91,7 @@ class _Evaluation:
 
 
 def evaluate(
-    pipe: Any, recipes: Sequence[Recipe], protocol: Protocol, out: str | Path, notify: Notify = lambda *_: None
+    pipe: Pipeline, recipes: Sequence[Recipe], protocol: Protocol, out: str | Path, notify: Notify = lambda *_: None
 ) -> Results:
     """Measure recipes against the untouched pipeline and against the same pipeline with fewer steps.
 

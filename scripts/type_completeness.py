@@ -29,7 +29,9 @@ def main() -> int:
     if program is None:
         print("error: basedpyright is not installed; pip install basedpyright==1.40.2", file=sys.stderr)
         return 2
-    build_tree(tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]["package-dir"])
+    build_tree(
+        tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]["package-dir"]
+    )
     with tempfile.TemporaryDirectory() as folder:
         shutil.copytree(TREE / "flowaccel", Path(folder) / "flowaccel", ignore=shutil.ignore_patterns("__pycache__"))
         found = subprocess.run(

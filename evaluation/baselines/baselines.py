@@ -24,6 +24,7 @@ from torch import nn
 from flowaccel.checks import is_number, is_whole
 from flowaccel.errors import MissingExtraError, UnsupportedModelError, did_you_mean
 from flowaccel.evaluation.timing.cost import replaced_method
+from flowaccel.hooks import Pipeline
 from flowaccel.recipe.grammar import parse_options, parse_value, separate
 
 NATIVE, CACHE_DIT = "native", "cache-dit"
@@ -199,7 +200,7 @@ def _of_kind(kind: str, value: Any, what: str) -> Any:
 
 
 @contextlib.contextmanager
-def native(pipe: Any, baseline: Baseline, **settings: Any) -> Iterator[None]:
+def native(pipe: Pipeline, baseline: Baseline, **settings: Any) -> Iterator[None]:
     """Enable diffusers' cache inside the context, with fresh state; afterwards every module has its old attributes.
 
     Args:
@@ -225,7 +226,7 @@ def native(pipe: Any, baseline: Baseline, **settings: Any) -> Iterator[None]:
         yield
 
 
-def calibrated(pipe: Any, baseline: Baseline, make: Callable[[list[int]], object]) -> dict[str, Any]:
+def calibrated(pipe: Pipeline, baseline: Baseline, make: Callable[[list[int]], object]) -> dict[str, Any]:
     """Return the settings that MagCache needs for the run: the number of network calls per branch, and ratios.
 
     The magnitude ratios, unless the baseline has them, come from diffusers' calibration mode and one call for sample
@@ -270,7 +271,7 @@ def calibrated_to(path: Path) -> dict[str, Any]:
     return found
 
 
-def check_native(pipe: Any, baseline: Baseline, make: Callable[[int], object], steps: int) -> None:
+def check_native(pipe: Pipeline, baseline: Baseline, make: Callable[[int], object], steps: int) -> None:
     """Check the baseline on one short call, in which it must reuse something.
 
     Args:
@@ -299,13 +300,13 @@ def check_native(pipe: Any, baseline: Baseline, make: Callable[[int], object], s
         raise unsupported(pipe, baseline, reason) from error
 
 
-def unsupported(pipe: Any, baseline: Baseline, reason: str) -> UnsupportedModelError:
+def unsupported(pipe: Pipeline, baseline: Baseline, reason: str) -> UnsupportedModelError:
     """Return the error for a network that the baseline does not work with."""
     network = type(_networks(pipe)[0]).__name__
     return UnsupportedModelError(f"baseline {baseline.name} does not work with {network}: {reason}; leave it out")
 
 
-def _networks(pipe: Any) -> list[Any]:
+def _networks(pipe: Pipeline) -> list[Any]:
     names = ("transformer", "transformer_2") if getattr(pipe, "transformer", None) is not None else ("unet",)
     return [part for name in names if isinstance(part := getattr(pipe, name, None), nn.Module)]
 
@@ -334,7 +335,7 @@ def _tidy(before: Mapping[nn.Module, frozenset[str]]) -> None:
 
 
 @contextlib.contextmanager
-def _cache_contexts(pipe: Any, networks: list[Any]) -> Iterator[None]:
+def _cache_contexts(pipe: Pipeline, networks: list[Any]) -> Iterator[None]:
     """Open a cache context around every network call whose pipeline opens none, one for each branch.
 
     The branch is the number of the call since the scheduler's last step: 0 for batched guidance, 0 and 1 for split.
@@ -376,7 +377,7 @@ def _cache_contexts(pipe: Any, networks: list[Any]) -> Iterator[None]:
         yield
 
 
-def _steps_of(pipe: Any, run: Callable[[], object]) -> int:
+def _steps_of(pipe: Pipeline, run: Callable[[], object]) -> int:
     """Return how often `run` calls the scheduler's `step`, which is the number of network calls per branch."""
     steps = 0
 

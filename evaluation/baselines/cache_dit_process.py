@@ -29,6 +29,7 @@ from flowaccel.evaluation.timing.attention import set_attention
 from flowaccel.evaluation.timing.cost import measure_cost
 from flowaccel.evaluation.timing.latency import measure_latency
 from flowaccel.extras import require
+from flowaccel.hooks import Pipeline
 from flowaccel.pipelines import load_pipeline
 
 # With these something is reused within the few steps of a trial.
@@ -56,7 +57,7 @@ class _Side:
         self.protocol = Protocol(conditions=load_conditions(job["conditions"], self.out), **settings)
         self.row = next(row for row in plan_rows((), self.protocol) if row.name == job["baseline"])
         dtype = getattr(torch, job["dtype"])
-        self.pipe: Any = load_pipeline(job["pipeline"], torch_dtype=dtype, device=job["device"])
+        self.pipe: Pipeline = load_pipeline(job["pipeline"], torch_dtype=dtype, device=job["device"])
         self.pipe.set_progress_bar_config(disable=True)
         if job["attention"] is not None:
             set_attention(self.pipe, job["attention"])
@@ -122,7 +123,7 @@ class _Side:
 
 
 @contextlib.contextmanager
-def cached(pipe: Any, baseline: Baseline, **settings: Any) -> Iterator[None]:
+def cached(pipe: Pipeline, baseline: Baseline, **settings: Any) -> Iterator[None]:
     """Enable cache-dit's DBCache inside the context, for one call.
 
     Args:
@@ -152,7 +153,7 @@ def cached(pipe: Any, baseline: Baseline, **settings: Any) -> Iterator[None]:
                 network.forward = forward
 
 
-def _target(cache_dit: Any, pipe: Any, baseline: Baseline) -> Any:
+def _target(cache_dit: Any, pipe: Pipeline, baseline: Baseline) -> Any:
     network = getattr(pipe, "transformer", None)
     if isinstance(network, SiTTransformer2DModel):
         return cache_dit.BlockAdapter(

@@ -23,6 +23,7 @@ from flowaccel.evaluation.baselines.baselines import Baseline
 from flowaccel.evaluation.timing.attention import chosen_attention
 from flowaccel.evaluation.timing.cost import Cost, denoiser
 from flowaccel.evaluation.timing.latency import Timing
+from flowaccel.hooks import Pipeline
 
 LOG = "process.log"
 REMARK = (
@@ -50,7 +51,7 @@ class OwnProcess:
         folder: the row's own folder.
     """
 
-    def __init__(self, pipe: Any, baseline: Baseline, protocol: Any, out: Path, folder: Path) -> None:
+    def __init__(self, pipe: Pipeline, baseline: Baseline, protocol: Any, out: Path, folder: Path) -> None:
         self._name, self._log = baseline.name, folder / LOG
         self._job = {
             "baseline": baseline.name,
@@ -139,7 +140,7 @@ class OwnProcess:
                 return
 
 
-def loaded_from(pipe: Any, baseline: Baseline) -> str:
+def loaded_from(pipe: Pipeline, baseline: Baseline) -> str:
     """Return the path or id from which the pipeline was loaded.
 
     Raises:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from flowaccel.errors import did_you_mean
+from flowaccel.hooks import Pipeline
 
 _CONDITIONS = "use --prompts or --classes (conditions=)"
 _SEED = "use --seed (seed=)"
@@ -35,7 +36,7 @@ RESERVED = {
 """Arguments that flowaccel sets itself, and what to do instead of giving them."""
 
 
-def parameters(pipe: Any) -> Mapping[str, inspect.Parameter]:
+def parameters(pipe: Pipeline) -> Mapping[str, inspect.Parameter]:
     """Return the parameters of a pipeline call, by name."""
     return inspect.signature(type(pipe).__call__).parameters
 
@@ -54,7 +55,7 @@ def check_names(arguments: Mapping[str, Any]) -> None:
             ) from error
 
 
-def check_arguments(pipe: Any, arguments: Mapping[str, Any]) -> None:
+def check_arguments(pipe: Pipeline, arguments: Mapping[str, Any]) -> None:
     """Raise a ValueError as `check_names` does, and for an argument that a call of the pipeline does not take."""
     check_names(arguments)
     for name in arguments:
@@ -62,7 +63,7 @@ def check_arguments(pipe: Any, arguments: Mapping[str, Any]) -> None:
             raise unknown_argument(pipe, name, f"the argument {name!r}")
 
 
-def unknown_argument(pipe: Any, name: str, spelled: str) -> ValueError:
+def unknown_argument(pipe: Pipeline, name: str, spelled: str) -> ValueError:
     """Return the error for an argument that a pipeline call does not take; `spelled` is how the user gave it."""
     known = [parameter for parameter in parameters(pipe) if parameter != "self"]
     hint = did_you_mean(name, known)

@@ -10,10 +10,11 @@ import torch
 from torch import nn
 
 from flowaccel import is_accelerated
+from flowaccel.hooks import Pipeline
 from flowaccel.models.weights import not_finite
 
 
-def check_samples(pipe: Any, made: Any, ids: Sequence[int]) -> None:
+def check_samples(pipe: Pipeline, made: Any, ids: Sequence[int]) -> None:
     """Raise a FloatingPointError that names the first sample that is not finite, their number and the likely cause.
 
     Args:
@@ -35,7 +36,7 @@ def _finite(sample: Any) -> bool:
     return bool(sample.isfinite().all()) if isinstance(sample, torch.Tensor) else True
 
 
-def _cause(pipe: Any) -> str:
+def _cause(pipe: Pipeline) -> str:
     networks = {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
     for name, network in networks.items():
         damaged = not_finite(network)

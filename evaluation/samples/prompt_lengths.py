@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from flowaccel.evaluation.samples.call_arguments import parameters
+from flowaccel.hooks import Pipeline
 
 _SEQUENCE = "max_sequence_length"
 
@@ -15,7 +16,7 @@ def token_counts(tokenizer: Any, texts: Sequence[str]) -> list[int]:
     return [len(ids) for ids in tokenizer(list(texts), verbose=False).input_ids]
 
 
-def token_limits(pipe: Any, arguments: Mapping[str, Any]) -> Iterator[tuple[Any, int]]:
+def token_limits(pipe: Pipeline, arguments: Mapping[str, Any]) -> Iterator[tuple[Any, int]]:
     """Yield every tokenizer of a pipeline whose text encoder is present, and how many tokens it keeps.
 
     CLIP's keep `model_max_length`, its encoder has no more positions; others keep the `max_sequence_length` of the
@@ -33,7 +34,7 @@ def token_limits(pipe: Any, arguments: Mapping[str, Any]) -> Iterator[tuple[Any,
         yield tokenizer, tokenizer.model_max_length if fixed else asked
 
 
-def too_long(pipe: Any, prompts: Sequence[str], arguments: Mapping[str, Any]) -> str | None:
+def too_long(pipe: Pipeline, prompts: Sequence[str], arguments: Mapping[str, Any]) -> str | None:
     """Return what is wrong with prompts that every text encoder of the pipeline would truncate, or None.
 
     Args:
@@ -61,7 +62,7 @@ def too_long(pipe: Any, prompts: Sequence[str], arguments: Mapping[str, Any]) ->
     )
 
 
-def check_prompt_lengths(pipe: Any, prompts: Sequence[str] | None, arguments: Mapping[str, Any]) -> None:
+def check_prompt_lengths(pipe: Pipeline, prompts: Sequence[str] | None, arguments: Mapping[str, Any]) -> None:
     """Raise a ValueError with the text of `too_long`, if any."""
     problem = None if prompts is None else too_long(pipe, prompts, arguments)
     if problem is not None:

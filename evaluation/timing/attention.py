@@ -16,6 +16,7 @@ from torch import nn
 
 from flowaccel.errors import MissingExtraError
 from flowaccel.extras import require
+from flowaccel.hooks import Pipeline
 
 # our names -> diffusers' backend names
 BACKENDS = {"sdpa": "native", "xformers": "xformers", "flash": "_native_flash"}
@@ -26,7 +27,7 @@ SDPA = {theirs: torchs for torchs, theirs in XFORMERS.items()}
 _CHOSEN: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
 
 
-def set_attention(pipe: Any, name: str) -> None:
+def set_attention(pipe: Pipeline, name: str) -> None:
     """Set the attention of the pipeline's networks to `sdpa`, `xformers` or `flash`, all of it or none.
 
     A backend that is installed need not work (xformers imports without its kernels), so one small attention is
@@ -55,12 +56,12 @@ def set_attention(pipe: Any, name: str) -> None:
     _CHOSEN.update(dict.fromkeys(networks, name))
 
 
-def chosen_attention(pipe: Any) -> str | None:
+def chosen_attention(pipe: Pipeline) -> str | None:
     """Return the backend that `set_attention` last set for this pipeline's networks, or None."""
     return _CHOSEN.get(_networks(pipe)[0])
 
 
-def _networks(pipe: Any) -> list[Any]:
+def _networks(pipe: Pipeline) -> list[Any]:
     names = ("transformer", "transformer_2") if hasattr(pipe, "transformer") else ("unet",)
     return [network for name in names if (network := getattr(pipe, name, None)) is not None]
 

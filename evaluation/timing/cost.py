@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from flowaccel.evaluation.timing.latency import Clock, synchronize
+from flowaccel.hooks import Pipeline
 
 try:
     import resource
@@ -228,7 +229,7 @@ class Cost:
 
 
 def measure_cost(
-    pipe: Any,
+    pipe: Pipeline,
     images: int,
     switched: Callable[[], AbstractContextManager[Callable[[], object]]],
     extra: Mapping[str, nn.Module],
@@ -262,12 +263,12 @@ def measure_cost(
     )
 
 
-def denoiser(pipe: Any) -> Any:
+def denoiser(pipe: Pipeline) -> Any:
     """Return the network that a pipeline calls at its steps."""
     return pipe.transformer if hasattr(pipe, "transformer") else pipe.unet
 
 
-def _stages(pipe: Any) -> dict[str, tuple[object, str]]:
+def _stages(pipe: Pipeline) -> dict[str, tuple[object, str]]:
     found = {"network": (denoiser(pipe), "forward")}
     if getattr(pipe, "vae", None) is not None:
         found["decode"] = (pipe.vae, "decode")

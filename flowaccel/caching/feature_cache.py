@@ -15,7 +15,7 @@ from flowaccel.caching.predictors import PREDICTORS, Hold, Predictor
 from flowaccel.caching.presets import CACHE_PRESETS
 from flowaccel.caching.runtime import Cache
 from flowaccel.caching.scopes import SCOPES, Output, Scope, Stack, runtime_of
-from flowaccel.hooks import session_of
+from flowaccel.hooks import Pipeline, session_of
 from flowaccel.recipe.accelerator import Accelerator, Detach
 from flowaccel.recipe.calibration import CALIBRATIONS, Calibration, watch
 from flowaccel.recipe.compatibility import Tag
@@ -113,7 +113,7 @@ class FeatureCache(Accelerator):
         """Tags of every accelerator, the tag of caches, and one for whether images decide."""
         return super().tags | {Tag.CACHE} | (set() if self.decide == "image" else {Tag.DECIDES_FOR_MANY})
 
-    def attach(self, pipe: Any) -> Detach:
+    def attach(self, pipe: Pipeline) -> Detach:
         """Wrap the network's calls, and its blocks or modules if the scope needs them."""
         session = session_of(pipe)
         detach = self.running().attach(session)

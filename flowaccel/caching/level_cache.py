@@ -7,7 +7,7 @@ import json
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from flowaccel.caching import LEVELS
 from flowaccel.caching.feature_cache import FeatureCache
@@ -16,7 +16,7 @@ from flowaccel.caching.guard import Guard
 from flowaccel.caching.predictors import Newton
 from flowaccel.caching.runtime import Cache
 from flowaccel.caching.scopes import Output
-from flowaccel.hooks import Call, Identity, Session, denoiser, session_of
+from flowaccel.hooks import Call, Identity, Pipeline, Session, denoiser, session_of
 from flowaccel.recipe import serialization
 from flowaccel.recipe.accelerator import Accelerator, Detach
 from flowaccel.recipe.calibration import Calibration, calibrate_command, identities, warn_once
@@ -69,7 +69,7 @@ class LevelCache(Accelerator):
         """Tags of every accelerator, and the tag of caches."""
         return super().tags | {Tag.CACHE}
 
-    def attach(self, pipe: Any) -> Detach:
+    def attach(self, pipe: Pipeline) -> Detach:
         """Attach every candidate cache; one of them is active in each run."""
         session = session_of(pipe)
         chooser = _Chooser(self.level, session, candidates(self.level, Identity.of(denoiser(pipe))))

@@ -29,6 +29,7 @@ from flowaccel.cli.common import (
 )
 from flowaccel.cli.generate import call_arguments, parse_conditions
 from flowaccel.cli.loading import PromptsOption, open_pipeline, resolve_device
+from flowaccel.hooks import Pipeline
 from flowaccel.methods.grids.fit import calibrate_grid
 from flowaccel.methods.grids.search import GRID_METHODS, METRICS
 from flowaccel.recipe import Recipe, registry, resolve
@@ -197,7 +198,7 @@ def _parts(method: str, given: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _steps(pipeline: Any, base: Recipe, given: int | None) -> int:
+def _steps(pipeline: Pipeline, base: Recipe, given: int | None) -> int:
     if given is not None:
         return given
     parameter = inspect.signature(type(pipeline).__call__).parameters.get("num_inference_steps")

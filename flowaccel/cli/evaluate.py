@@ -31,6 +31,7 @@ from flowaccel.errors import UnnamedCodeError
 from flowaccel.evaluation import DEFAULT_METRICS, Protocol, Results, console_table, set_attention
 from flowaccel.evaluation import evaluate as run_evaluation
 from flowaccel.evaluation.features.extractors import runs_code
+from flowaccel.hooks import Pipeline
 from flowaccel.recipe import resolve
 
 
@@ -133,7 +134,7 @@ def evaluate(
 
 def default_protocol(
     pipe: str,
-    pipeline: Any,
+    pipeline: Pipeline,
     *,
     classes: str | None = None,
     prompts: str | None = None,

@@ -35,6 +35,7 @@ from flowaccel.evaluation.samples.call_arguments import check_arguments, paramet
 from flowaccel.evaluation.samples.finite import check_samples
 from flowaccel.evaluation.samples.processes import processes
 from flowaccel.evaluation.samples.prompt_lengths import too_long
+from flowaccel.hooks import Pipeline
 from flowaccel.recipe import Recipe, accelerate, resolve
 from flowaccel.recipe import report as last_report
 
@@ -160,13 +161,13 @@ def as_pil(sample: Any) -> list[Image]:
     return made
 
 
-def makes_videos(pipeline: Any) -> bool:
+def makes_videos(pipeline: Pipeline) -> bool:
     """Whether a number of frames can be passed to the pipeline."""
     return "num_frames" in parameters(pipeline)
 
 
 def call_arguments(
-    pipeline: Any, pipe: str, argument: list[str] | None, *, fps: float | None = None, **given: Any
+    pipeline: Pipeline, pipe: str, argument: list[str] | None, *, fps: float | None = None, **given: Any
 ) -> dict[str, Any]:
     """Return the arguments of a call.
 
@@ -192,7 +193,7 @@ def call_arguments(
     return arguments
 
 
-def free_arguments(pipeline: Any, pipe: str, argument: list[str] | None) -> dict[str, Any]:
+def free_arguments(pipeline: Pipeline, pipe: str, argument: list[str] | None) -> dict[str, Any]:
     """Return the arguments of --argument over those that the zoo has for PIPE.
 
     Raises:
@@ -229,18 +230,20 @@ def parse_arguments(texts: list[str] | None, option: str = "--argument", example
     return found
 
 
-def frame_rate(pipeline: Any) -> float:
+def frame_rate(pipeline: Pipeline) -> float:
     """Return the default frame rate of the pipeline's videos, in frames per second."""
     rate = _rate_argument(pipeline)
     default = FPS if rate is None else parameters(pipeline)[rate].default
     return default if isinstance(default, (int, float)) else FPS
 
 
-def _rate_argument(pipeline: Any) -> str | None:
+def _rate_argument(pipeline: Pipeline) -> str | None:
     return next((name for name in ("frame_rate", "fps") if name in parameters(pipeline)), None)
 
 
-def parse_conditions(pipeline: Any, classes: str | None, prompt: list[str] | None, prompts: str | None) -> Conditions:
+def parse_conditions(
+    pipeline: Pipeline, classes: str | None, prompt: list[str] | None, prompts: str | None
+) -> Conditions:
     """Return the conditions that the options give; without any, every class of a class-conditional pipeline.
 
     Raises:

@@ -15,6 +15,7 @@ from flowaccel.hooks.families import (
 from flowaccel.hooks.identity import Identity
 from flowaccel.hooks.macs import is_compiled, macs_by_module, shapes_of
 from flowaccel.hooks.outputs import packer, require_rows, tensors_of
+from flowaccel.hooks.pipeline import Pipeline
 from flowaccel.hooks.session import CallInterceptor, Session, close_session, open_session, require_idle, session_of
 from flowaccel.hooks.swap import swap
 from flowaccel.hooks.wrap import Wrapped, lend, swapped, wrap
@@ -36,6 +37,7 @@ __all__ = [
     "CallStats",
     "Family",
     "Identity",
+    "Pipeline",
     "Run",
     "Session",
     "TimeSignal",

@@ -16,6 +16,8 @@ from typing import Any
 
 from diffusers import ConfigMixin
 
+from flowaccel.hooks.pipeline import Pipeline
+
 _LIBRARIES = ("flowaccel.hooks", "torch", "diffusers", "accelerate")
 
 
@@ -43,7 +45,7 @@ class Caller:
         """
         return self.is_same(other) or (self.own_loop and self.thread == other.thread)
 
-    def is_running(self, pipe: Any) -> bool:
+    def is_running(self, pipe: Pipeline) -> bool:
         """Return whether the frame is on any thread's stack; `pipe` tells it from a later frame at the same address."""
         return any(
             id(frame) == self.frame and frame.f_code is self.code and (self.own_loop or _is_part(_self_of(frame), pipe))
@@ -52,7 +54,7 @@ class Caller:
         )
 
 
-def caller_of(pipe: Any) -> Caller | None:
+def caller_of(pipe: Pipeline) -> Caller | None:
     """Return the call of `pipe` that the current function runs in, if any.
 
     It is the user's own loop if no pipeline is on the stack, and None within a call of another pipeline or a callback.
@@ -77,7 +79,7 @@ def caller_of(pipe: Any) -> Caller | None:
     return None if found is None else Caller(threading.get_ident(), id(found), found.f_code, own_loop=False)
 
 
-def is_called(pipe: Any) -> bool:
+def is_called(pipe: Pipeline) -> bool:
     """Return whether another thread is in a call of `pipe`, or this thread is in a callback of such a call."""
     return any(
         frame.f_code.co_name == "__call__"
@@ -107,7 +109,7 @@ def _self_of(frame: FrameType) -> Any:
     return frame.f_locals.get("self")
 
 
-def _is_part(owner: Any, pipe: Any) -> bool:
+def _is_part(owner: Any, pipe: Pipeline) -> bool:
     """Return whether an object is the pipeline or one of its attributes."""
     return owner is pipe or any(value is owner for value in vars(pipe).values())
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from flowaccel.compat import block_output_order
 from flowaccel.errors import UnsupportedModelError
+from flowaccel.hooks.pipeline import Pipeline
 
 Guidance = Literal["uncond_cond", "cond_uncond"]
 Time = Literal["timestep", "sigma", "one_minus_sigma"]
@@ -180,7 +181,7 @@ for _family in (
     register_family(_family)
 
 
-def networks(pipe: Any) -> dict[str, nn.Module]:
+def networks(pipe: Pipeline) -> dict[str, nn.Module]:
     """Return the networks that a pipeline calls at its steps, by component name.
 
     These are `transformer` and, if present, `transformer_2` (Wan 2.2 switches to it during the run), or else `unet`.
@@ -195,7 +196,7 @@ def networks(pipe: Any) -> dict[str, nn.Module]:
     raise TypeError(f"{type(pipe).__name__} has neither a transformer nor a unet to accelerate")
 
 
-def denoiser(pipe: Any) -> Any:
+def denoiser(pipe: Pipeline) -> Any:
     """Return the first of `networks(pipe)`.
 
     Raises:

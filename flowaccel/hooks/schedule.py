@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from flowaccel.hooks.families import Family
+from flowaccel.hooks.pipeline import Pipeline
 
 
 def levels(scheduler: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -24,7 +25,7 @@ def levels(scheduler: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:
     return timesteps, tuple(value / scale for value in timesteps)
 
 
-def span(pipe: Any, timesteps: tuple[float, ...], timestep: Any, family: Family) -> tuple[int, int | None]:
+def span(pipe: Pipeline, timesteps: tuple[float, ...], timestep: Any, family: Family) -> tuple[int, int | None]:
     """Return the index of the run's first timestep, and the number of evaluations that the pipeline states.
 
     Image-to-image pipelines skip the first timesteps.

@@ -32,6 +32,7 @@ from flowaccel.hooks.families import family_of, networks, unwrapped
 from flowaccel.hooks.guidance_order import first_is_conditional
 from flowaccel.hooks.macs import shapes_of
 from flowaccel.hooks.outputs import tensors_of
+from flowaccel.hooks.pipeline import Pipeline
 from flowaccel.hooks.schedule import by_token, levels, span
 from flowaccel.hooks.wrap import Wrapped, entry_point, lend, wrap
 
@@ -55,7 +56,7 @@ that it returned, (images, ...) each.
 class Session:
     """All wrappers on one accelerated pipeline; made by `open_session`."""
 
-    def __init__(self, pipe: Any) -> None:
+    def __init__(self, pipe: Pipeline) -> None:
         self._pipe = weakref.ref(pipe)  # wrappers of the network must not keep the pipeline alive
         self._call_interceptors: list[CallInterceptor] = []
         self._step_observers: list[StepObserver] = []
@@ -536,7 +537,7 @@ def _refuse_foreign_cache(name: str, module: nn.Module) -> None:
         )
 
 
-def _busy(pipe: Any, here: bool) -> str:
+def _busy(pipe: Pipeline, here: bool) -> str:
     where = "further up in this very thread" if here else "in another thread"
     return (
         f"the {type(pipe).__name__} is in use {where}, and makes one thing at a time: wait until it is done. For calls "
@@ -546,7 +547,7 @@ def _busy(pipe: Any, here: bool) -> str:
     )
 
 
-def require_idle(pipe: Any, what: str) -> None:
+def require_idle(pipe: Pipeline, what: str) -> None:
     """Raise a PipelineBusyError within a callback of the pipeline, or while another thread is in a call of it."""
     if is_called(pipe):
         raise PipelineBusyError(
@@ -597,7 +598,7 @@ class _Attached(NamedTuple):
     undo: list[Callable[[], None]]
 
 
-def open_session(pipe: Any) -> Session:
+def open_session(pipe: Pipeline) -> Session:
     """Start observing a pipeline; undone by `close_session`.
 
     Raises:
@@ -615,7 +616,7 @@ def open_session(pipe: Any) -> Session:
     return session
 
 
-def close_session(pipe: Any) -> None:
+def close_session(pipe: Pipeline) -> None:
     """Remove everything that `open_session` added. Idempotent."""
     attached = pipe.__dict__.get(_ATTACHED)
     if attached is not None:
@@ -624,7 +625,7 @@ def close_session(pipe: Any) -> None:
             undo()
 
 
-def session_of(pipe: Any) -> Session:
+def session_of(pipe: Pipeline) -> Session:
     """Return the session of a pipeline.
 
     Raises:

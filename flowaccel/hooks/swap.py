@@ -6,9 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 from flowaccel.hooks.families import networks
+from flowaccel.hooks.pipeline import Pipeline
 
 
-def swap(pipe: Any, old: Any, new: Any) -> Callable[[], None]:
+def swap(pipe: Pipeline, old: Any, new: Any) -> Callable[[], None]:
     """Replace the pipeline's network `old` by `new`; returns a function that undoes it.
 
     Model offloading, where it is enabled, is updated as well.

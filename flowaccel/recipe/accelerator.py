@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal, Self
 
 from torch import nn
 
+from flowaccel.hooks import Pipeline
 from flowaccel.recipe import serialization
 from flowaccel.recipe.compatibility import Tag
 from flowaccel.recipe.serialization import Part
@@ -35,7 +36,7 @@ class Accelerator(ABC):
     """Whether a hook saves work within network calls, instead of skipping calls or reusing parts of them."""
 
     @abstractmethod
-    def attach(self, pipe: Any) -> Detach:
+    def attach(self, pipe: Pipeline) -> Detach:
         """Enable the accelerator on `pipe` and return a function that undoes it exactly.
 
         Raises:
@@ -63,7 +64,7 @@ class Accelerator(ABC):
         """Tags by which the rules of `flowaccel.recipe.compatibility` select the accelerator: its name and its kind."""
         return frozenset({self.name, Tag(self.kind)})
 
-    def loaded(self, pipe: Any) -> Self:
+    def loaded(self, pipe: Pipeline) -> Self:
         """Return this accelerator with its learned parts in memory, or itself if it has none.
 
         Attaching the result reads nothing from disk.
@@ -76,7 +77,7 @@ class Accelerator(ABC):
         """Networks that the accelerator calls besides the pipeline's own, by name; known once `loaded`."""
         return {name: part.value for name, part in self.parts.items() if isinstance(part.value, nn.Module)}
 
-    def stand_in(self, pipe: Any) -> nn.Module | None:
+    def stand_in(self, pipe: Pipeline) -> nn.Module | None:
         """Return the network that will replace the pipeline's own, the same object every time, or None.
 
         Known once `loaded`.

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from flowaccel.checks import is_whole
-from flowaccel.hooks import Call, Identity, Session, denoiser
+from flowaccel.hooks import Call, Identity, Pipeline, Session, denoiser
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,12 +155,12 @@ def watch(session: Session, calibration: Fitted) -> Callable[[], None]:
     return session.on_call(interceptor)
 
 
-def identities(pipe: Any) -> tuple[Identity, Identity]:
+def identities(pipe: Pipeline) -> tuple[Identity, Identity]:
     """Return the identities of the pipeline's network and scheduler."""
     return Identity.of(denoiser(pipe)), Identity.of(pipe.scheduler)
 
 
-def calibrate_command(pipe: Any, call: Call, method: str) -> str:
+def calibrate_command(pipe: Pipeline, call: Call, method: str) -> str:
     """Return the command that calibrates a method for this run."""
     # A solver of higher order makes more evaluations than steps.
     steps = getattr(pipe.scheduler, "num_inference_steps", None) or call.run.num_steps
@@ -170,7 +170,7 @@ def calibrate_command(pipe: Any, call: Call, method: str) -> str:
 _WARNED: weakref.WeakKeyDictionary[Any, set[Hashable]] = weakref.WeakKeyDictionary()
 
 
-def warn_once(pipe: Any, key: Hashable, message: str) -> None:
+def warn_once(pipe: Pipeline, key: Hashable, message: str) -> None:
     """Issue a UserWarning, once per pipeline and key."""
     said = _WARNED.setdefault(pipe, set())
     if key not in said:

@@ -12,15 +12,16 @@ from torch import nn
 
 from flowaccel import models
 from flowaccel.errors import CheckpointError, WeightsNotFoundError
+from flowaccel.hooks import Pipeline
 from flowaccel.models.weights import check_finite, check_folder
 from flowaccel.recipe.registry import NETWORKS
 
 
-def beside(pipe: Any, name: str, what: str, advice: str) -> Path:
+def beside(pipe: Pipeline | None, name: str, what: str, advice: str) -> Path:
     """Return the folder of a learned part that is stored next to the pipeline's components.
 
     Args:
-        pipe: the pipeline.
+        pipe: the pipeline, if there is one.
         name: name of the folder.
         what: name of the part in errors.
         advice: advice in the error if it is missing.
@@ -28,7 +29,8 @@ def beside(pipe: Any, name: str, what: str, advice: str) -> Path:
     Raises:
         WeightsNotFoundError: there is none.
     """
-    found = Path(str(pipe.config.get("_name_or_path", ""))) / name
+    source = "" if pipe is None else pipe.config.get("_name_or_path", "")
+    found = Path(str(source)) / name
     if not found.is_dir():
         raise WeightsNotFoundError(f"no {what} at {found}; {advice}")
     return found

@@ -12,7 +12,7 @@ from torch import nn
 
 from flowaccel.checks import is_whole
 from flowaccel.errors import RecipeConflictError, UnsupportedModelError
-from flowaccel.hooks import Identity, denoiser
+from flowaccel.hooks import Identity, Pipeline, denoiser
 from flowaccel.recipe import compatibility, registry, serialization, storage
 from flowaccel.recipe.accelerator import Accelerator
 from flowaccel.recipe.serialization import Part
@@ -33,7 +33,7 @@ class Base:
     config: str
 
     @classmethod
-    def of(cls, pipe: Any) -> Self:
+    def of(cls, pipe: Pipeline) -> Self:
         """Return the base of the network of `pipe`."""
         found = Identity.of(denoiser(pipe))
         return cls(found.kind, found.config)
@@ -87,11 +87,11 @@ class Recipe:
             )
         return next(iter(asked.values()), None)
 
-    def loaded(self, pipe: Any) -> Recipe:
+    def loaded(self, pipe: Pipeline) -> Recipe:
         """Return this recipe with all learned parts in memory, so that attaching it reads nothing from disk."""
         return replace(self, accelerators=[a.loaded(pipe) for a in self.accelerators]).for_pipeline(pipe)
 
-    def for_pipeline(self, pipe: Any) -> Recipe:
+    def for_pipeline(self, pipe: Pipeline) -> Recipe:
         """Return this recipe with the network of `pipe` as its base, if anything in it was fitted to a network.
 
         Raises:

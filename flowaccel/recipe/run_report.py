@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from flowaccel.hooks import COMPUTED, REUSED, CallRecord, Run, macs_by_module, session_of
+from flowaccel.hooks import COMPUTED, REUSED, CallRecord, Pipeline, Run, macs_by_module, session_of
 from flowaccel.recipe.recipe import Recipe
 from flowaccel.recipe.verbs import recipe_of
 
@@ -219,7 +219,7 @@ def _describe(call: CallRecord) -> str:
     return f"{'+'.join(call.branches)} {call.what}{network}{''.join(map(str, call.stats.values()))}"
 
 
-def report(pipe: Any) -> Report:
+def report(pipe: Pipeline) -> Report:
     """Return a report of the last run of an accelerated pipeline; print it for a table.
 
     Raises:

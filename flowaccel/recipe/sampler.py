@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from flowaccel.errors import UnsupportedModelError
-from flowaccel.hooks import denoiser, family_of, session_of
+from flowaccel.hooks import Pipeline, denoiser, family_of, session_of
 from flowaccel.recipe.accelerator import Accelerator, Detach
 from flowaccel.recipe.calibration import GRID_CALIBRATIONS, GridCalibration, watch
 from flowaccel.recipe.compatibility import Tag
@@ -91,7 +91,7 @@ class Sampler(Accelerator):
         scheduler_class, fixed = SAMPLERS[self.sampler]
         return scheduler_class(**fixed, **self.options)
 
-    def attach(self, pipe: Any) -> Detach:
+    def attach(self, pipe: Pipeline) -> Detach:
         """Replace `pipe.scheduler`; undoing puts the old object back."""
         scheduler_class, fixed = SAMPLERS[self.sampler]
         with ExitStack() as undo:
@@ -103,7 +103,7 @@ class Sampler(Accelerator):
             return undo.pop_all().close
 
 
-def swapped_scheduler(pipe: Any, scheduler_class: type[FlowSampler], what: str, **options: Any) -> Detach:
+def swapped_scheduler(pipe: Pipeline, scheduler_class: type[FlowSampler], what: str, **options: Any) -> Detach:
     """Replace the pipeline's scheduler by a flow sampler with the same time shift; returns a function that undoes it.
 
     Args:

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Self
 from torch import nn
 
 from flowaccel.errors import RecipeConflictError
-from flowaccel.hooks import CallInterceptor, denoiser, session_of, swap
+from flowaccel.hooks import CallInterceptor, Pipeline, denoiser, session_of, swap
 from flowaccel.models import stock_class
 from flowaccel.models.attention import attend_like
 from flowaccel.recipe.accelerator import Accelerator, Detach
@@ -50,12 +50,12 @@ class Variant(Accelerator):
         """Empty: the variant is the pipeline's own network while it is attached."""
         return {}
 
-    def loaded(self, pipe: Any) -> Self:
+    def loaded(self, pipe: Pipeline) -> Self:
         """Return this accelerator with the network as a module."""
         changes: dict[str, Any] = {"network": self.resolve(pipe)}
         return replace(self, **changes)
 
-    def resolve(self, pipe: Any = None) -> nn.Module:
+    def resolve(self, pipe: Pipeline | None = None) -> nn.Module:
         """Return the network as a module, loaded if a folder was given.
 
         Raises:
@@ -101,7 +101,7 @@ class Variant(Accelerator):
         return network.place(base.device, base.dtype).eval()
 
 
-def put_in_place(pipe: Any, network: nn.Module, interceptor: CallInterceptor) -> Detach:
+def put_in_place(pipe: Pipeline, network: nn.Module, interceptor: CallInterceptor) -> Detach:
     """Replace the pipeline's network by `network`, and wrap its calls in `interceptor`.
 
     The network takes over the attention backend that was chosen for the old one. On failure nothing is changed. Undoing

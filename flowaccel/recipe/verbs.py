@@ -7,15 +7,17 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from flowaccel.errors import RecipeConflictError
-from flowaccel.hooks import close_session, lend, open_session, require_idle, session_of, swapped, wrap
+from flowaccel.hooks import Pipeline, close_session, lend, open_session, require_idle, session_of, swapped, wrap
 from flowaccel.recipe.recipe import Recipe
 from flowaccel.recipe.resolution import RecipeLike, resolve
 
 _ATTACHED = "_flowaccel_attached"
 _TURNS = threading.RLock()  # serialises accelerate and restore, also of pipelines that share networks
+
+P = TypeVar("P", bound=Pipeline)
 
 
 class _Attachment(NamedTuple):
@@ -25,7 +27,7 @@ class _Attachment(NamedTuple):
     undo: ExitStack
 
 
-def accelerate(pipe: Any, recipe: RecipeLike) -> Any:
+def accelerate(pipe: P, recipe: RecipeLike) -> P:
     """Accelerate `pipe` in place; `restore` undoes it exactly.
 
     Until then, `pipe.save_pretrained(folder)` writes the original components, the recipe and its learned parts: a
@@ -66,12 +68,12 @@ def accelerate(pipe: Any, recipe: RecipeLike) -> Any:
     return pipe
 
 
-def is_accelerated(pipe: Any) -> bool:
+def is_accelerated(pipe: Pipeline) -> bool:
     """Return whether `pipe` is accelerated."""
     return _ATTACHED in pipe.__dict__
 
 
-def restore(pipe: Any) -> Any:
+def restore(pipe: P) -> P:
     """Undo `accelerate` on `pipe`, if it is accelerated, and return it.
 
     Raises:
@@ -85,14 +87,14 @@ def restore(pipe: Any) -> Any:
     return pipe
 
 
-def recipe_of(pipe: Any) -> Recipe:
+def recipe_of(pipe: Pipeline) -> Recipe:
     """Return the recipe that `pipe` is accelerated with, an empty one if it is not."""
     attached = pipe.__dict__.get(_ATTACHED)
     return Recipe() if attached is None else attached.recipe
 
 
 @contextmanager
-def accelerated(pipe: Any, recipe: RecipeLike) -> Iterator[Any]:
+def accelerated(pipe: P, recipe: RecipeLike) -> Iterator[P]:
     """Accelerate a pipeline within a `with` statement; it is restored at the end, even on an exception."""
     accelerate(pipe, recipe)
     try:
@@ -101,7 +103,7 @@ def accelerated(pipe: Any, recipe: RecipeLike) -> Iterator[Any]:
         restore(pipe)
 
 
-def _saving(pipe: Any, recipe: Recipe) -> Callable[..., Any]:
+def _saving(pipe: Pipeline, recipe: Recipe) -> Callable[..., Any]:
     """Return a wrapper of `pipe.save_pretrained`."""
 
     def interceptor(save_pretrained: Callable[..., Any], save_directory: Any, *args: Any, **kwargs: Any) -> Any:

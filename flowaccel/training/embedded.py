@@ -11,6 +11,7 @@ from diffusers import StableDiffusion3Pipeline
 from flowaccel import zoo
 from flowaccel.data import DATASETS, CaptionedSet, ImageSet
 from flowaccel.errors import UnsupportedModelError
+from flowaccel.hooks import Pipeline
 from flowaccel.pipelines import SiTPipeline
 from flowaccel.training.text_to_image import prompted_data
 
@@ -25,7 +26,7 @@ def known_data(name: str) -> str:
 
 
 def training_data(
-    pipe: str, pipeline: Any, data_set: str, kinds: tuple[Any, ...] = FLOW_PIPELINES
+    pipe: str, pipeline: Pipeline, data_set: str, kinds: tuple[Any, ...] = FLOW_PIPELINES
 ) -> tuple[ImageSet, Callable[[Any], Any]]:
     """Return the training data of a pipeline of one of `kinds`, and a function that adapts its networks to it.
 

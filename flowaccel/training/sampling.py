@@ -13,6 +13,7 @@ from torch import Tensor
 
 from flowaccel.evaluation import Conditions, sample_generator
 from flowaccel.evaluation.samples.finite import check_samples
+from flowaccel.hooks import Pipeline
 from flowaccel.recipe.calibration import identities
 
 Notify = Callable[[str, int, int], None]
@@ -55,13 +56,13 @@ class Sampling:
         ids = range(self.first, self.first + self.num_samples)
         return [ids[start : start + self.batch_size] for start in range(0, self.num_samples, self.batch_size)]
 
-    def guidance_scale(self, pipe: Any) -> float | None:
+    def guidance_scale(self, pipe: Pipeline) -> float | None:
         """Return the guidance scale of the runs: as given, else the pipeline's default; None where it has none."""
         parameter = inspect.signature(type(pipe).__call__).parameters.get("guidance_scale")
         value = self.arguments.get("guidance_scale", None if parameter is None else parameter.default)
         return float(value) if isinstance(value, (int, float)) else None
 
-    def facts(self, pipe: Any, steps: int, model: str | None) -> dict[str, Any]:
+    def facts(self, pipe: Pipeline, steps: int, model: str | None) -> dict[str, Any]:
         """Return what a calibration records about runs of `steps` evaluations with `pipe`.
 
         The pipeline is accelerated as in those runs.
@@ -79,7 +80,7 @@ class Sampling:
             "model": model,
         }
 
-    def run(self, pipe: Any, notify: Notify, stage: str) -> Iterator[Tensor]:
+    def run(self, pipe: Pipeline, notify: Notify, stage: str) -> Iterator[Tensor]:
         """Call the pipeline batch by batch, and yield images, uint8 (N, C, H, W), frames one below the other.
 
         Raises:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
 from flowaccel.data import CaptionedSet, ImageSet
+from flowaccel.hooks import Pipeline
 
 _START, _END, _WORD_END = "<|startoftext|>", "<|endoftext|>", "</w>"
 # What the pipeline puts in place of a T5 that it does not have: `max_sequence_length` zero tokens, 256 if not told.
@@ -261,7 +262,7 @@ class PromptedData:
         return PromptedFlow(network, self.tokens, self.pooled)
 
 
-def prompted_data(pipe: Any, data: CaptionedSet, max_sequence_length: int) -> PromptedData:
+def prompted_data(pipe: Pipeline, data: CaptionedSet, max_sequence_length: int) -> PromptedData:
     """Encode images and captions of `data`; the empty prompt comes last.
 
     `max_sequence_length` is what the pipeline will be called with.
@@ -275,7 +276,7 @@ def prompted_data(pipe: Any, data: CaptionedSet, max_sequence_length: int) -> Pr
 
 
 @torch.no_grad()
-def _encode_prompts(pipe: Any, prompts: list[str], max_sequence_length: int) -> tuple[Tensor, Tensor]:
+def _encode_prompts(pipe: Pipeline, prompts: list[str], max_sequence_length: int) -> tuple[Tensor, Tensor]:
     encoded = [
         pipe.encode_prompt(
             prompt=prompts[first : first + 500],

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from flowaccel import zoo
 from flowaccel.evaluation import Classes
+from flowaccel.hooks import Pipeline
 from flowaccel.methods.policy.accelerator import LearnedPolicy
 from flowaccel.methods.policy.network import CACHE, COUNT, STEP, AccelerationPolicy
 from flowaccel.methods.policy.train.discriminator import DiscriminatorConfig, DiscriminatorTraining, new_discriminator
@@ -62,20 +63,20 @@ class PolicyTraining:
             seed=seed,
         )
 
-    def goal(self, pipe: Any, folder: Path) -> Tensor:
+    def goal(self, pipe: Pipeline, folder: Path) -> Tensor:
         """Return the reference images that a policy's images are to come near, kept in `folder`."""
         if self.order == 1:
             return references(pipe, TASK, folder)
         with accelerated(pipe, Recipe([Sampler("heun")])):
             return references(pipe, TASK, folder / "converged")
 
-    def heads(self, pipe: Any, work: Path, seed: int) -> AccelerationPolicy:
+    def heads(self, pipe: Pipeline, work: Path, seed: int) -> AccelerationPolicy:
         """Create the heads, with the measured costs of their decisions, which are kept in `work`."""
         heads = new_policy(pipe, TASK, self.levels, seed, counts=self.counts, width=32, solver_order=self.order)
         set_costs(pipe, heads, TASK, work, COST_BATCH)
         return heads
 
-    def objective(self, pipe: Any, goal: Tensor, loop: LoopConfig) -> PolicyObjective:
+    def objective(self, pipe: Pipeline, goal: Tensor, loop: LoopConfig) -> PolicyObjective:
         """Return the objective."""
         judge = None
         if self.judged:
@@ -113,7 +114,7 @@ def build_policy(out: Path) -> Iterator[tuple[str, Progress, int]]:
     save_policy(heads, pipe, out)
 
 
-def save_policy(heads: AccelerationPolicy, pipe: Any, folder: Path) -> None:
+def save_policy(heads: AccelerationPolicy, pipe: Pipeline, folder: Path) -> None:
     """Save the policy as it is shipped, in float32, as heads always are."""
     recipe = Recipe([LearnedPolicy(heads.requires_grad_(False))], name="sit-digits-policy", num_inference_steps=STEPS)
     recipe.for_pipeline(pipe).save_pretrained(folder)

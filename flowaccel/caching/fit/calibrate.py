@@ -16,7 +16,7 @@ from flowaccel.caching.predictors import Predictor
 from flowaccel.errors import did_you_mean
 from flowaccel.evaluation.metrics.pixel_metrics import rel_l2
 from flowaccel.evaluation.samples.prompt_lengths import check_prompt_lengths
-from flowaccel.hooks import Run, session_of
+from flowaccel.hooks import Pipeline, Run, session_of
 from flowaccel.recipe import Recipe, accelerated, registry
 from flowaccel.recipe.calibration import Calibration
 from flowaccel.training.sampling import Notify, Sampling
@@ -57,7 +57,7 @@ def check_target(target: float) -> None:
 
 
 def calibrate(
-    pipe: Any,
+    pipe: Pipeline,
     method: str,
     target: float,
     sampling: Sampling,
@@ -101,7 +101,7 @@ def calibrate(
 
 
 def observe_methods(
-    pipe: Any,
+    pipe: Pipeline,
     sampling: Sampling,
     methods: Sequence[Calibrator],
     *,
@@ -142,7 +142,7 @@ def fitted(
 
 
 def verified(
-    pipe: Any,
+    pipe: Pipeline,
     cache: FeatureCache,
     observation: Observation,
     sampling: Sampling,

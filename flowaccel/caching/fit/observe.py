@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from flowaccel.caching.gates.base import Feedback, Signal, State
 from flowaccel.caching.guard import Guard
 from flowaccel.caching.predictors import Hold
 from flowaccel.caching.scopes import Scope
-from flowaccel.hooks import session_of
+from flowaccel.hooks import Pipeline, session_of
 from flowaccel.training.sampling import Notify, Sampling
 
 _NUMBERS = 2**14
@@ -99,7 +99,7 @@ class Recorder(Gate):
 
 
 def observe(
-    pipe: Any, sampling: Sampling, watches: Sequence[Watch], notify: Notify = lambda *_: None
+    pipe: Pipeline, sampling: Sampling, watches: Sequence[Watch], notify: Notify = lambda *_: None
 ) -> tuple[Trace, Tensor]:
     """Sample with every step computed, and record the signals.
 

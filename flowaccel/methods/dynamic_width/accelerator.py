@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from flowaccel.checks import is_number, is_whole
-from flowaccel.hooks import Call, CallStats, Identity, Session, denoiser, session_of
+from flowaccel.hooks import Call, CallStats, Identity, Pipeline, Session, denoiser, session_of
 from flowaccel.methods.dynamic_width.adapter import WEIGHTS_FILE as ADAPTER_WEIGHTS
 from flowaccel.methods.dynamic_width.adapter import WidthAdapter
 from flowaccel.methods.dynamic_width.network import Dynamics
@@ -89,7 +89,7 @@ class DynamicWidth(Variant):
         """Whether a network has dynamic width, or is an adapter that adds it."""
         return isinstance(network, WidthAdapter) or isinstance(getattr(network, "dynamic", None), Dynamics)
 
-    def stand_in(self, pipe: Any) -> Any:
+    def stand_in(self, pipe: Pipeline) -> Any:
         """Return the dynamic network in evaluation mode, on the device and in the dtype of the pipeline's network.
 
         Raises:
@@ -105,7 +105,7 @@ class DynamicWidth(Variant):
         """Tags of every accelerator, and that the widths follow the loop's time."""
         return super().tags | {Tag.LOOP_TIME}
 
-    def attach(self, pipe: Any) -> Detach:
+    def attach(self, pipe: Pipeline) -> Detach:
         """Replace the network; detaching restores the original object."""
         network = self.stand_in(pipe)
         dynamics: Dynamics = network.dynamic

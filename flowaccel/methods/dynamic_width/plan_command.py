@@ -27,7 +27,7 @@ from flowaccel.cli.common import (
 from flowaccel.cli.generate import call_arguments, parse_conditions
 from flowaccel.cli.loading import PromptsOption, open_pipeline, saved_with
 from flowaccel.evaluation import sample_generator
-from flowaccel.hooks import session_of
+from flowaccel.hooks import Pipeline, session_of
 from flowaccel.methods.dynamic_width.accelerator import DynamicWidth
 from flowaccel.methods.dynamic_width.gathering import TokenCounts, choose_gather, fit_capacities, watched_tokens
 from flowaccel.methods.dynamic_width.plan import WidthPlan
@@ -115,7 +115,7 @@ class Tokens:
     capacities: dict[str, float] | None
 
 
-def _tokens(pipeline: Any, seen: TokenCounts, fitted: bool) -> Tokens:
+def _tokens(pipeline: Pipeline, seen: TokenCounts, fitted: bool) -> Tokens:
     """Measure the token statistics on the pipeline's device, for batches like the one that was made.
 
     Raises:

@@ -23,7 +23,7 @@ from flowaccel.cli.common import (
 )
 from flowaccel.cli.common import progress as progress_bar
 from flowaccel.cli.loading import open_pipeline
-from flowaccel.hooks import Identity
+from flowaccel.hooks import Identity, Pipeline
 from flowaccel.methods.dynamic_width.accelerator import DynamicWidth
 from flowaccel.methods.dynamic_width.adapter import WidthAdapter, add_timed_lora
 from flowaccel.methods.dynamic_width.networks import make_dynamic
@@ -187,7 +187,7 @@ def _dynamic_network(base: Any, settings: DynamicSettings, lora: TimedLoraSettin
     return network
 
 
-def deployment_times(pipeline: Any, recipe: str) -> tuple[float, ...]:
+def deployment_times(pipeline: Pipeline, recipe: str) -> tuple[float, ...]:
     """Return the times in SiT's convention (1 data) at which a recipe's sampler calls the network.
 
     Raises:

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from flowaccel.hooks import Call, denoiser, lend, session_of
+from flowaccel.hooks import Call, Pipeline, denoiser, lend, session_of
 from flowaccel.methods.flowturbo.refinement import refined
 from flowaccel.models import convention_of, stock_class
 from flowaccel.models.attention import attend_like
@@ -65,7 +65,7 @@ class VelocityRefiner(Accelerator):
         """Those of every accelerator, and that it works on the sampler's R steps."""
         return super().tags | {Tag.REFINER}
 
-    def attach(self, pipe: Any) -> Detach:
+    def attach(self, pipe: Pipeline) -> Detach:
         """Wrap the network's calls, and pass the refiner to the scheduler."""
         network, scheduler = denoiser(pipe), pipe.scheduler
         _check_scheduler(scheduler)
@@ -100,7 +100,7 @@ class VelocityRefiner(Accelerator):
 
         return detach
 
-    def resolve(self, pipe: Any = None) -> nn.Module:
+    def resolve(self, pipe: Pipeline | None = None) -> nn.Module:
         """Return the refiner as a module, loaded if a folder was given."""
         if isinstance(self.refiner, nn.Module):
             return self.refiner
@@ -109,7 +109,7 @@ class VelocityRefiner(Accelerator):
         advice = "train one with `flowaccel train refiner`, or pass VelocityRefiner(refiner=FOLDER)"
         return load_refiner(beside(pipe, FOLDER, "refiner", advice))
 
-    def loaded(self, pipe: Any) -> VelocityRefiner:
+    def loaded(self, pipe: Pipeline) -> VelocityRefiner:
         """Return this accelerator with the refiner as a module."""
         return VelocityRefiner(self.resolve(pipe))
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from flowaccel.checks import is_whole
 from flowaccel.errors import RecipeConflictError
 from flowaccel.evaluation.metrics.pixel_metrics import rel_l2
-from flowaccel.hooks import session_of
+from flowaccel.hooks import Pipeline, session_of
 from flowaccel.methods.grids.search import (
     GRID_METHODS,
     METRICS,
@@ -36,7 +36,7 @@ Grid = tuple[float, ...]
 
 
 def calibrate_grid(
-    pipe: Any,
+    pipe: Pipeline,
     method: str,
     steps: int,
     sampling: Sampling,
@@ -80,7 +80,7 @@ def calibrate_grid(
 
 
 def search_grids(
-    pipe: Any,
+    pipe: Pipeline,
     method: str,
     steps: int,
     sampling: Sampling,
@@ -100,7 +100,7 @@ def search_grids(
 
 
 def measured_grid(
-    pipe: Any,
+    pipe: Pipeline,
     method: str,
     grid: Sequence[float],
     sampling: Sampling,
@@ -149,7 +149,7 @@ def _check(method: str, metric: str, steps: int, fine_steps: int) -> None:
         raise ValueError(f"steps must be a whole number in 1 .. {fine_steps} (the fine run's steps), got {steps!r}")
 
 
-def _check_base(pipe: Any, method: str, base: Recipe) -> None:
+def _check_base(pipe: Pipeline, method: str, base: Recipe) -> None:
     """Refuse early a base recipe that would fail later or that a grid cannot be searched for."""
     hooks = [accelerator.name for accelerator in base.accelerators if accelerator.kind == "hook"]
     if hooks:
@@ -190,7 +190,7 @@ def _not_euler(scheduler: Any) -> str | None:
 
 
 def _boss(
-    pipe: Any, base: Recipe, steps: int, sampling: Sampling, metric: Metric, notify: Notify
+    pipe: Pipeline, base: Recipe, steps: int, sampling: Sampling, metric: Metric, notify: Notify
 ) -> tuple[Grid, tuple[SearchedGrid, ...]]:
     times: list[Grid] = []
     tables: list[Any] = []
@@ -204,7 +204,7 @@ def _boss(
 
 
 def _oss(
-    pipe: Any, base: Recipe, steps: int, sampling: Sampling, metric: Metric, notify: Notify
+    pipe: Pipeline, base: Recipe, steps: int, sampling: Sampling, metric: Metric, notify: Notify
 ) -> tuple[Grid, tuple[SearchedGrid, ...]]:
     batches: list[Trajectory] = []
     watch_fine_runs(pipe, base, sampling, batches.append, notify)
@@ -222,7 +222,11 @@ def _oss(
 
 
 def watch_fine_runs(
-    pipe: Any, base: Recipe, sampling: Sampling, take: Callable[[Trajectory], None], notify: Notify = lambda *_: None
+    pipe: Pipeline,
+    base: Recipe,
+    sampling: Sampling,
+    take: Callable[[Trajectory], None],
+    notify: Notify = lambda *_: None,
 ) -> None:
     """Run `sampling` with `base`, and yield the trajectory of every batch, float32 on the CPU.
 
@@ -255,7 +259,7 @@ def watch_fine_runs(
             seen.clear()
 
 
-def velocities_at(pipe: Any, base: Recipe, sampling: Sampling, states: Tensor, times: Sequence[float]) -> Tensor:
+def velocities_at(pipe: Pipeline, base: Recipe, sampling: Sampling, states: Tensor, times: Sequence[float]) -> Tensor:
     """Return the velocities of the pipeline's guided network at given states.
 
     The pipeline itself is run, over a grid of these noise levels, and whenever it steps it is handed the next of the

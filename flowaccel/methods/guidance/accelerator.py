@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from flowaccel.caching.predictors import Hold, Newton, Predictor
-from flowaccel.hooks import session_of
+from flowaccel.hooks import Pipeline, session_of
 from flowaccel.methods.guidance.runtime import Guiding
 from flowaccel.methods.guidance.when import WHENS, AdaptiveGuidance, When
 from flowaccel.recipe.accelerator import Accelerator, Detach
@@ -58,6 +58,6 @@ class GuidanceSkip(Accelerator):
         timed = self.mode == "extrapolate" or getattr(self.when, "space", None) == "x0"
         return super().tags | {Tag.GUIDANCE} | ({Tag.LOOP_TIME} if timed else set())
 
-    def attach(self, pipe: Any) -> Detach:
+    def attach(self, pipe: Pipeline) -> Detach:
         """Wrap the network's calls."""
         return Guiding(self.when, _PREDICTORS[self.mode], session_of(pipe)).attach()

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from flowaccel.hooks import Call, CallStats, Session, denoiser, session_of
+from flowaccel.hooks import Call, CallStats, Pipeline, Session, denoiser, session_of
 from flowaccel.methods.mediators.attention import GridAttention, MediatorAttention
 from flowaccel.methods.mediators.networks import (
     MediatorSiTTransformer2DModel,
@@ -81,7 +81,7 @@ class Mediators(Variant):
         """Whether a network is of the class that can have mediators."""
         return isinstance(network, MediatorSiTTransformer2DModel)
 
-    def stand_in(self, pipe: Any) -> Any:
+    def stand_in(self, pipe: Pipeline) -> Any:
         """Return the network with mediators, on the device and in the dtype of the pipeline's network.
 
         Raises:
@@ -94,7 +94,7 @@ class Mediators(Variant):
         """Tags of every accelerator, and whether the number of mediators follows the loop's time."""
         return super().tags | ({Tag.LOOP_TIME} if self.schedule is not None else set())
 
-    def attach(self, pipe: Any) -> Detach:
+    def attach(self, pipe: Pipeline) -> Detach:
         """Replace the network; detaching restores the original object and the numbers of mediators.
 
         Raises:

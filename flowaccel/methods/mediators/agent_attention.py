@@ -14,7 +14,7 @@ from torch import nn
 
 from flowaccel.checks import is_whole
 from flowaccel.errors import RecipeConflictError, UnsupportedModelError
-from flowaccel.hooks import Call, CallStats, Session, is_present, networks, session_of
+from flowaccel.hooks import Call, CallStats, Pipeline, Session, is_present, networks, session_of
 from flowaccel.methods.mediators.agents import AgentAttnProcessor, AgentSwitch
 from flowaccel.recipe.accelerator import Accelerator, Detach
 from flowaccel.recipe.calibration import warn_once
@@ -55,7 +55,7 @@ class AgentAttention(Accelerator):
         if not 0 <= self.first <= 1:
             raise ValueError(f"first must be a share of the steps, from 0 to 1, got {self.first!r}")
 
-    def attach(self, pipe: Any) -> Detach:
+    def attach(self, pipe: Pipeline) -> Detach:
         """Replace the stock attention processors; detaching restores them.
 
         Raises:

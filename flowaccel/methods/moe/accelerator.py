@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from flowaccel.checks import is_number
-from flowaccel.hooks import Call, CallRecord, Run, denoiser
+from flowaccel.hooks import Call, CallRecord, Pipeline, Run, denoiser
 from flowaccel.methods.moe.control import (
     moe_layers,
     set_experts_backend,
@@ -88,7 +88,7 @@ class MixtureOfExperts(Variant):
         """Whether a network is of a class with experts, and has some."""
         return isinstance(network, MoEMixin) and bool(moe_layers(network))
 
-    def stand_in(self, pipe: Any) -> Any:
+    def stand_in(self, pipe: Pipeline) -> Any:
         """Return the network with experts, on the device and in the dtype of the pipeline's network.
 
         The tensors that take part in routing keep their dtype.
@@ -98,7 +98,7 @@ class MixtureOfExperts(Variant):
         """
         return self.fitted_to(self.resolve(pipe), denoiser(pipe))
 
-    def attach(self, pipe: Any) -> Detach:
+    def attach(self, pipe: Pipeline) -> Detach:
         """Replace the network and set its experts; detaching restores the original object and settings.
 
         Raises:

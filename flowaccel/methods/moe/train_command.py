@@ -25,6 +25,7 @@ from flowaccel.cli.common import (
 from flowaccel.cli.common import progress as progress_bar
 from flowaccel.cli.generate import parse_arguments
 from flowaccel.cli.loading import open_pipeline
+from flowaccel.hooks import Pipeline
 from flowaccel.methods.moe.accelerator import MixtureOfExperts
 from flowaccel.methods.moe.control import moe_layers
 from flowaccel.methods.moe.networks import moe_class, upcycle_to_moe
@@ -195,7 +196,7 @@ def _built(network: Any) -> MoESettings:
     return next(iter(moe_layers(network).values())).settings
 
 
-def _own_objective(pipeline: Any, asked: str | None, **drawn: Any) -> LabelledObjective:
+def _own_objective(pipeline: Pipeline, asked: str | None, **drawn: Any) -> LabelledObjective:
     """Return the objective that the pipeline's network is trained on.
 
     Raises:

@@ -10,12 +10,12 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import nn
 
 from flowaccel.errors import RecipeConflictError, UnsupportedModelError
-from flowaccel.hooks import Identity, denoiser, session_of
+from flowaccel.hooks import Identity, Pipeline, denoiser, session_of
 from flowaccel.methods.policy.network import TIMED, AccelerationPolicy, check_levels
 from flowaccel.methods.policy.policy_decisions import DecisionSource, HeadSource
 from flowaccel.methods.policy.runtime import PolicyRuntime
@@ -72,7 +72,7 @@ class LearnedPolicy(Accelerator):
         timed = TIMED & set(self.levels or known)
         return super().tags | {Tag.CACHE, Tag.SCHEDULER} | ({Tag.TIMES_PER_IMAGE} if timed else set())
 
-    def attach(self, pipe: Any) -> Detach:
+    def attach(self, pipe: Pipeline) -> Detach:
         """Wrap the network's calls, and replace the scheduler where the policy has a head that chooses times.
 
         Raises:
@@ -83,7 +83,7 @@ class LearnedPolicy(Accelerator):
         policy = self.resolve(pipe)
         return attach_policy(pipe, policy, HeadSource(policy), self.levels)
 
-    def resolve(self, pipe: Any = None) -> AccelerationPolicy:
+    def resolve(self, pipe: Pipeline | None = None) -> AccelerationPolicy:
         """Return the policy as a module, loaded if a folder was given."""
         if isinstance(self.policy, AccelerationPolicy):
             return self.policy
@@ -91,13 +91,13 @@ class LearnedPolicy(Accelerator):
         folder = beside(pipe, FOLDER, "policy", advice) if self.policy is None else Path(str(self.policy))
         return load_policy(folder)
 
-    def loaded(self, pipe: Any) -> LearnedPolicy:
+    def loaded(self, pipe: Pipeline) -> LearnedPolicy:
         """Return this accelerator with the policy as a module."""
         return LearnedPolicy(self.resolve(pipe), self.levels)
 
 
 def attach_policy(
-    pipe: Any,
+    pipe: Pipeline,
     policy: AccelerationPolicy,
     source: DecisionSource,
     levels: Sequence[str] | None = None,
@@ -124,7 +124,7 @@ def attach_policy(
         return undo.pop_all().close
 
 
-def _check(pipe: Any, policy: AccelerationPolicy, levels: Sequence[str]) -> None:
+def _check(pipe: Pipeline, policy: AccelerationPolicy, levels: Sequence[str]) -> None:
     network, config = denoiser(pipe), policy.config
     missing = set(levels) - set(policy.levels)
     if missing:

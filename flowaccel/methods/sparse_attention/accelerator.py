@@ -15,7 +15,7 @@ from torch import nn
 
 from flowaccel.checks import is_whole
 from flowaccel.errors import RecipeConflictError, UnsupportedModelError
-from flowaccel.hooks import Call, CallStats, Session, is_compiled, is_present, networks, session_of
+from flowaccel.hooks import Call, CallStats, Pipeline, Session, is_compiled, is_present, networks, session_of
 from flowaccel.methods.sparse_attention.attention import Backend, By, SparseRule, check_backend
 from flowaccel.methods.sparse_attention.processors import (
     SparseAttnProcessor,
@@ -92,7 +92,7 @@ class SparseAttention(Accelerator):
         rule = SparseRule(self.by, self.similarity, self.query_block, self.key_block)
         return SparseSwitch(rule, self.min_tokens, self.backend)
 
-    def attach(self, pipe: Any) -> Detach:
+    def attach(self, pipe: Pipeline) -> Detach:
         """Replace the stock attention processors; detaching restores them.
 
         Raises:
@@ -119,7 +119,7 @@ class SparseAttention(Accelerator):
         return output
 
 
-def warn_idle(pipe: Any, switch: SparseSwitch, dense_blocks: int, who: str) -> None:
+def warn_idle(pipe: Pipeline, switch: SparseSwitch, dense_blocks: int, who: str) -> None:
     """Warn once, with the reason, if a call that was to be sparse was not."""
     reason = ""
     if not switch.layers:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from flowaccel.errors import CheckpointError
 from flowaccel.evaluation import Conditions, sample_generator
-from flowaccel.hooks import Block, Call, Identity, denoiser, session_of
+from flowaccel.hooks import Block, Call, Identity, Pipeline, denoiser, session_of
 from flowaccel.methods.policy.accelerator import base_of
 from flowaccel.methods.policy.network import AccelerationPolicy, Choices
 from flowaccel.methods.policy.train.discriminator import DiscriminatorTraining
@@ -83,7 +83,7 @@ class PolicyTask:
 
 
 def references(
-    pipe: Any, task: PolicyTask, folder: Path, batch: int = 32, notify: Callable[[int], None] | None = None
+    pipe: Pipeline, task: PolicyTask, folder: Path, batch: int = 32, notify: Callable[[int], None] | None = None
 ) -> Tensor:
     """Return the unaccelerated images (size, C, H, W) of a task, made once and kept in `folder`.
 
@@ -104,7 +104,7 @@ def references(
     return found
 
 
-def _described(pipe: Any, task: PolicyTask) -> dict[str, Any]:
+def _described(pipe: Pipeline, task: PolicyTask) -> dict[str, Any]:
     """Return what the unaccelerated images depend on, except for the weights."""
     own = {
         "conditions": task.conditions.describe(),
@@ -129,7 +129,9 @@ def _kept(path: Path, meta: dict[str, str]) -> Tensor:
     return images
 
 
-def new_policy(pipe: Any, task: PolicyTask, levels: Sequence[str], seed: int = 0, **config: Any) -> AccelerationPolicy:
+def new_policy(
+    pipe: Pipeline, task: PolicyTask, levels: Sequence[str], seed: int = 0, **config: Any
+) -> AccelerationPolicy:
     """Create trainable heads for a pipeline's network, on its device.
 
     Args:
@@ -159,7 +161,7 @@ def new_policy(pipe: Any, task: PolicyTask, levels: Sequence[str], seed: int = 0
     return policy
 
 
-def set_costs(pipe: Any, policy: AccelerationPolicy, task: PolicyTask, folder: Path, images: int = 8) -> None:
+def set_costs(pipe: Pipeline, policy: AccelerationPolicy, task: PolicyTask, folder: Path, images: int = 8) -> None:
     """Store the measured costs of a policy's decisions in its configuration.
 
     They are measured once for `batch` images and kept in `folder`, so that a resumed training goes on with the same.
@@ -172,7 +174,7 @@ def set_costs(pipe: Any, policy: AccelerationPolicy, task: PolicyTask, folder: P
     policy.register_to_config(costs=json.loads(file.read_text()))
 
 
-def condition_width(pipe: Any, task: PolicyTask) -> int:
+def condition_width(pipe: Pipeline, task: PolicyTask) -> int:
     """Return the width of the embedding that modulates the network's blocks, by running one step of one image.
 
     Raises:
@@ -306,7 +308,7 @@ class PolicyObjective:
 
     def __init__(
         self,
-        pipe: Any,
+        pipe: Pipeline,
         task: PolicyTask,
         reward: Reward,
         settings: PolicySettings,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from flowaccel.evaluation import measure_latency
-from flowaccel.hooks import COND, CallRecord, denoiser, session_of
+from flowaccel.hooks import COND, CallRecord, Pipeline, denoiser, session_of
 from flowaccel.methods.policy.accelerator import attach_policy
 from flowaccel.methods.policy.network import CACHE, COMPUTE, COUNT, REUSE, SPARSE, AccelerationPolicy, Choices
 from flowaccel.methods.policy.policy_decisions import DecisionSource, HeadSource, Sight
@@ -76,7 +76,7 @@ def joined(parts: Sequence[Rollout]) -> Rollout:
 
 
 def roll_out(
-    pipe: Any,
+    pipe: Pipeline,
     policy: AccelerationPolicy,
     generate: Generate,
     source: DecisionSource,
@@ -165,7 +165,7 @@ class _Overruled:
 
 
 def measured_costs(
-    pipe: Any,
+    pipe: Pipeline,
     policy: AccelerationPolicy,
     generate: Callable[[int], Any],
     steps: tuple[int, int] = (2, 6),
