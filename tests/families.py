@@ -40,8 +40,7 @@ STEPS = 4
 EVALUATIONS = 10
 CLOSE = 1e-4
 """Of the largest value."""
-TEXT, WIDTH = 5, 16
-"""Text tokens and the width of their embeddings."""
+TEXT, WIDTH = tiny.TOKENS, tiny.CONTEXT
 
 
 @dataclass(frozen=True)
@@ -87,32 +86,14 @@ class Embedded(Conditions):
         return {name: value for name, value in given.items() if name not in ours}
 
 
-def generators(batch: int, seed: int) -> list[torch.Generator]:
-    return [torch.Generator().manual_seed(seed + i) for i in range(batch)]
-
-
-def words(batch: int, seed: int) -> Tensor:
-    return torch.stack([tiny.embedding(TEXT, WIDTH, seed + i) for i in range(batch)])
-
-
-def silent(pipe: Any) -> Any:
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
 def prepared(network: Any, seed: int) -> Any:
     tiny.random_weights(network, seed, std=0.05)
     return network.eval()
 
 
 def sit_arguments(batch: int = 1, steps: int = STEPS, seed: int = 3, guided: bool = True) -> dict[str, Any]:
-    return {
-        "class_labels": [(seed + i) % 10 for i in range(batch)],
-        "num_inference_steps": steps,
-        "guidance_scale": 3.0 if guided else 1.0,
-        "generator": generators(batch, seed),
-        "output_type": "pt",
-    }
+    labels, scale = [(seed + i) % 10 for i in range(batch)], 3.0 if guided else 1.0
+    return tiny.drawing(batch, steps, seed, size=None, class_labels=labels, guidance_scale=scale)
 
 
 def euler_sit(seed: int = 0) -> Any:
@@ -133,17 +114,12 @@ def dit_pipeline(seed: int = 0) -> Any:
         attention_head_dim=8,
         num_embeds_ada_norm=1000,
     )
-    return silent(DiTPipeline(prepared(transformer, seed), tiny.autoencoder(), DDIMScheduler()))
+    return tiny.silent(DiTPipeline(prepared(transformer, seed), tiny.autoencoder(), DDIMScheduler()))
 
 
 def dit_arguments(batch: int = 1, steps: int = STEPS, seed: int = 3, guided: bool = True) -> dict[str, Any]:
-    return {
-        "class_labels": [seed + i for i in range(batch)],
-        "num_inference_steps": steps,
-        "guidance_scale": 3.0 if guided else 1.0,
-        "generator": generators(batch, seed),
-        "output_type": "np",
-    }
+    labels, scale = [seed + i for i in range(batch)], 3.0 if guided else 1.0
+    return tiny.drawing(batch, steps, seed, size=None, class_labels=labels, guidance_scale=scale, output_type="np")
 
 
 def sd3_arguments(batch: int = 1, steps: int = STEPS, seed: int = 3, guided: bool = True) -> dict[str, Any]:
@@ -156,12 +132,14 @@ def flux_arguments(batch: int = 1, steps: int = STEPS, seed: int = 3, guided: bo
 
 def flux_img2img(seed: int = 0) -> Any:
     pipe = tiny.flux_pipeline(seed)
-    return silent(FluxImg2ImgPipeline(**pipe.components))
+    return tiny.silent(FluxImg2ImgPipeline(**pipe.components))
 
 
 def flux_img2img_arguments(batch: int = 1, steps: int = 2 * STEPS, **options: Any) -> dict[str, Any]:
     seed = options.get("seed", 3)
-    image = torch.stack([torch.rand(3, 16, 16, generator=one) for one in generators(batch, 100 + seed)])
+    image = torch.stack(
+        [torch.rand(3, 16, 16, generator=one) for one in tiny.generators(*range(100 + seed, 100 + seed + batch))]
+    )
     return flux_arguments(batch, steps, **options) | {"image": image, "strength": 0.5}
 
 
@@ -179,35 +157,20 @@ def pixart_pipeline(seed: int = 0) -> Any:
         caption_channels=WIDTH,
         use_additional_conditions=False,
     )
-    return silent(
-        PixArtSigmaPipeline(
-            tokenizer=None,
-            text_encoder=None,
-            vae=tiny.autoencoder(),
-            transformer=prepared(transformer, seed),
-            scheduler=DDIMScheduler(),
-        )
+    return tiny.stock(
+        PixArtSigmaPipeline,
+        vae=tiny.autoencoder(),
+        transformer=prepared(transformer, seed),
+        scheduler=DDIMScheduler(),
     )
 
 
 def pixart_arguments(batch: int = 1, steps: int = STEPS, seed: int = 3, guided: bool = True) -> dict[str, Any]:
     mask = torch.ones(batch, TEXT)
     mask[:, -2:] = 0
-    return {
-        "prompt": None,
-        "negative_prompt": None,
-        "prompt_embeds": words(batch, seed),
-        "prompt_attention_mask": mask,
-        "negative_prompt_embeds": words(1, 40).expand(batch, -1, -1),
-        "negative_prompt_attention_mask": mask,
-        "guidance_scale": 4.0 if guided else 1.0,
-        "num_inference_steps": steps,
-        "height": 16,
-        "width": 16,
-        "use_resolution_binning": False,
-        "generator": generators(batch, seed),
-        "output_type": "pt",
-    }
+    masks = {"prompt": None, "prompt_attention_mask": mask, "negative_prompt_attention_mask": mask}
+    others = {"negative_prompt": None, "use_resolution_binning": False, "guidance_scale": 4.0 if guided else 1.0}
+    return tiny.words(batch, seed) | masks | tiny.drawing(batch, steps, seed, **others)
 
 
 def wan_network(seed: int = 0) -> Any:
@@ -232,33 +195,21 @@ def wan_network(seed: int = 0) -> Any:
 def wan_pipeline(seed: int = 0, both: bool = False) -> Any:
     torch.manual_seed(seed)
     vae = AutoencoderKLWan(base_dim=3, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1).eval()
-    return silent(
-        WanPipeline(
-            tokenizer=None,
-            text_encoder=None,
-            vae=vae,
-            scheduler=UniPCMultistepScheduler(
-                prediction_type="flow_prediction", use_flow_sigmas=True, num_train_timesteps=1000, flow_shift=3.0
-            ),
-            transformer=wan_network(seed),
-            transformer_2=wan_network(seed + 1) if both else None,
-            boundary_ratio=0.875 if both else None,
-        )
+    return tiny.stock(
+        WanPipeline,
+        vae=vae,
+        scheduler=UniPCMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, num_train_timesteps=1000, flow_shift=3.0
+        ),
+        transformer=wan_network(seed),
+        transformer_2=wan_network(seed + 1) if both else None,
+        boundary_ratio=0.875 if both else None,
     )
 
 
 def wan_arguments(batch: int = 1, steps: int = STEPS, seed: int = 3, guided: bool = True) -> dict[str, Any]:
-    return {
-        "prompt_embeds": words(batch, seed),
-        "negative_prompt_embeds": words(1, 40).expand(batch, -1, -1),
-        "guidance_scale": 3.0 if guided else 1.0,
-        "num_inference_steps": steps,
-        "height": 16,
-        "width": 16,
-        "num_frames": 5,
-        "generator": generators(batch, seed),
-        "output_type": "pt",
-    }
+    scale = 3.0 if guided else 1.0
+    return tiny.words(batch, seed) | tiny.drawing(batch, steps, seed, guidance_scale=scale, num_frames=5)
 
 
 def cogview4_pipeline(seed: int = 0) -> Any:
@@ -276,28 +227,17 @@ def cogview4_pipeline(seed: int = 0) -> Any:
         sample_size=8,
         rope_axes_dim=(4, 4),
     )
-    return silent(
-        CogView4Pipeline(
-            tokenizer=None,
-            text_encoder=None,
-            vae=tiny.autoencoder(),
-            transformer=prepared(transformer, seed),
-            scheduler=FlowMatchEulerDiscreteScheduler(base_shift=0.25, max_shift=0.75, use_dynamic_shifting=True),
-        )
+    return tiny.stock(
+        CogView4Pipeline,
+        vae=tiny.autoencoder(),
+        transformer=prepared(transformer, seed),
+        scheduler=FlowMatchEulerDiscreteScheduler(base_shift=0.25, max_shift=0.75, use_dynamic_shifting=True),
     )
 
 
 def cogview4_arguments(batch: int = 1, steps: int = STEPS, seed: int = 3, guided: bool = True) -> dict[str, Any]:
-    return {
-        "prompt_embeds": words(batch, seed),
-        "negative_prompt_embeds": words(1, 40).expand(batch, -1, -1),
-        "guidance_scale": 4.0 if guided else 1.0,
-        "num_inference_steps": steps,
-        "height": 16,
-        "width": 16,
-        "generator": generators(batch, seed),
-        "output_type": "pt",
-    }
+    scale = 4.0 if guided else 1.0
+    return tiny.words(batch, seed) | tiny.drawing(batch, steps, seed, guidance_scale=scale)
 
 
 def auraflow_pipeline(seed: int = 0) -> Any:
@@ -315,32 +255,18 @@ def auraflow_pipeline(seed: int = 0) -> Any:
         out_channels=4,
         pos_embed_max_size=16,
     )
-    return silent(
-        AuraFlowPipeline(
-            tokenizer=None,
-            text_encoder=None,
-            vae=tiny.autoencoder(),
-            transformer=prepared(transformer, seed),
-            scheduler=FlowMatchEulerDiscreteScheduler(),
-        )
+    return tiny.stock(
+        AuraFlowPipeline,
+        vae=tiny.autoencoder(),
+        transformer=prepared(transformer, seed),
+        scheduler=FlowMatchEulerDiscreteScheduler(),
     )
 
 
 def auraflow_arguments(batch: int = 1, steps: int = STEPS, seed: int = 3, guided: bool = True) -> dict[str, Any]:
     mask = torch.ones(batch, TEXT)
-    return {
-        "prompt_embeds": words(batch, seed),
-        "prompt_attention_mask": mask,
-        "negative_prompt": None,
-        "negative_prompt_embeds": words(1, 40).expand(batch, -1, -1),
-        "negative_prompt_attention_mask": mask,
-        "guidance_scale": 4.0 if guided else 1.0,
-        "num_inference_steps": steps,
-        "height": 16,
-        "width": 16,
-        "generator": generators(batch, seed),
-        "output_type": "pt",
-    }
+    masks = {"negative_prompt": None, "prompt_attention_mask": mask, "negative_prompt_attention_mask": mask}
+    return tiny.words(batch, seed) | masks | tiny.drawing(batch, steps, seed, guidance_scale=4.0 if guided else 1.0)
 
 
 def cogvideox_pipeline(seed: int = 0) -> Any:
@@ -370,21 +296,12 @@ def cogvideox_pipeline(seed: int = 0) -> Any:
         layers_per_block=1,
         norm_num_groups=2,
     ).eval()
-    return silent(CogVideoXPipeline(None, None, vae, prepared(transformer, seed), CogVideoXDDIMScheduler()))
+    return tiny.silent(CogVideoXPipeline(None, None, vae, prepared(transformer, seed), CogVideoXDDIMScheduler()))
 
 
 def cogvideox_arguments(batch: int = 1, steps: int = STEPS, seed: int = 3, guided: bool = True) -> dict[str, Any]:
-    return {
-        "prompt_embeds": words(batch, seed),
-        "negative_prompt_embeds": words(1, 40).expand(batch, -1, -1),
-        "guidance_scale": 6.0 if guided else 1.0,
-        "num_inference_steps": steps,
-        "height": 32,
-        "width": 32,
-        "num_frames": 9,
-        "generator": generators(batch, seed),
-        "output_type": "pt",
-    }
+    scale = 6.0 if guided else 1.0
+    return tiny.words(batch, seed) | tiny.drawing(batch, steps, seed, guidance_scale=scale, size=32, num_frames=9)
 
 
 COND_UNCOND = (("cond", "uncond"),)

@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from flowaccel import SiTPipeline, SiTTransformer2DModel
+from flowaccel import SiTTransformer2DModel
 from flowaccel.samplers import (
     FlowAdamsBashforthScheduler,
     FlowRungeKuttaScheduler,
@@ -88,53 +87,6 @@ def assert_close(actual: Tensor, expected: Tensor, tolerance: float, relative: f
     """Same shape, and differences up to tolerance + relative * |expected|; `relative` is `tolerance` by default."""
     relative = tolerance if relative is None else relative
     torch.testing.assert_close(actual, expected.to(actual.dtype), atol=tolerance, rtol=relative)
-
-
-# --- a small SiT
-
-SIZES: dict[str, Any] = {
-    "sample_size": 8,
-    "num_layers": 2,
-    "num_attention_heads": 4,
-    "attention_head_dim": 12,
-    "num_classes": 10,
-}
-
-
-def tiny_sit(seed: int = 0, **config: Any) -> Any:
-    """A SiT of width 48 on 4x8x8 latents with 10 classes; every weight is random, so that every branch counts."""
-    network = SiTTransformer2DModel(**{**SIZES, **config})
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in network.parameters():
-            if parameter.requires_grad:
-                parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
-    return network.eval()
-
-
-def tiny_sit_pipeline(scheduler: Any = None, *, vae: Any = None, id2label: Any = None, **config: Any) -> SiTPipeline:
-    """A pipeline around `tiny_sit`, by default with Euler's method."""
-    pipe = SiTPipeline(tiny_sit(**config), scheduler or FlowRungeKuttaScheduler("euler"), vae, id2label)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-def tiny_vae(**config: Any) -> AutoencoderKL:
-    """A decoder of 4 latent channels to colour images of twice the size."""
-    torch.manual_seed(5)
-    return AutoencoderKL(
-        block_out_channels=(8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        latent_channels=4,
-        norm_num_groups=2,
-        **config,
-    ).eval()
-
-
-def generators(*seeds: int) -> list[torch.Generator]:
-    """One generator per seed."""
-    return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
 @contextmanager

@@ -1,20 +1,25 @@
-"""Small mixture-of-experts layers, and what they should compute, written slowly."""
+"""Small mixture-of-experts layers and networks, and what they should compute, written slowly."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from flowaccel.methods.moe.control import moe_layers
 from flowaccel.methods.moe.experts import ExpertShape
 from flowaccel.methods.moe.feed_forward import MoEFeedForward
+from flowaccel.methods.moe.networks import moe_class
 from flowaccel.methods.moe.plans import ExpertPlan
 from flowaccel.methods.moe.routing import ROUTING
 from flowaccel.methods.moe.settings import MoESettings
+from tiny import random_weights
 
 ROUTERS = tuple(ROUTING)
 DIM, INNER, EXPERTS = 16, 24, 4
+SMALL: dict[str, Any] = {"num_experts": EXPERTS, "layers": "all"}
 
 
 def moe_layer(
@@ -44,16 +49,45 @@ def tokens(*shape: int, seed: int = 1, dtype: torch.dtype = torch.float32, dim: 
 
 def fit(layer: MoEFeedForward, hidden: Tensor | None = None, capacity: float | None = None) -> MoEFeedForward:
     """Ready for use: evaluating, with thresholds, where there are any, that were fitted to `hidden`."""
-    layer.eval()
-    if layer.settings.thresholded:
-        width, dtype = layer.gate.weight.shape[1], next(layer.experts.parameters()).dtype
-        hidden = tokens(8, 64, seed=2, dtype=dtype, dim=width) if hidden is None else hidden
+    width, dtype = layer.gate.weight.shape[1], next(layer.experts.parameters()).dtype
+    given = tokens(8, 64, seed=2, dtype=dtype, dim=width) if hidden is None else hidden
+    return fit_layers(layer, lambda: layer.eval()(given) if layer.settings.thresholded else None, capacity)
+
+
+def fit_layers(network: Any, run: Callable[[], Any], capacity: float | None = None) -> Any:
+    """Fit thresholds, exact quantiles of the scores that `run()` makes; of the settings' capacity by default."""
+    layers = [module for module in network.modules() if isinstance(module, MoEFeedForward)]
+    for layer in layers:
         layer.thresholds.collecting = True
-        with torch.no_grad():
-            layer(hidden)
+    with torch.no_grad():
+        run()
+    for layer in layers:
         layer.thresholds.collecting = False
-        layer.thresholds.fit(layer.settings.capacity if capacity is None else capacity)
-    return layer
+        if layer.thresholds.kinds:
+            layer.thresholds.fit(layer.settings.capacity if capacity is None else capacity)
+        layer.eval()
+    return network
+
+
+def with_experts(base: Any, seed: int = 0, **settings: Any) -> Any:
+    """The form with experts of `base`, with random weights of its own in them; routers that tell tokens apart."""
+    torch.manual_seed(seed)
+    network = moe_class(base).from_base(base, {**SMALL, **settings}).eval()
+    for layer in moe_layers(network).values():
+        random_weights(layer.experts, seed)
+        random_weights(layer.gate, seed, std=0.5)
+        if layer.capacity_predictor is not None:
+            random_weights(layer.capacity_predictor, seed, std=0.5)
+    return network
+
+
+def fitted(pipe: Any, run: Callable[[Any], Any], seed: int = 0, **settings: Any) -> Any:
+    """A network with experts for `pipe`, with thresholds fitted on `run(pipe)`, an image or several."""
+    base = pipe.transformer
+    pipe.transformer = network = with_experts(base, seed, **settings)
+    fit_layers(network, lambda: run(pipe))
+    pipe.transformer = base
+    return network
 
 
 def weights_of(plan: ExpertPlan, pool: int) -> Tensor:

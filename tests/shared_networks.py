@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import tiny
-from families import CASES, Case, silent
+from families import CASES, Case
 from flowaccel import (
     AgentAttention,
     DynamicWidth,
@@ -31,7 +31,7 @@ from flowaccel.methods.dynamic_width.networks import make_dynamic
 from flowaccel.methods.mediators.networks import MediatorSiTTransformer2DModel
 from flowaccel.methods.policy import runtime
 from flowaccel.recipe import resolve
-from moe_networks import fitted
+from moe_parts import fitted
 from policies import SMALL_BLOCKS, lively
 
 NEUTRAL = ("none", *LEVELS)
@@ -90,7 +90,7 @@ def recipe_for(name: str) -> tuple[Case, Callable[[Any], Any]]:
 
 def neighbour(pipe: Any) -> Any:
     """Another pipeline on the same networks, with a scheduler of its own."""
-    other = silent(type(pipe)(**pipe.components))
+    other = tiny.silent(type(pipe)(**pipe.components))
     other.scheduler = copy.deepcopy(pipe.scheduler)
     return other
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import string
 from pathlib import Path
@@ -79,27 +80,46 @@ def sit_network(seed: int = 0, **config: Any) -> SiTTransformer2DModel:
 
 def sit_pipeline(seed: int = 0, **config: Any) -> SiTPipeline:
     """A pipeline around `sit_network` with Heun's method; its images are noise, but each depends on class and seed."""
-    pipe = SiTPipeline(sit_network(seed, **config), FlowRungeKuttaScheduler("heun"))
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return silent(SiTPipeline(sit_network(seed, **config), FlowRungeKuttaScheduler("heun")))
 
 
-def autoencoder(latent_channels: int = 4) -> AutoencoderKL:
+LATENTS: dict[str, Any] = {
+    "num_layers": 2,
+    "num_attention_heads": 4,
+    "attention_head_dim": 12,
+    "in_channels": 4,
+    "learn_sigma": True,
+}
+"""Sizes of a SiT of width 48 on 4x8x8 latents."""
+
+
+def latent_sit(seed: int = 0, **config: Any) -> SiTTransformer2DModel:
+    """A SiT of width 48 on 4x8x8 latents with 10 classes."""
+    return sit_network(seed, **{**LATENTS, **config})
+
+
+def latent_sit_pipeline(scheduler: Any = None, *, vae: Any = None, id2label: Any = None, **config: Any) -> SiTPipeline:
+    """A pipeline around `latent_sit`, by default with Euler's method."""
+    return silent(SiTPipeline(latent_sit(**config), scheduler or FlowRungeKuttaScheduler("euler"), vae, id2label))
+
+
+def autoencoder(latent_channels: int = 4, **config: Any) -> AutoencoderKL:
     """A decoder that doubles the size."""
     torch.manual_seed(5)
-    return AutoencoderKL(
-        block_out_channels=(8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        layers_per_block=1,
-        latent_channels=latent_channels,
-        norm_num_groups=2,
-        sample_size=16,
-        scaling_factor=1.5,
-        shift_factor=0.06,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-    ).eval()
+    sizes = {
+        "block_out_channels": (8, 8),
+        "down_block_types": ("DownEncoderBlock2D",) * 2,
+        "up_block_types": ("UpDecoderBlock2D",) * 2,
+        "layers_per_block": 1,
+        "latent_channels": latent_channels,
+        "norm_num_groups": 2,
+        "sample_size": 16,
+        "scaling_factor": 1.5,
+        "shift_factor": 0.06,
+        "use_quant_conv": False,
+        "use_post_quant_conv": False,
+    }
+    return AutoencoderKL(**{**sizes, **config}).eval()
 
 
 def unet_pipeline(seed: int = 0, **config: Any) -> StableDiffusionPipeline:
@@ -117,32 +137,15 @@ def unet_pipeline(seed: int = 0, **config: Any) -> StableDiffusionPipeline:
     }
     unet = UNet2DConditionModel(**{**sizes, **config}).eval()
     random_weights(unet, seed)
-    pipe = StableDiffusionPipeline(
-        vae=autoencoder(),
-        text_encoder=None,
-        tokenizer=None,
-        unet=unet,
-        scheduler=DDIMScheduler(steps_offset=1, clip_sample=False),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
+    scheduler = DDIMScheduler(steps_offset=1, clip_sample=False)
+    return stock(
+        StableDiffusionPipeline, vae=autoencoder(), unet=unet, scheduler=scheduler, requires_safety_checker=False
     )
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
 
 
 def unet_arguments(batch: int = 1, steps: int = 5, scale: float = 4.0, seed: int = 3) -> dict[str, Any]:
     """Arguments of a call; image i depends on i and `seed` alone."""
-    return {
-        "prompt_embeds": torch.stack([embedding(TOKENS, CONTEXT, seed + i) for i in range(batch)]),
-        "negative_prompt_embeds": embedding(TOKENS, CONTEXT, 40).expand(batch, -1, -1),
-        "guidance_scale": scale,
-        "num_inference_steps": steps,
-        "height": 16,
-        "width": 16,
-        "generator": [torch.Generator().manual_seed(seed + i) for i in range(batch)],
-        "output_type": "pt",
-    }
+    return words(batch, seed) | drawing(batch, steps, seed, guidance_scale=scale)
 
 
 def sd3_pipeline(seed: int = 0, **config: Any) -> StableDiffusion3Pipeline:
@@ -163,37 +166,17 @@ def sd3_pipeline(seed: int = 0, **config: Any) -> StableDiffusion3Pipeline:
     }
     transformer = SD3Transformer2DModel(**{**sizes, **config}).eval()
     random_weights(transformer, seed)
-    pipe = StableDiffusion3Pipeline(
-        transformer=transformer,
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-        vae=autoencoder(),
-        text_encoder=None,
-        tokenizer=None,
-        text_encoder_2=None,
-        tokenizer_2=None,
-        text_encoder_3=None,
-        tokenizer_3=None,
-    )
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    return stock(StableDiffusion3Pipeline, transformer=transformer, scheduler=scheduler, vae=autoencoder())
 
 
 def sd3_arguments(batch: int = 1, steps: int = 5, scale: float = 4.0, seed: int = 3) -> dict[str, Any]:
     """Arguments of a call; image i depends on i and `seed` alone."""
-    words = [embedding(TOKENS, CONTEXT, seed + i) for i in range(batch)]
-    pooled = [embedding(1, POOLED, 70 + seed + i)[0] for i in range(batch)]
-    return {
-        "prompt_embeds": torch.stack(words),
-        "pooled_prompt_embeds": torch.stack(pooled),
-        "negative_prompt_embeds": embedding(TOKENS, CONTEXT, 40).expand(batch, -1, -1),
+    pooled = {
+        "pooled_prompt_embeds": torch.stack([embedding(1, POOLED, 70 + seed + i)[0] for i in range(batch)]),
         "negative_pooled_prompt_embeds": embedding(1, POOLED, 41).expand(batch, -1),
-        "guidance_scale": scale,
-        "num_inference_steps": steps,
-        "height": 16,
-        "width": 16,
-        "generator": [torch.Generator().manual_seed(seed + i) for i in range(batch)],
-        "output_type": "pt",
     }
+    return words(batch, seed) | pooled | drawing(batch, steps, seed, guidance_scale=scale)
 
 
 def shapes_zoo(root: Path) -> Path:
@@ -237,17 +220,8 @@ def flux_pipeline(seed: int = 0, **config: Any) -> FluxPipeline:
     }
     transformer = FluxTransformer2DModel(**{**sizes, **config}).eval()
     random_weights(transformer, seed)
-    pipe = FluxPipeline(
-        transformer=transformer,
-        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
-        vae=autoencoder(),
-        text_encoder=None,
-        tokenizer=None,
-        text_encoder_2=None,
-        tokenizer_2=None,
-    )
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    return stock(FluxPipeline, transformer=transformer, scheduler=scheduler, vae=autoencoder())
 
 
 def flux_arguments(batch: int = 1, steps: int = 5, true_scale: float = 1.0, seed: int = 3) -> dict[str, Any]:
@@ -261,6 +235,37 @@ def flux_arguments(batch: int = 1, steps: int = 5, true_scale: float = 1.0, seed
 def embedding(rows: int, width: int, seed: int) -> Tensor:
     """(rows, width) of noise."""
     return torch.randn(rows, width, generator=torch.Generator().manual_seed(seed))
+
+
+def words(batch: int, seed: int, negative: bool = True) -> dict[str, Tensor]:
+    """The embeddings of prompts, each of its own, and of a negative prompt for all."""
+    made = {"prompt_embeds": torch.stack([embedding(TOKENS, CONTEXT, seed + i) for i in range(batch)])}
+    nothing = embedding(TOKENS, CONTEXT, 40).expand(batch, -1, -1)
+    return made | {"negative_prompt_embeds": nothing} if negative else made
+
+
+def generators(*seeds: int) -> list[torch.Generator]:
+    """One generator per seed."""
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+def drawing(batch: int, steps: int, seed: int, size: int | None = 16, **others: Any) -> dict[str, Any]:
+    """Arguments that all calls have; image i depends on i and `seed` alone."""
+    sizes = {} if size is None else {"height": size, "width": size}
+    noise = generators(*range(seed, seed + batch))
+    return {"num_inference_steps": steps, **sizes, "generator": noise, "output_type": "pt", **others}
+
+
+def silent(pipe: Any) -> Any:
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def stock(kind: Any, **components: Any) -> Any:
+    """A pipeline of a stock class with these components; the others, such as text encoders, are None."""
+    parameters = inspect.signature(kind.__init__).parameters.values()
+    required = {p.name: None for p in parameters if p.name != "self" and p.default is p.empty}
+    return silent(kind(**{**required, **components}))
 
 
 def random_refiner(network: nn.Module, seed: int = 11) -> nn.Module:
@@ -420,12 +425,12 @@ def wan_pipeline(seed: int = 0) -> WanPipeline:
         latents_std=[1.0] * 4,
     )
     random_weights(transformer, seed)
-    pipe = WanPipeline(
-        tokenizer=tokenizer,
-        text_encoder=UMT5EncoderModel(text).eval(),
-        vae=vae.eval(),
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-        transformer=transformer.eval(),
+    return silent(
+        WanPipeline(
+            tokenizer=tokenizer,
+            text_encoder=UMT5EncoderModel(text).eval(),
+            vae=vae.eval(),
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+            transformer=transformer.eval(),
+        )
     )
-    pipe.set_progress_bar_config(disable=True)
-    return pipe

@@ -937,7 +937,7 @@ def unet_pipeline() -> Any:
         attention_head_dim=2,
         norm_num_groups=2,
     )
-    return families.silent(
+    return tiny.silent(
         StableDiffusionPipeline(
             vae=tiny.autoencoder(),
             text_encoder=None,
@@ -958,13 +958,12 @@ def test_caches_of_the_output_work_on_a_unet(name: str) -> None:
 
     def call(batch: int, seed: int) -> Tensor:
         return pipe(
-            prompt_embeds=families.words(batch, seed),
-            negative_prompt_embeds=families.words(1, 40).expand(batch, -1, -1),
+            **tiny.words(batch, seed),
             height=16,
             width=16,
             guidance_scale=3.0,
             num_inference_steps=EVALUATIONS,
-            generator=families.generators(batch, seed),
+            generator=tiny.generators(*range(seed, seed + batch)),
             output_type="latent",
         ).images
 

@@ -15,7 +15,6 @@ from diffusers import FlowMatchEulerDiscreteScheduler, attention_backend
 from safetensors.torch import load_file
 from torch import Tensor
 
-import families
 import tiny
 from families import CASES, Case, assert_close
 from flowaccel import (
@@ -277,7 +276,7 @@ def test_pipelines_that_take_turns_do_not_mix(case: Case, kind: str) -> None:
 def test_a_pipeline_that_shares_the_network_of_an_accelerated_one_is_untouched(case: Case, kind: str) -> None:
     pipe = pipeline(case)
     own = {"scheduler": type(pipe.scheduler).from_config(pipe.scheduler.config)}
-    other = families.silent(type(pipe)(**{**pipe.components, **own}))
+    other = tiny.silent(type(pipe)(**{**pipe.components, **own}))
     switch_on(case, pipe, kind)
     for _ in range(2):
         assert_fresh(case, pipe, kind)
@@ -355,7 +354,7 @@ def test_several_images_of_a_prompt_are_as_of_several_prompts(kind: str) -> None
     texts = [name for name in arguments if name.endswith("_embeds")]
     repeated = arguments | {name: single[name].repeat_interleave(BATCH, 0) for name in texts}
     expected, taken = pipe(**repeated).images, decisions(pipe)
-    generators, encode = families.generators(BATCH, 3), pipe.encode_prompt
+    generators, encode = tiny.generators(*range(3, 3 + BATCH)), pipe.encode_prompt
 
     def encode_repeated(*args: Any, num_images_per_prompt: int, **kwargs: Any) -> Any:
         """What diffusers does with the texts of prompts, and not with embeddings that it is given."""

@@ -45,7 +45,7 @@ def computed(pipe: Any) -> list[tuple[int, str]]:
 def unet_img2img(kind: Any = StableDiffusionImg2ImgPipeline, **config: Any) -> Any:
     pipe = tiny.unet_pipeline(**config)
     parts = {name: part for name, part in pipe.components.items() if name != "image_encoder"}
-    return families.silent(kind(**parts, requires_safety_checker=False))
+    return tiny.silent(kind(**parts, requires_safety_checker=False))
 
 
 class Walk(DiffusionPipeline):
@@ -80,7 +80,7 @@ class Walk(DiffusionPipeline):
 
 
 def walk(scheduler: Any = None) -> Walk:
-    return families.silent(Walk(tiny.sit_network(), scheduler or FlowMatchEulerDiscreteScheduler()))
+    return tiny.silent(Walk(tiny.sit_network(), scheduler or FlowMatchEulerDiscreteScheduler()))
 
 
 @pytest.mark.parametrize("kind", [StableDiffusionImg2ImgPipeline, StableDiffusionPAGImg2ImgPipeline])
@@ -152,7 +152,7 @@ def sky_reels() -> Any:
     )
     vae = families.wan_pipeline().vae
     scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
-    return families.silent(
+    return tiny.silent(
         SkyReelsV2DiffusionForcingPipeline(
             tokenizer=None,
             text_encoder=None,
@@ -203,7 +203,7 @@ def instruct() -> tuple[Any, dict[str, Any]]:
 def perturbed(guided: bool) -> tuple[Any, dict[str, Any]]:
     pipe = tiny.unet_pipeline()
     parts = {name: part for name, part in pipe.components.items() if name != "image_encoder"}
-    pipe = families.silent(StableDiffusionPAGPipeline(**parts, requires_safety_checker=False))
+    pipe = tiny.silent(StableDiffusionPAGPipeline(**parts, requires_safety_checker=False))
     pipe.set_pag_applied_layers(["mid"])
     return pipe, tiny.unet_arguments(batch=2, steps=4, scale=4.0 if guided else 0.0) | {"pag_scale": 2.0}
 

@@ -145,7 +145,7 @@ def test_a_unet_pipeline_is_placed_too() -> None:
         attention_head_dim=2,
         norm_num_groups=2,
     )
-    pipe = families.silent(
+    pipe = tiny.silent(
         StableDiffusionPipeline(
             vae=tiny.autoencoder(),
             text_encoder=None,
@@ -158,15 +158,15 @@ def test_a_unet_pipeline_is_placed_too() -> None:
         )
     )
     options = {
-        "prompt_embeds": families.words(2, 3),
-        "negative_prompt_embeds": families.words(2, 40),
+        "prompt_embeds": tiny.words(2, 3)["prompt_embeds"],
+        "negative_prompt_embeds": tiny.words(2, 40)["prompt_embeds"],
         "num_inference_steps": 4,
-        "generator": families.generators(2, 3),
+        "generator": tiny.generators(3, 4),
         "output_type": "np",
     }
     expected = pipe(**options).images
     session, calls = watched(pipe)
-    options["generator"] = families.generators(2, 3)
+    options["generator"] = tiny.generators(3, 4)
     assert (pipe(**options).images == expected).all()
     assert [(call.step, call.branches, call.images) for call in calls] == [(i, ("uncond", "cond"), 2) for i in range(5)]
     assert [call.timestep for call in calls] == pipe.scheduler.timesteps.tolist()  # PNDM repeats one of them
@@ -325,7 +325,7 @@ def test_the_network_under_torch_compile_is_found(sd3: Any) -> None:
 
 
 def test_a_pipeline_that_shares_the_components_is_not_seen(sd3: Any) -> None:
-    other = families.silent(StableDiffusion3Img2ImgPipeline(**sd3.components))
+    other = tiny.silent(StableDiffusion3Img2ImgPipeline(**sd3.components))
 
     def made() -> Tensor:
         options = arguments(batch=2, steps=4) | {"image": torch.full((2, 3, 16, 16), 0.5), "strength": 0.5}

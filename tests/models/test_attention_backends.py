@@ -11,7 +11,7 @@ from diffusers import attention_backend
 from torch import Tensor, nn
 
 import fake_xformers
-import moe_networks
+import moe_parts
 import tiny
 from families import CASES, Case
 from flowaccel import DynamicWidth, Mediators, MixtureOfExperts, accelerate, accelerated, restore
@@ -50,7 +50,7 @@ def dynamic(pipe: Any) -> Any:
 
 
 def experts(pipe: Any) -> Any:
-    return moe_networks.with_experts(pipe.transformer, router="token_choice")
+    return moe_parts.with_experts(pipe.transformer, router="token_choice")
 
 
 def own_processors(network: nn.Module) -> nn.Module:

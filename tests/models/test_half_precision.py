@@ -12,7 +12,7 @@ from peft import LoraConfig
 from torch import Tensor, nn
 
 import dynamic_networks
-import moe_networks
+import moe_parts
 from flowaccel.methods.dynamic_width.network import Dynamics
 from flowaccel.methods.mediators.networks import MediatorSiTTransformer2DModel
 from flowaccel.methods.moe.feed_forward import MoEFeedForward
@@ -30,8 +30,8 @@ def mediators() -> Any:
 
 def experts(family: str) -> Any:
     make, call = dynamic_networks.FAMILIES[family]
-    network = moe_networks.with_experts(make())
-    return moe_networks.fit(network, lambda: call(network, TIMES))
+    network = moe_parts.with_experts(make())
+    return moe_parts.fit_layers(network, lambda: call(network, TIMES))
 
 
 NETWORKS = {

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from flowaccel import CheckpointError, SiTTransformer2DModel, WeightsNotFoundError
 from flowaccel.models.official import dit_transformer_from_official, load_official_state, preset_config
-from helpers import RecordedTimes, assert_close, golden, tiny_sit
+from helpers import RecordedTimes, assert_close, golden
+from tiny import latent_sit
 
 State = dict[str, Tensor]
 OFFICIAL: State = golden("sit_tiny").group("sd/")
@@ -47,7 +48,7 @@ def test_round_trip_is_bit_exact(name: str) -> None:
 @pytest.mark.parametrize("learn_sigma", [True, False])
 @pytest.mark.parametrize("out_channels", [None, 2])
 def test_learn_sigma_is_inferred(learn_sigma: bool, out_channels: int | None) -> None:
-    network = tiny_sit(learn_sigma=learn_sigma, out_channels=out_channels)
+    network = latent_sit(learn_sigma=learn_sigma, out_channels=out_channels)
     options = {} if out_channels is None else {"out_channels": out_channels}
     loaded = load(network.to_official(), **options)
     assert loaded.config.learn_sigma is learn_sigma
@@ -310,7 +311,7 @@ def test_missing_entry(tmp_path: Path) -> None:
 
 def test_weights_without_an_official_name_are_not_dropped() -> None:
     """An adapter that is neither merged nor unloaded would be lost."""
-    network = tiny_sit()
+    network = latent_sit()
     network.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
     with pytest.raises(ValueError, match=r"has no name in the official layout; merge or unload adapters"):
         network.to_official()

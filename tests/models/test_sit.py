@@ -13,7 +13,8 @@ from torch import Tensor
 
 from flowaccel import SiTTransformer2DModel
 from flowaccel.methods.flowturbo.accelerator import new_refiner
-from helpers import GOLDEN, assert_close, tiny_sit
+from helpers import GOLDEN, assert_close
+from tiny import latent_sit
 
 COUNTS = json.loads((GOLDEN / "param_counts.json").read_text())
 REFINER_NAME = "refiner (1 block, hidden 1152, heads 16, 8 input channels)"
@@ -87,13 +88,13 @@ def test_unknown_presets(name: str) -> None:
 )
 def test_sizes_that_do_not_fit(options: dict[str, int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        tiny_sit(**options)
+        latent_sit(**options)
 
 
 @pytest.mark.parametrize(("width", "hidden"), [(44, 120), (48, 192), (196, 256)])
 def test_hidden_width_is_exact(width: int, hidden: int) -> None:
     """44 * (120 / 44) is 119.99...: the ratio of a checkpoint must give its own hidden width."""
-    network = tiny_sit(num_layers=1, num_attention_heads=1, attention_head_dim=width, mlp_ratio=hidden / width)
+    network = latent_sit(num_layers=1, num_attention_heads=1, attention_head_dim=width, mlp_ratio=hidden / width)
     assert network.transformer_blocks[0].ff.net[2].weight.shape == (width, hidden)
 
 
@@ -108,17 +109,17 @@ def test_fresh_network_returns_zero(inputs: Any) -> None:
 @pytest.mark.parametrize("shape", [(3, 4, 8, 4), (3, 3, 8, 8), (3, 4, 16, 16), (4, 8, 8)])
 def test_wrong_input_shape(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"hidden_states must have shape \(batch, 4, 8, 8\), got"):
-        tiny_sit()(torch.zeros(shape), 0.5, LABELS)
+        latent_sit()(torch.zeros(shape), 0.5, LABELS)
 
 
 @pytest.mark.parametrize("learn_sigma", [True, False])
 def test_output_channels(inputs: Any, learn_sigma: bool) -> None:
-    sample = tiny_sit(out_channels=3, learn_sigma=learn_sigma)(*inputs).sample
+    sample = latent_sit(out_channels=3, learn_sigma=learn_sigma)(*inputs).sample
     assert sample.shape == (3, 3, 8, 8)
 
 
 def test_return_dict(inputs: Any) -> None:
-    network = tiny_sit()
+    network = latent_sit()
     (sample,) = network(*inputs, return_dict=False)
     assert torch.equal(sample, network(*inputs).sample)
 
@@ -126,13 +127,13 @@ def test_return_dict(inputs: Any) -> None:
 @pytest.mark.parametrize("time", [0.3, torch.tensor(0.3), torch.tensor([0.3])])
 def test_one_time_for_all_rows(inputs: Any, time: Any) -> None:
     hidden_states, _, labels = inputs
-    network = tiny_sit()
+    network = latent_sit()
     expected = network(hidden_states, torch.full((3,), 0.3), labels).sample
     assert torch.equal(network(hidden_states, time, labels).sample, expected)
 
 
 def test_rows_do_not_see_each_other(inputs: Any) -> None:
-    network = tiny_sit()
+    network = latent_sit()
     together = network(*inputs).sample
     singly = torch.cat([network(*(value[i : i + 1] for value in inputs)).sample for i in range(3)])
     assert_close(together, singly, 1e-5)
@@ -140,7 +141,7 @@ def test_rows_do_not_see_each_other(inputs: Any) -> None:
 
 def test_without_null_class(inputs: Any) -> None:
     hidden_states, time, _ = inputs
-    network = tiny_sit(null_class=False)
+    network = latent_sit(null_class=False)
     assert network.label_embed.weight.shape[0] == 10
     assert network(hidden_states, time, torch.tensor([0, 9, 4])).sample.isfinite().all()
     with pytest.raises(IndexError):
@@ -150,7 +151,7 @@ def test_without_null_class(inputs: Any) -> None:
 
 
 def test_position_table_is_frozen() -> None:
-    network = tiny_sit()
+    network = latent_sit()
     assert [name for name, p in network.named_parameters() if not p.requires_grad] == ["pos_embed"]
 
 
@@ -161,7 +162,7 @@ def test_position_table_is_frozen() -> None:
     "config", [{}, {"learn_sigma": False, "null_class": False, "patch_size": 4, "out_channels": 2}]
 )
 def test_save_and_load(inputs: Any, config: dict[str, Any], tmp_path: Path) -> None:
-    network = tiny_sit(**config)
+    network = latent_sit(**config)
     network.save_pretrained(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "diffusion_pytorch_model.safetensors"]
     loaded = SiTTransformer2DModel.from_pretrained(tmp_path)
@@ -173,7 +174,7 @@ def test_save_and_load(inputs: Any, config: dict[str, Any], tmp_path: Path) -> N
 
 
 def test_gradient_checkpointing_changes_nothing(inputs: Any) -> None:
-    network = tiny_sit().train()
+    network = latent_sit().train()
 
     def gradients() -> list[Tensor]:
         network.zero_grad()
@@ -189,7 +190,7 @@ def test_gradient_checkpointing_changes_nothing(inputs: Any) -> None:
 
 @torch.no_grad()
 def test_fused_projections(inputs: Any) -> None:
-    network = tiny_sit()
+    network = latent_sit()
     plain, official = network(*inputs).sample, network.to_official()
     network.fuse_qkv_projections()
     assert network.transformer_blocks[0].attn.fused_projections
@@ -201,7 +202,7 @@ def test_fused_projections(inputs: Any) -> None:
 
 @torch.no_grad()
 def test_lora_adapter(inputs: Any) -> None:
-    network = tiny_sit()
+    network = latent_sit()
     plain, keys = network(*inputs).sample, set(network.state_dict())
     network.add_adapter(LoraConfig(**LORA))
     adapted = network(*inputs).sample
@@ -217,17 +218,17 @@ def test_lora_adapter(inputs: Any) -> None:
 
 @torch.no_grad()
 def test_lora_adapter_is_saved_and_loaded(inputs: Any, tmp_path: Path) -> None:
-    network = tiny_sit()
+    network = latent_sit()
     network.add_adapter(LoraConfig(**LORA), adapter_name="style")
     network.save_lora_adapter(tmp_path, adapter_name="style")
-    other = tiny_sit()
+    other = latent_sit()
     other.load_lora_adapter(tmp_path, prefix=None, adapter_name="style", use_safetensors=True)
     assert torch.equal(other(*inputs).sample, network(*inputs).sample)
 
 
 @torch.no_grad()
 def test_layerwise_casting(inputs: Any) -> None:
-    network = tiny_sit()
+    network = latent_sit()
     plain = network(*inputs).sample
     network.enable_layerwise_casting(storage_dtype=torch.bfloat16, compute_dtype=torch.float32)
     assert network.transformer_blocks[0].ff.net[2].weight.dtype == torch.bfloat16
@@ -241,7 +242,7 @@ def test_layerwise_casting(inputs: Any) -> None:
 @pytest.mark.parametrize("options", [{"offload_type": "leaf_level"}, {"offload_type": "block_level"}], ids=str)
 def test_group_offload(inputs: Any, options: dict[str, Any]) -> None:
     """On one device, where nothing moves; that every weight is found is what this shows."""
-    network = tiny_sit()
+    network = latent_sit()
     plain = network(*inputs).sample
     if options["offload_type"] == "block_level":
         options = {**options, "num_blocks_per_group": 1}
@@ -254,7 +255,7 @@ def test_group_offload(inputs: Any, options: dict[str, Any]) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_precision(inputs: Any, dtype: torch.dtype) -> None:
     hidden_states, time, labels = inputs
-    network = tiny_sit()
+    network = latent_sit()
     plain = network(*inputs).sample
     half = network.to(dtype)(hidden_states.to(dtype), time, labels).sample
     assert half.dtype == dtype
@@ -265,7 +266,7 @@ def test_half_precision(inputs: Any, dtype: torch.dtype) -> None:
 def test_compiles_into_one_graph(inputs: Any) -> None:
     """`fullgraph` raises at the first graph break; other times and labels must not compile again."""
     hidden_states, time, labels = inputs
-    network = tiny_sit()
+    network = latent_sit()
     compiled = torch.compile(network, backend="eager", fullgraph=True)
     assert_close(compiled(*inputs).sample, network(*inputs).sample, 1e-6)
     with torch.compiler.set_stance("fail_on_recompile"):

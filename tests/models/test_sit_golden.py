@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from flowaccel.pipelines.sit_blocks import guide
-from helpers import Golden, assert_close, golden, tiny_sit, with_recorded_times
+from helpers import Golden, assert_close, golden, with_recorded_times
+from tiny import latent_sit
 
 FILES = ("sit_tiny", "sit_tiny_nosigma", "sit_tiny_p4")
 PRECISIONS = pytest.mark.parametrize(
@@ -30,7 +31,7 @@ def test_features_of_time() -> None:
     """
     recorded = golden("time_features")
     t = recorded["t"]
-    found = tiny_sit().double().time_proj(t)
+    found = latent_sit().double().time_proj(t)
     assert found.dtype == torch.float32
     arguments = t.double()[:, None] * 10000 ** (-torch.arange(128, dtype=torch.float64) / 128)
     exact = torch.cat([arguments.cos(), arguments.sin()], 1)

@@ -14,7 +14,7 @@ from diffusers import DiTPipeline, DiTTransformer2DModel, FlowMatchEulerDiscrete
 import tiny
 from flowaccel import SiTPipeline, UnsupportedModelError, WeightsNotFoundError
 from flowaccel.pipelines import load_pipeline
-from helpers import tiny_sit_pipeline, tiny_vae
+from tiny import autoencoder, latent_sit_pipeline
 
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 
@@ -22,7 +22,7 @@ WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("saved") / "pipe"
-    tiny_sit_pipeline().save_pretrained(folder)
+    latent_sit_pipeline().save_pretrained(folder)
     return folder
 
 
@@ -48,7 +48,7 @@ def test_stock_classes(tmp_path: Path) -> None:
     network = DiTTransformer2DModel(
         num_attention_heads=2, attention_head_dim=8, num_layers=1, sample_size=4, num_embeds_ada_norm=3
     )
-    DiTPipeline(network, tiny_vae(), FlowMatchEulerDiscreteScheduler()).save_pretrained(tmp_path)
+    DiTPipeline(network, autoencoder(), FlowMatchEulerDiscreteScheduler()).save_pretrained(tmp_path)
     assert type(load_pipeline(tmp_path)) is DiTPipeline
 
 
@@ -98,7 +98,7 @@ def test_missing_and_truncated_weights(copy: Path) -> None:
 
 def test_pickled_weights_are_not_read(copy: Path) -> None:
     """diffusers would take a .bin file where the safetensors file is missing."""
-    state = tiny_sit_pipeline().transformer.state_dict()
+    state = latent_sit_pipeline().transformer.state_dict()
     torch.save(state, copy / "transformer" / "diffusion_pytorch_model.bin")
     (copy / WEIGHTS).unlink()
     with pytest.raises(WeightsNotFoundError, match=r"the folder is incomplete or damaged .*safetensors"):

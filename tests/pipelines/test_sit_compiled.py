@@ -20,7 +20,8 @@ from flowaccel import (
     SiTImg2ImgPipeline,
     SiTInpaintPipeline,
 )
-from helpers import assert_close, counted, generators
+from helpers import assert_close, counted
+from tiny import generators
 
 SCALE = 2.0
 

@@ -16,7 +16,8 @@ import flowaccel
 import tiny
 from flowaccel import FlowRungeKuttaScheduler, FlowTurboScheduler, SiTImg2ImgPipeline, SiTInpaintPipeline, SiTPipeline
 from flowaccel.pipelines import load_pipeline
-from helpers import ALL_SAMPLERS, assert_close, counted, generators, tiny_sit_pipeline, tiny_vae
+from helpers import ALL_SAMPLERS, assert_close, counted
+from tiny import autoencoder, generators, latent_sit_pipeline
 
 STEPS = 4
 STOCK: dict[str, Any] = {"stock euler": FlowMatchEulerDiscreteScheduler, "stock heun": FlowMatchHeunDiscreteScheduler}
@@ -265,8 +266,8 @@ def test_one_image_for_all_labels(image: Tensor) -> None:
 @torch.no_grad()
 def test_vae() -> None:
     """The source is encoded, scaled and shifted; latents may be given instead; kept latents are the source's."""
-    vae = tiny_vae(scaling_factor=1.5, shift_factor=0.1)
-    pipe = SiTInpaintPipeline(**tiny_sit_pipeline(vae=vae).components)
+    vae = autoencoder(scaling_factor=1.5, shift_factor=0.1)
+    pipe = SiTInpaintPipeline(**latent_sit_pipeline(vae=vae).components)
     pipe.set_progress_bar_config(disable=True)
     colour = torch.rand(2, 3, 16, 16)
     latents = (vae.encode(2 * colour - 1).latent_dist.mode() - 0.1) * 1.5
@@ -329,7 +330,7 @@ def test_smallest_strength_before_refiner_steps(blocks: str, least: float) -> No
 
 
 def test_wrong_use_of_colour() -> None:
-    pipe = SiTImg2ImgPipeline(**tiny_sit_pipeline(vae=tiny_vae()).components)
+    pipe = SiTImg2ImgPipeline(**latent_sit_pipeline(vae=autoencoder()).components)
     with pytest.raises(ValueError, match=r"image must have 16x16 pixels.* and 3 channels; got 8x8 .* and 3"):
         pipe(1, Image.new("RGB", (8, 8)), num_inference_steps=2)
 

@@ -17,8 +17,9 @@ from torch import Tensor
 import flowaccel
 from flowaccel import FlowRungeKuttaScheduler, FlowTurboScheduler, SiTPipeline
 from flowaccel.pipelines.sit_blocks import guide
-from helpers import ALL_SAMPLERS, assert_close, counted, generators, tiny_sit_pipeline, tiny_vae
+from helpers import ALL_SAMPLERS, assert_close, counted
 from tiers import Process
+from tiny import autoencoder, generators, latent_sit_pipeline
 
 STEPS = 4
 LATENT: dict[str, Any] = {"num_inference_steps": STEPS, "output_type": "latent"}
@@ -40,7 +41,7 @@ def scheduler(name: str) -> Any:
 @pytest.mark.parametrize("name", [*STOCK, *ALL_SAMPLERS])
 def test_image_does_not_depend_on_its_batch(name: str) -> None:
     """One generator per image: three at once are the three alone, with any scheduler."""
-    pipe = tiny_sit_pipeline(scheduler(name))
+    pipe = latent_sit_pipeline(scheduler(name))
     together = pipe([3, 1, 4], generator=generators(5, 6, 7), **LATENT).images
     singly = [pipe(label, generator=generators(seed), **LATENT).images for label, seed in ((3, 5), (1, 6), (4, 7))]
     assert together.isfinite().all()
@@ -50,7 +51,7 @@ def test_image_does_not_depend_on_its_batch(name: str) -> None:
 
 @pytest.mark.parametrize("name", [*STOCK, *ALL_SAMPLERS])
 def test_same_seed_same_image(name: str) -> None:
-    pipe = tiny_sit_pipeline(scheduler(name))
+    pipe = latent_sit_pipeline(scheduler(name))
     one, other = (pipe([3, 1], generator=generators(5)[0], **LATENT).images for _ in range(2))
     assert torch.equal(one, other)
 
@@ -58,7 +59,7 @@ def test_same_seed_same_image(name: str) -> None:
 def test_stock_euler_is_eulers_method() -> None:
     """Given the same noise levels the stock scheduler and ours give the same image."""
     latents = torch.randn(2, 4, 8, 8)
-    pipe = tiny_sit_pipeline(FlowRungeKuttaScheduler("euler"))
+    pipe = latent_sit_pipeline(FlowRungeKuttaScheduler("euler"))
     expected = pipe([1, 2], latents=latents, **LATENT).images
     stock = FlowMatchEulerDiscreteScheduler()
     pipe.scheduler = stock
@@ -71,14 +72,14 @@ def test_stock_euler_is_eulers_method() -> None:
 def test_default_step_count() -> None:
     lengths = []
     for made in (FlowTurboScheduler("H1P2"), FlowRungeKuttaScheduler("euler")):
-        pipe = tiny_sit_pipeline(made)
+        pipe = latent_sit_pipeline(made)
         pipe(1, output_type="latent", guidance_scale=1.0)
         lengths.append(len(made.timesteps))
     assert lengths == [4, 50]
 
 
 def test_given_latents_are_used_and_kept() -> None:
-    pipe = tiny_sit_pipeline()
+    pipe = latent_sit_pipeline()
     latents = torch.randn(2, 4, 8, 8)
     kept = latents.clone()
     one = pipe([1, 2], latents=latents, **LATENT).images
@@ -90,7 +91,7 @@ def test_given_latents_are_used_and_kept() -> None:
 
 
 def test_half_precision_keeps_the_state_in_float32() -> None:
-    pipe = tiny_sit_pipeline()
+    pipe = latent_sit_pipeline()
     latents = torch.randn(1, 4, 8, 8)
     expected = pipe(1, latents=latents, **LATENT).images
     half = pipe.to(dtype=torch.bfloat16)(1, latents=latents.bfloat16(), **LATENT).images
@@ -103,7 +104,7 @@ def test_half_precision_keeps_the_state_in_float32() -> None:
 
 def test_scale_one_is_the_conditional_velocity() -> None:
     """One row per image and call, and no null label."""
-    pipe = tiny_sit_pipeline()
+    pipe = latent_sit_pipeline()
     latents = torch.randn(2, 4, 8, 8)
     with counted(pipe.transformer) as rows:
         images = pipe([1, 2], guidance_scale=1.0, latents=latents, **LATENT).images
@@ -121,7 +122,7 @@ def test_scale_one_is_the_conditional_velocity() -> None:
 @pytest.mark.parametrize("channels", [1, 3, "all"])
 def test_guided_channels(channels: Any) -> None:
     """One Euler step: the guided channels move by the guided velocity, the others by the conditional one."""
-    pipe = tiny_sit_pipeline()
+    pipe = latent_sit_pipeline()
     latents = torch.randn(1, 4, 8, 8)
     moved = pipe(2, 1, guidance_scale=4.0, guidance_channels=channels, latents=latents, output_type="latent").images
     with torch.no_grad():
@@ -134,7 +135,7 @@ def test_guided_channels(channels: Any) -> None:
 
 
 def test_three_and_all_channels_differ_only_by_what_is_left_out() -> None:
-    pipe = tiny_sit_pipeline()
+    pipe = latent_sit_pipeline()
     latents = torch.randn(1, 4, 8, 8)
     by_channels = [
         pipe(2, guidance_channels=channels, latents=latents, **LATENT).images for channels in (3, "all", 4, 9)
@@ -150,7 +151,7 @@ def test_guide() -> None:
 
 
 def test_network_without_null_class() -> None:
-    pipe = tiny_sit_pipeline(null_class=False)
+    pipe = latent_sit_pipeline(null_class=False)
     assert pipe([0, 9], guidance_scale=1.0, **LATENT).images.isfinite().all()
     with pytest.raises(ValueError, match=r"guidance_scale=1.5 needs a null class.*use guidance_scale=1"):
         pipe([0, 9], **LATENT)
@@ -161,7 +162,7 @@ def test_network_without_null_class() -> None:
 
 @pytest.mark.parametrize("scale", [1.0, 1.5])
 def test_callback_sees_and_replaces_the_latents(scale: float) -> None:
-    pipe = tiny_sit_pipeline()
+    pipe = latent_sit_pipeline()
     seen: list[tuple[int, float, tuple[int, ...]]] = []
 
     def callback(given: Any, index: int, timestep: Tensor, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -177,7 +178,7 @@ def test_callback_sees_and_replaces_the_latents(scale: float) -> None:
 
 def test_callback_replaces_latents_in_the_middle() -> None:
     """From then on the run is that of the replaced latents."""
-    pipe = tiny_sit_pipeline()
+    pipe = latent_sit_pipeline()
     latents, other = torch.randn(2, 1, 4, 8, 8)
     swapped = pipe(
         1, latents=latents, callback_on_step_end=lambda p, i, t, d: {"latents": other} if i == 1 else None, **LATENT
@@ -193,7 +194,7 @@ def test_callback_replaces_latents_in_the_middle() -> None:
 
 
 def test_callback_that_returns_nothing_changes_nothing() -> None:
-    pipe = tiny_sit_pipeline()
+    pipe = latent_sit_pipeline()
     latents = torch.randn(1, 4, 8, 8)
     watched = pipe(1, latents=latents, callback_on_step_end=lambda *_: None, **LATENT).images
     assert torch.equal(watched, pipe(1, latents=latents, **LATENT).images)
@@ -201,7 +202,7 @@ def test_callback_that_returns_nothing_changes_nothing() -> None:
 
 @pytest.mark.parametrize("name", ["euler", "heun", "flowturbo-hp", "sde-heun", "stock heun"])
 def test_interrupted_run_leaves_nothing_behind(name: str) -> None:
-    pipe = tiny_sit_pipeline(scheduler(name))
+    pipe = latent_sit_pipeline(scheduler(name))
     options = {**LATENT, "latents": torch.randn(1, 4, 8, 8)}
     assert not pipe.interrupt
     expected = pipe(1, generator=generators(1), **options).images
@@ -219,7 +220,7 @@ def test_interrupted_run_leaves_nothing_behind(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["heun", "ab2", "flowturbo-hpr", "sde-heun", "stock heun"])
 def test_raised_run_leaves_nothing_behind(name: str) -> None:
-    pipe = tiny_sit_pipeline(scheduler(name))
+    pipe = latent_sit_pipeline(scheduler(name))
     options = {**LATENT, "latents": torch.randn(1, 4, 8, 8)}
     expected = pipe(1, generator=generators(1), **options).images
 
@@ -237,7 +238,7 @@ def test_raised_run_leaves_nothing_behind(name: str) -> None:
 
 
 def test_output_types_agree() -> None:
-    pipe = tiny_sit_pipeline(in_channels=3)
+    pipe = latent_sit_pipeline(in_channels=3)
     options: dict[str, Any] = {"num_inference_steps": STEPS, "latents": torch.randn(2, 3, 8, 8)}
     latent, pt, array, pil = (
         pipe([1, 2], output_type=kind, **options).images for kind in ("latent", "pt", "np", "pil")
@@ -253,43 +254,45 @@ def test_output_types_agree() -> None:
 
 
 def test_grey_images() -> None:
-    pipe = tiny_sit_pipeline(in_channels=1)
+    pipe = latent_sit_pipeline(in_channels=1)
     (image,) = pipe(1, num_inference_steps=1).images
     assert image.mode == "L" and image.size == (8, 8)
 
 
 def test_return_dict() -> None:
-    pipe = tiny_sit_pipeline()
+    pipe = latent_sit_pipeline()
     latents = torch.randn(1, 4, 8, 8)
     (images,) = pipe(1, latents=latents, return_dict=False, **LATENT)
     assert torch.equal(images, pipe(1, latents=latents, **LATENT).images)
 
 
-@pytest.mark.parametrize("options", [{"scaling_factor": 0.5}, {"scaling_factor": 1.5, "shift_factor": 0.1}], ids=str)
-def test_optional_decoder(options: dict[str, float]) -> None:
-    vae = tiny_vae(**options)
-    pipe = tiny_sit_pipeline(vae=vae)
+@pytest.mark.parametrize(
+    "options", [{"scaling_factor": 0.5, "shift_factor": None}, {"scaling_factor": 1.5, "shift_factor": 0.1}], ids=str
+)
+def test_optional_decoder(options: dict[str, Any]) -> None:
+    vae = autoencoder(**options)
+    pipe = latent_sit_pipeline(vae=vae)
     arguments: dict[str, Any] = {"num_inference_steps": STEPS, "latents": torch.randn(2, 4, 8, 8)}
     latents = pipe([1, 2], output_type="latent", **arguments).images
     with torch.no_grad():
-        decoded = vae.decode(latents / options["scaling_factor"] + options.get("shift_factor", 0.0)).sample
+        decoded = vae.decode(latents / options["scaling_factor"] + (options["shift_factor"] or 0.0)).sample
     images = pipe([1, 2], output_type="pt", **arguments).images
     assert images.shape == (2, 3, 16, 16)
     assert_close(images, (decoded / 2 + 0.5).clamp(0, 1), 1e-5)
 
 
 def test_classes_by_name() -> None:
-    pipe = tiny_sit_pipeline(id2label=NAMES)
+    pipe = latent_sit_pipeline(id2label=NAMES)
     assert pipe.labels == {"tench": 0, "Tinca tinca": 0, "goldfish": 1, "cock": 7}
     latents = torch.randn(3, 4, 8, 8)
     by_name = pipe(["Tinca tinca", "cock", 1], latents=latents, **LATENT).images
     assert torch.equal(by_name, pipe([0, 7, 1], latents=latents, **LATENT).images)
-    assert tiny_sit_pipeline().labels == {}
+    assert latent_sit_pipeline().labels == {}
 
 
 @pytest.mark.parametrize("labels", [3, [3], (3,), np.int64(3), torch.tensor(3)], ids=repr)
 def test_ways_to_give_a_class(labels: Any) -> None:
-    pipe = tiny_sit_pipeline()
+    pipe = latent_sit_pipeline()
     latents = torch.randn(1, 4, 8, 8)
     assert torch.equal(pipe(labels, latents=latents, **LATENT).images, pipe([3], latents=latents, **LATENT).images)
 
@@ -326,7 +329,7 @@ WRONG: list[tuple[Any, dict[str, Any], str]] = [
 @pytest.mark.parametrize(("labels", "options", "message"), WRONG, ids=[message[:40] for _, _, message in WRONG])
 def test_wrong_use(labels: Any, options: dict[str, Any], message: str) -> None:
     """Before anything is computed, and the next run is as if nothing had happened."""
-    pipe = tiny_sit_pipeline(id2label=NAMES)
+    pipe = latent_sit_pipeline(id2label=NAMES)
     with counted(pipe.transformer) as rows, pytest.raises(ValueError, match=message):
         pipe(labels, **{"num_inference_steps": 2, **options})
     assert rows == []
@@ -334,11 +337,11 @@ def test_wrong_use(labels: Any, options: dict[str, Any], message: str) -> None:
 
 def test_unknown_name_where_classes_have_none() -> None:
     with pytest.raises(ValueError, match="unknown class 'cock'; the classes of this model are unnamed"):
-        tiny_sit_pipeline()("cock")
+        latent_sit_pipeline()("cock")
 
 
 def test_steps_that_do_not_fit_the_blocks() -> None:
-    pipe = tiny_sit_pipeline(FlowTurboScheduler("H1P2"))
+    pipe = latent_sit_pipeline(FlowTurboScheduler("H1P2"))
     with pytest.raises(ValueError, match="num_inference_steps must be 3 for blocks 'H1P2'"):
         pipe(1, num_inference_steps=4)
 
@@ -363,7 +366,7 @@ save_file(images, result)
 
 
 def test_fresh_process_gives_the_same_image(tmp_path: Path, process: Process) -> None:
-    pipe = tiny_sit_pipeline(FlowTurboScheduler("H1P2"), vae=tiny_vae(), id2label={"0": "zero", "1": "one"})
+    pipe = latent_sit_pipeline(FlowTurboScheduler("H1P2"), vae=autoencoder(), id2label={"0": "zero", "1": "one"})
     latents = torch.randn(2, 4, 8, 8)
     expected = pipe(["one", "zero"], latents=latents, output_type="pt").images
     pipe.save_pretrained(tmp_path / "pipe")
@@ -381,7 +384,7 @@ def test_fresh_process_gives_the_same_image(tmp_path: Path, process: Process) ->
 
 
 def test_without_a_decoder_it_is_saved_without_one(tmp_path: Path) -> None:
-    pipe = tiny_sit_pipeline(FlowMatchEulerDiscreteScheduler(shift=2.0))
+    pipe = latent_sit_pipeline(FlowMatchEulerDiscreteScheduler(shift=2.0))
     pipe.save_pretrained(tmp_path)
     index = json.loads((tmp_path / "model_index.json").read_text())
     assert index["vae"] == [None, None]
@@ -396,7 +399,7 @@ def test_without_a_decoder_it_is_saved_without_one(tmp_path: Path) -> None:
 @pytest.mark.gpu
 @torch.no_grad()
 def test_model_offload() -> None:
-    pipe = tiny_sit_pipeline(vae=tiny_vae())
+    pipe = latent_sit_pipeline(vae=autoencoder())
     arguments: dict[str, Any] = {"num_inference_steps": STEPS, "latents": torch.randn(2, 4, 8, 8), "output_type": "pt"}
     expected = pipe([1, 2], **arguments).images
     pipe.enable_model_cpu_offload()

@@ -48,13 +48,13 @@ def sd3(kind: Any, **arguments: Any) -> tuple[Any, dict[str, Any]]:
     pipe = tiny.sd3_pipeline(in_channels=16, out_channels=16, num_layers=1)
     parts = pipe.components | {"vae": tiny.autoencoder(16)}
     given = tiny.sd3_arguments(1, STEPS, scale=1.0) | {"image": PICTURE, "output_type": "latent"}
-    return families.silent(kind(**parts)), given | arguments
+    return tiny.silent(kind(**parts)), given | arguments
 
 
 def flux(kind: Any, **arguments: Any) -> tuple[Any, dict[str, Any]]:
     pipe = tiny.flux_pipeline(num_layers=1, num_single_layers=1)
     given = tiny.flux_arguments(1, STEPS, true_scale=1.0) | {"image": PICTURE, "output_type": "latent"}
-    return families.silent(kind(**pipe.components)), given | arguments
+    return tiny.silent(kind(**pipe.components)), given | arguments
 
 
 def wan() -> tuple[Any, dict[str, Any]]:
@@ -63,12 +63,12 @@ def wan() -> tuple[Any, dict[str, Any]]:
     given = families.wan_arguments(1, STEPS, guided=False) | {"video": list(PICTURE.expand(5, -1, -1, -1))}
     given |= {"output_type": "latent"}
     del given["num_frames"]
-    return families.silent(WanVideoToVideoPipeline(**{name: parts[name] for name in names})), given
+    return tiny.silent(WanVideoToVideoPipeline(**{name: parts[name] for name in names})), given
 
 
 def sit() -> tuple[Any, dict[str, Any]]:
     given = families.sit_arguments(1, STEPS, guided=False) | {"image": torch.full((1, 1, 8, 8), 0.5)}
-    return families.silent(SiTImg2ImgPipeline.from_pipe(tiny.sit_pipeline())), given
+    return tiny.silent(SiTImg2ImgPipeline.from_pipe(tiny.sit_pipeline())), given
 
 
 PIPELINES: dict[str, Callable[[], tuple[Any, dict[str, Any]]]] = {

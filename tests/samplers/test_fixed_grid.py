@@ -12,7 +12,8 @@ import torch
 import families
 from flowaccel import Recipe, Sampler, accelerated
 from flowaccel.samplers import FlowAdamsBashforthScheduler, FlowRungeKuttaScheduler, FlowTurboScheduler
-from helpers import tiny_sit_pipeline, walk
+from helpers import walk
+from tiny import latent_sit_pipeline
 
 GRID = [1.0, 0.7, 0.2, 0.0]
 STEPS = len(GRID) - 1
@@ -152,6 +153,6 @@ def test_image_to_image_begins_midway() -> None:
 
 
 def test_sit_takes_its_steps_by_itself() -> None:
-    pipe = tiny_sit_pipeline(MAKERS["euler"](grid=GRID))
+    pipe = latent_sit_pipeline(MAKERS["euler"](grid=GRID))
     pipe(1, output_type="latent")
     assert pipe.scheduler.num_inference_steps == STEPS

@@ -15,7 +15,8 @@ from torch import Tensor
 from flowaccel import FlowRungeKuttaScheduler, FlowTurboScheduler, VelocityRefiner, accelerate, restore
 from flowaccel.methods.flowturbo.accelerator import new_refiner
 from flowaccel.samplers import Blocks
-from helpers import assert_close, counted, tiny_sit_pipeline, walk
+from helpers import assert_close, counted, walk
+from tiny import latent_sit_pipeline
 
 MODES = ("released", "consistent", "single")
 
@@ -107,7 +108,7 @@ def test_evaluation_counts(text: str, mode: str) -> None:
 @pytest.mark.parametrize("mode", MODES)
 def test_evaluations_of_the_networks(mode: str) -> None:
     """With guidance every call holds both halves."""
-    pipe = tiny_sit_pipeline(FlowTurboScheduler("H1P2R2", mode))
+    pipe = latent_sit_pipeline(FlowTurboScheduler("H1P2R2", mode))
     refiner = new_refiner(pipe.transformer)
     with counted(pipe.transformer) as base, counted(refiner) as refined:
         accelerate(pipe, VelocityRefiner(refiner))
@@ -143,7 +144,7 @@ def test_heun_alone_is_the_runge_kutta_sampler(shift: float) -> None:
 def test_heun_alone_is_the_runge_kutta_sampler_in_the_pipeline() -> None:
     latents = torch.randn(2, 4, 8, 8)
     images = [
-        tiny_sit_pipeline(made)([1, 2], num_inference_steps=3, latents=latents, output_type="latent").images
+        latent_sit_pipeline(made)([1, 2], num_inference_steps=3, latents=latents, output_type="latent").images
         for made in (FlowTurboScheduler("H3"), FlowRungeKuttaScheduler("heun"))
     ]
     assert_close(images[0], images[1], 1e-5)
@@ -153,7 +154,7 @@ def test_heun_alone_is_the_runge_kutta_sampler_in_the_pipeline() -> None:
 @pytest.mark.parametrize("text", ["H1R3", "H1P2R3", "P1R2"])
 def test_zero_refiner_keeps_the_velocity(text: str, mode: str) -> None:
     """Every R step is x + width * c; a fresh refiner returns 0."""
-    pipe = tiny_sit_pipeline(FlowTurboScheduler(text, mode))
+    pipe = latent_sit_pipeline(FlowTurboScheduler(text, mode))
     made = pipe.scheduler
     ends: list[tuple[int, Tensor, Tensor | None, Tensor | None]] = []
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from flowaccel.samplers import FlowSDEScheduler
-from helpers import assert_close, generators, tiny_sit_pipeline
+from helpers import assert_close
+from tiny import generators, latent_sit_pipeline
 
 SOLVERS = pytest.mark.parametrize("solver", ["euler", "heun"])
 STEPS = 4
@@ -38,7 +39,7 @@ def test_images_do_not_depend_on_their_batch(solver: str) -> None:
 @pytest.mark.parametrize("scale", [1.0, 1.5])
 def test_images_do_not_depend_on_their_batch_in_the_pipeline(solver: Any, scale: float) -> None:
     """Guidance doubles the batch, and must not change which noise an image gets."""
-    pipe = tiny_sit_pipeline(FlowSDEScheduler(solver))
+    pipe = latent_sit_pipeline(FlowSDEScheduler(solver))
     options: dict[str, Any] = {"num_inference_steps": STEPS, "guidance_scale": scale, "output_type": "latent"}
     together = pipe([1, 2], generator=generators(11, 12), **options).images
     singly = [pipe(label, generator=generators(10 + label), **options).images for label in (1, 2)]

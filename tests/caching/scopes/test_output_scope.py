@@ -12,8 +12,8 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.transformers.transformer_ltx2 import AudioVisualModelOutput
 from torch import Tensor, nn
 
-import families
 import flowaccel
+import tiny
 from flowaccel import UnsupportedModelError
 from flowaccel.hooks import session_of
 
@@ -79,7 +79,7 @@ def duet(kind: str) -> DuetPipeline:
     torch.manual_seed(0)
     network = Duet().eval()
     network.kind = kind
-    return families.silent(DuetPipeline(network, FlowMatchEulerDiscreteScheduler()))
+    return tiny.silent(DuetPipeline(network, FlowMatchEulerDiscreteScheduler()))
 
 
 @pytest.mark.parametrize("residual", [False, True])

@@ -202,7 +202,7 @@ def test_every_call_starts_afresh_and_leaves_nothing_behind(text: str) -> None:
     settings = {"num_inference_steps": STEPS, "mag_ratios": [1.0]} if text == MAG else {}
 
     def latents(**options: Any) -> torch.Tensor:
-        generators = families.generators(3, 0)
+        generators = tiny.generators(0, 1, 2)
         return pipe([1, 2, 3], STEPS, generator=generators, output_type="latent", **options).images
 
     def cached(**options: Any) -> torch.Tensor:

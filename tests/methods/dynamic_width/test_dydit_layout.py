@@ -15,8 +15,8 @@ from torch import Tensor
 from flowaccel import CheckpointError, SiTTransformer2DModel
 from flowaccel.methods.dynamic_width.networks import DynamicSiTTransformer2DModel, make_dynamic
 from flowaccel.models.official import preset_config
-from helpers import GOLDEN, assert_close, tiny_sit
-from tiny import random_weights
+from helpers import GOLDEN, assert_close
+from tiny import latent_sit, random_weights
 
 HEADS = 4
 State = dict[str, Tensor]
@@ -24,7 +24,7 @@ State = dict[str, Tensor]
 
 def dynamic(base: dict[str, Any] | None = None, **settings: Any) -> Any:
     """A network whose units are ranked, so not contiguous, and whose gates differ between times."""
-    network = make_dynamic(tiny_sit(**(base or {"out_channels": 8, "learn_sigma": False})), {"bias": 0.0, **settings})
+    network = make_dynamic(latent_sit(**(base or {"out_channels": 8, "learn_sigma": False})), {"bias": 0.0, **settings})
     random_weights(network.dynamic.blocks, 3, std=1.0)
     return network.eval()
 
@@ -114,7 +114,7 @@ def december_2024() -> State:
 
 REFUSED: dict[str, tuple[State, str]] = {
     "first release": (december_2024(), "router layout of December 2024: 4 outputs for 4 heads"),
-    "static network": (tiny_sit().to_official(), r"no routers.*SiTTransformer2DModel\.from_official.*make_dynamic"),
+    "static network": (latent_sit().to_official(), r"no routers.*SiTTransformer2DModel\.from_official.*make_dynamic"),
     "router missing": (
         {key: value for key, value in OFFICIAL.items() if key != "blocks.1.mlp_rate.router.bias"},
         r"1 misfits.*missing dynamic\.blocks\.1\.ff_gate\.router\.bias",

@@ -6,9 +6,10 @@ import torch
 
 from flowaccel.methods.flowturbo.accelerator import new_refiner
 from flowaccel.methods.flowturbo.train import refiner_terms
-from helpers import assert_close, tiny_sit
+from helpers import assert_close
+from tiny import latent_sit
 
-TEACHER = tiny_sit()
+TEACHER = latent_sit()
 REFINER = new_refiner(TEACHER)
 STATE = torch.randn(4, 4, 8, 8, generator=torch.Generator().manual_seed(1))
 LABELS, TIMES = torch.tensor([3, 1, 4, 9]), torch.tensor([0.0, 0.42, 0.7, 0.985])

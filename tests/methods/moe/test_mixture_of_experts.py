@@ -38,7 +38,7 @@ from flowaccel.methods.moe.control import moe_layers, set_moe_budget, set_moe_ca
 from flowaccel.methods.moe.networks import upcycle_to_moe
 from flowaccel.methods.moe.routing import ROUTING
 from flowaccel.methods.moe.stats import mean_capacity, total_overflow
-from moe_networks import SMALL, fitted, with_experts
+from moe_parts import SMALL, fitted, with_experts
 from tiers import Process
 
 NAMES = ("sit", "dit", "sd3", "flux")

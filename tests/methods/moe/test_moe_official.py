@@ -19,8 +19,8 @@ from flowaccel.methods.dynamic_width.networks import DynamicSiTTransformer2DMode
 from flowaccel.methods.moe.control import moe_layers, set_moe_selection, unpack_experts
 from flowaccel.methods.moe.networks import MoESiTTransformer2DModel
 from flowaccel.models.official import SIZES, preset_config
-from helpers import GOLDEN, assert_close, tiny_sit
-from tiny import random_weights
+from helpers import GOLDEN, assert_close
+from tiny import latent_sit, random_weights
 
 HEADS, EXPERTS, WIDTH = 4, 4, 48
 State = dict[str, Tensor]
@@ -43,7 +43,7 @@ def output(network: Any) -> Tensor:
 
 def untrained(base: dict[str, Any] | None = None, **settings: Any) -> Any:
     network = MoESiTTransformer2DModel.from_base(
-        tiny_sit(**{"out_channels": 8, "learn_sigma": False, **(base or {})}), {"num_experts": EXPERTS, **settings}
+        latent_sit(**{"out_channels": 8, "learn_sigma": False, **(base or {})}), {"num_experts": EXPERTS, **settings}
     )
     random_weights(network, 3, std=0.3)
     return network.eval()
@@ -239,7 +239,7 @@ def differing(**other: Any) -> State:
 
 FIRST = "blocks.1.mlp.experts.0"
 REFUSED: dict[str, tuple[State, str]] = {
-    "dense network": (tiny_sit().to_official(), r"no experts.*SiTTransformer2DModel\.from_official.*upcycle_to_moe"),
+    "dense network": (latent_sit().to_official(), r"no experts.*SiTTransformer2DModel\.from_official.*upcycle_to_moe"),
     "gate alone": (without(".experts."), r"blocks\.1\.mlp\.experts: expert 0 is missing"),
     "expert missing": (without(".experts.2."), r"blocks\.1\.mlp\.experts: expert 2 is missing; there are \[0, 1, 3\]"),
     "last expert missing": (without(".experts.3."), r"checkpoint \(4, 48\), model \(3, 48\)"),
@@ -369,7 +369,7 @@ def run(*arguments: str, code: int = 0) -> str:
 
 FORMS_OF_A_SIT: dict[str, tuple[type[SiTTransformer2DModel], Any]] = {
     "diffmoe": (MoESiTTransformer2DModel, with_experts),
-    "dydit": (DynamicSiTTransformer2DModel, lambda: make_dynamic(tiny_sit(out_channels=8, learn_sigma=False))),
+    "dydit": (DynamicSiTTransformer2DModel, lambda: make_dynamic(latent_sit(out_channels=8, learn_sigma=False))),
 }
 
 
@@ -393,7 +393,7 @@ def test_convert_writes_folders_and_back(form: str, tmp_path: Path) -> None:
 def test_convert_says_what_it_cannot(tmp_path: Path) -> None:
     source, folder = tmp_path / "official.safetensors", tmp_path / "folder"
     out = ["--out", str(tmp_path / "x")]
-    save_file({key: value.contiguous() for key, value in tiny_sit().to_official().items()}, source)
+    save_file({key: value.contiguous() for key, value in latent_sit().to_official().items()}, source)
     heads = ["--num-attention-heads", str(HEADS)]
     assert "the checkpoint has no experts" in run(str(source), "--to", "diffmoe", *heads, *out, code=2)
     assert "the checkpoint has no routers" in run(str(source), "--to", "dydit", *heads, *out, code=2)

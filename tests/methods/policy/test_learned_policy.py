@@ -31,7 +31,7 @@ from flowaccel.methods.policy.network import CACHE, COUNT, SPARSE, STEP, Acceler
 from flowaccel.methods.policy.policy_decisions import HeadSource, ScriptSource
 from flowaccel.recipe.sampler import swapped_scheduler
 from flowaccel.samplers import PolicyScheduler
-from moe_networks import fitted
+from moe_parts import fitted
 from policies import FAMILIES, SMALL_BLOCKS, conditioned, decided_by, driven, image_paths, pipeline, policy_for
 
 STEPS = 6
