@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from torch import nn
+from torch import Tensor, nn
 
 from flowaccel.compat import block_output_order
 from flowaccel.errors import UnsupportedModelError
@@ -77,6 +77,14 @@ class Family:
     to the network), so that only the scheduler they were made with fits."""
     derived: bool = False
     """Whether the family was derived from the network instead of registered."""
+
+    def argument_of(self, timestep: Tensor, scale: int) -> Tensor:
+        """Return the network's time argument at timesteps of a scheduler with `scale` of them in training."""
+        return {"timestep": timestep, "sigma": timestep / scale, "one_minus_sigma": 1 - timestep / scale}[self.time]
+
+    def timestep_of(self, argument: float, scale: int) -> float:
+        """Return the timestep at which the network is given this time argument; the inverse of `argument_of`."""
+        return {"timestep": argument, "sigma": argument * scale, "one_minus_sigma": (1 - argument) * scale}[self.time]
 
 
 _JOINT = ("encoder", "hidden")

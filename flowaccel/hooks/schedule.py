@@ -61,6 +61,6 @@ def _starts(scheduler: Any, timesteps: tuple[float, ...], timestep: Any, family:
     value = float(torch.as_tensor(timestep).float().max())  # tokens of a given first frame have timestep 0
     if family.derived:  # unit unknown; an exact timestep can be recognised
         return [index for index, time in enumerate(timesteps) if time == value and value > 1]
-    value = {"timestep": value, "sigma": value * scale, "one_minus_sigma": (1 - value) * scale}[family.time]
+    value = family.timestep_of(value, scale)
     nearest = min(timesteps, key=lambda time: abs(time - value))
     return [index for index, time in enumerate(timesteps) if time == nearest]

@@ -32,6 +32,10 @@ class FlowConvention:
         """Return the network's time argument at noise level `sigma` in [0, 1] (any shape)."""
         return self.time_scale * (1 - sigma if self.data_at_one else sigma)
 
+    def noise_level(self, time: Tensor) -> Tensor:
+        """Return the noise level at a time argument of the network; the inverse of `network_time`."""
+        return 1 - time / self.time_scale if self.data_at_one else time / self.time_scale
+
 
 DIFFUSERS = FlowConvention(data_at_one=False, time_scale=1000.0)
 SIT = FlowConvention(data_at_one=True, time_scale=1.0)

@@ -22,6 +22,7 @@ from transformers import CLIPTokenizer
 
 from flowaccel.data import CaptionedSet, ImageSet
 from flowaccel.hooks import Pipeline
+from flowaccel.models.time import DIFFUSERS, SIT
 
 _START, _END, _WORD_END = "<|startoftext|>", "<|endoftext|>", "</w>"
 # What the pipeline puts in place of a T5 that it does not have: `max_sequence_length` zero tokens, 256 if not told.
@@ -243,7 +244,8 @@ class PromptedFlow(nn.Module):
         channels = self.network.config.out_channels
         sample = torch.cat([state[:, :channels], -state[:, channels:]], dim=1)
         tokens, pooled = (table[labels.to(table.device)].to(state) for table in (self.tokens, self.pooled))
-        return (-self.network(sample, tokens, pooled, 1000 * (1 - t), return_dict=False)[0],)
+        output = self.network(sample, tokens, pooled, DIFFUSERS.network_time(SIT.noise_level(t)), return_dict=False)[0]
+        return (SIT.velocity_sign * output,)
 
 
 @dataclass(frozen=True, kw_only=True)

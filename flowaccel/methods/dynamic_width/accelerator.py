@@ -169,7 +169,8 @@ class _PlanRunner:
             return made
         plan = self.config.plan
         if plan is None:
-            times = network_times(call.family.time, timesteps, scheduler)
+            scale = scheduler.config.get("num_train_timesteps", 1000)
+            times = call.family.argument_of(torch.tensor(timesteps), scale)
             plan = WidthPlan.of(self.network, times, timesteps=timesteps, scheduler=asked)
         if self.config.buckets is not None:
             plan = plan.bucketed(self.config.buckets, self.dynamics.gate_weights)
@@ -203,16 +204,6 @@ class WidthStats(CallStats):
         """Return the memory use of the layers' slices, in words."""
         held, cut = max(found.slice_bytes for found in stats), sum(found.slices_cut for found in stats)
         return [f"Slices of layers: {held / 1e6:.1f} MB held, {cut} cut anew for want of room."] if held or cut else []
-
-
-def network_times(convention: str, timesteps: tuple[float, ...], scheduler: Any) -> torch.Tensor:
-    """Convert the scheduler's timesteps to values of the network's `timestep` argument.
-
-    `convention` is as in `flowaccel.hooks.Family.time`.
-    """
-    times = torch.tensor(timesteps)
-    scale = scheduler.config.get("num_train_timesteps", 1000)
-    return {"timestep": times, "sigma": times / scale, "one_minus_sigma": 1 - times / scale}[convention]
 
 
 def _note(call: Call, dynamics: Dynamics, shares: list[float], cut: int) -> None:

@@ -284,11 +284,8 @@ def _timestep(call: Call, times: Sequence[float], scale: int) -> Tensor:
     """Return the network's `timestep` argument for the rows of a call, in the convention of its family."""
     given = torch.as_tensor(call.arguments["timestep"])
     found = torch.tensor([times[image] for image in call.row_images], dtype=torch.float32)
-    if call.family.time == "sigma":
-        found = found.to(given.dtype) / scale
-    elif call.family.time == "one_minus_sigma":
-        found = 1 - found / scale
-    return found.to(given.device, given.dtype)
+    found = found.to(given.dtype) if call.family.time == "sigma" else found  # pipelines divide in this dtype
+    return call.family.argument_of(found, scale).to(given.device, given.dtype)
 
 
 def _grid(call: Call) -> tuple[int, int] | None:
