@@ -15,3 +15,10 @@ def is_number(value: Any, least: float = -math.inf, most: float = math.inf) -> T
     """Return whether `value` is a finite number in `least` .. `most`."""
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     return number and math.isfinite(value) and least <= value <= most
+
+
+def check_whole(owner: Any, **least: int) -> None:
+    """Raise a ValueError unless the attributes of `owner` are integers of at least these values."""
+    for name, lowest in least.items():
+        if not is_whole(getattr(owner, name), lowest):
+            raise ValueError(f"{name} must be a whole number of at least {lowest}, got {getattr(owner, name)!r}")

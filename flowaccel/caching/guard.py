@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from flowaccel.checks import is_number, is_whole
+from flowaccel.checks import check_whole, is_number, is_whole
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,7 @@ class Guard:
             raise ValueError(f"warmup must be a number of steps, or a part of the run below 1, got {self.warmup!r}")
         if self.warmup >= 1 and self.warmup != int(self.warmup):
             raise ValueError(f"warmup must be a whole number of steps where it is not below 1, got {self.warmup!r}")
-        if not is_whole(self.last, 0):
-            raise ValueError(f"last must be a whole number of at least 0, got {self.last!r}")
+        check_whole(self, last=0)
         if self.max_run is not None and not is_whole(self.max_run, 1):
             raise ValueError(f"max_run must be a whole number of at least 1, or None, got {self.max_run!r}")
         if self.budget is not None and not self.budget > 0:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from flowaccel.checks import is_whole
+from flowaccel.checks import check_whole
 from flowaccel.hooks import Call, Identity, Pipeline, Session, denoiser
 
 
@@ -47,8 +47,7 @@ class Fitted:
     model: str | None = None
 
     def __post_init__(self) -> None:
-        if not is_whole(self.steps, 1):
-            raise ValueError(f"steps must be a whole number of at least 1, got {self.steps!r}")
+        check_whole(self, steps=1)
 
     def fits_network(self, network: Identity) -> bool:
         """Return whether the fit was made on this network."""

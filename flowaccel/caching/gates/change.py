@@ -11,7 +11,7 @@ from torch import Tensor
 
 from flowaccel.caching.gates.base import Gate, Signal, State, Step, check_threshold, relative_change, where
 from flowaccel.caching.gates.teacache_fits import PUBLISHED, UNUSABLE
-from flowaccel.checks import is_whole
+from flowaccel.checks import check_whole
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,7 @@ class FirstBlock(Gate):
 
     def __post_init__(self) -> None:
         check_threshold(self.threshold)
-        if not is_whole(self.blocks, 1):
-            raise ValueError(f"blocks must be a whole number of at least 1, got {self.blocks!r}")
+        check_whole(self, blocks=1)
 
     @property
     def probe(self) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from flowaccel.checks import is_whole
+from flowaccel.checks import check_whole
 
 
 @dataclass(frozen=True)
@@ -60,10 +60,7 @@ class Range:
     back: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("front", "back"):
-            value = getattr(self, name)
-            if not is_whole(value, 0):
-                raise ValueError(f"{name} must be a whole number of at least 0, got {value!r}")
+        check_whole(self, front=0, back=0)
 
 
 @dataclass(frozen=True)

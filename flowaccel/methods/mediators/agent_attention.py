@@ -12,7 +12,7 @@ from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
 from torch import nn
 
-from flowaccel.checks import is_whole
+from flowaccel.checks import check_whole
 from flowaccel.errors import RecipeConflictError, UnsupportedModelError
 from flowaccel.hooks import Call, CallStats, Pipeline, Session, is_present, networks, session_of
 from flowaccel.methods.mediators.agents import AgentAttnProcessor, AgentSwitch
@@ -48,10 +48,7 @@ class AgentAttention(Accelerator):
     min_tokens: int = 4096
 
     def __post_init__(self) -> None:
-        for name, lowest in (("stride", 2), ("min_tokens", 1)):
-            value = getattr(self, name)
-            if not is_whole(value, lowest):
-                raise ValueError(f"{name} must be a whole number of at least {lowest}, got {value!r}")
+        check_whole(self, stride=2, min_tokens=1)
         if not 0 <= self.first <= 1:
             raise ValueError(f"first must be a share of the steps, from 0 to 1, got {self.first!r}")
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from flowaccel.caching.gates.base import mean_abs, mean_square, relative_change
-from flowaccel.checks import is_number, is_whole
+from flowaccel.checks import check_whole, is_number, is_whole
 
 Levels = tuple[tuple[float, int], ...]
 METRICS, DECIDES = ("mae", "mse"), ("image", "batch")
@@ -102,8 +102,7 @@ class MediatorSchedule:
                 )
         if rule != "fixed":
             check_count("start", self.start)
-        if not is_whole(self.first, 1):
-            raise ValueError(f"first must be a whole number of at least 1, got {self.first!r}")
+        check_whole(self, first=1)
         if self.metric not in METRICS:
             raise ValueError(f"metric must be one of {list(METRICS)}, got {self.metric!r}")
         if self.decide not in DECIDES:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal, Self, get_args
 
-from flowaccel.checks import is_number, is_whole
+from flowaccel.checks import check_whole, is_number
 from flowaccel.models.settings import settings_from
 
 RouterName = Literal[
@@ -81,7 +81,7 @@ class MoESettings:
         self._one_of("inference_selection", SELECTIONS)
         if self.score_fn is not None:
             self._one_of("score_fn", ("softmax", "sigmoid", "identity"))
-        self._whole("num_experts")
+        check_whole(self, num_experts=1)
         if not (is_number(self.capacity) and 0 < self.capacity <= self.num_experts):
             raise ValueError(f"capacity must be above 0 and at most num_experts={self.num_experts}, got "
                              f"{self.capacity!r}")  # fmt: skip
@@ -99,9 +99,8 @@ class MoESettings:
             raise ValueError(f"expert_groups={self.expert_groups!r} is for router='deepseek', got {self.router!r}")
         for name in ("inner_dim", "shared_inner_dim"):
             if getattr(self, name) is not None:
-                self._whole(name)
-        for name in ("threshold_warmup", "expert_groups", "top_groups"):
-            self._whole(name)
+                check_whole(self, **{name: 1})
+        check_whole(self, threshold_warmup=1, expert_groups=1, top_groups=1)
         if not (is_number(self.threshold_momentum) and 0 <= self.threshold_momentum < 1):
             raise ValueError(f"threshold_momentum must lie in [0, 1), got {self.threshold_momentum!r}")
         if not (is_number(self.routed_scale) and self.routed_scale > 0):
@@ -132,11 +131,6 @@ class MoESettings:
     def _one_of(self, name: str, allowed: tuple[str, ...]) -> None:
         if getattr(self, name) not in allowed:
             raise ValueError(f"{name} must be one of {list(allowed)}, got {getattr(self, name)!r}")
-
-    def _whole(self, name: str) -> None:
-        value = getattr(self, name)
-        if not is_whole(value, 1):
-            raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
 
     @property
     def scores(self) -> str:

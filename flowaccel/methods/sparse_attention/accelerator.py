@@ -13,7 +13,7 @@ from diffusers.models.attention_processor import JointAttnProcessor2_0
 from diffusers.models.transformers.transformer_flux import FluxAttention, FluxAttnProcessor
 from torch import nn
 
-from flowaccel.checks import is_whole
+from flowaccel.checks import check_whole
 from flowaccel.errors import RecipeConflictError, UnsupportedModelError
 from flowaccel.hooks import Call, CallStats, Pipeline, Session, is_compiled, is_present, networks, session_of
 from flowaccel.methods.sparse_attention.attention import Backend, By, SparseRule, check_backend
@@ -80,10 +80,7 @@ class SparseAttention(Accelerator):
             raise ValueError(f"keep must be above 0 and at most 1, got {self.keep!r}")
         if not 0 <= self.dense_steps <= 1:
             raise ValueError(f"dense_steps must be a share of the steps, from 0 to 1, got {self.dense_steps!r}")
-        for name, lowest in (("dense_blocks", 0), ("min_tokens", 1)):
-            value = getattr(self, name)
-            if not is_whole(value, lowest):
-                raise ValueError(f"{name} must be a whole number of at least {lowest}, got {value!r}")
+        check_whole(self, dense_blocks=0, min_tokens=1)
         check_backend(self.backend)
         self.switch()
 

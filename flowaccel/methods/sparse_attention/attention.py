@@ -22,7 +22,7 @@ from torch._dynamo.exc import FailOnRecompileLimitHit
 from torch.nn import functional
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from flowaccel.checks import is_whole
+from flowaccel.checks import check_whole
 
 By = Literal["share", "mass"]
 Backend = Literal["auto", "flex", "gather", "sparge"]
@@ -58,10 +58,7 @@ class SparseRule:
             raise ValueError(f"by must be one of {', '.join(get_args(By))}, got {self.by!r}")
         if self.similarity is not None and not -1 <= self.similarity <= 1:
             raise ValueError(f"similarity must be a cosine from -1 to 1, or None, got {self.similarity!r}")
-        for name in ("query_block", "key_block"):
-            value = getattr(self, name)
-            if not is_whole(value, 1):
-                raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+        check_whole(self, query_block=1, key_block=1)
 
 
 @dataclass(frozen=True)
