@@ -13,7 +13,13 @@ from diffusers import (
     AuraFlowPipeline,
     AuraFlowTransformer2DModel,
     AutoencoderKLCogVideoX,
+    AutoencoderKLFlux2,
+    AutoencoderKLHunyuanVideo,
+    AutoencoderKLLTXVideo,
+    AutoencoderKLQwenImage,
     AutoencoderKLWan,
+    ChromaPipeline,
+    ChromaTransformer2DModel,
     CogVideoXDDIMScheduler,
     CogVideoXPipeline,
     CogVideoXTransformer3DModel,
@@ -23,18 +29,30 @@ from diffusers import (
     DiTPipeline,
     DiTTransformer2DModel,
     FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
+    Flux2Transformer2DModel,
     FluxImg2ImgPipeline,
+    HunyuanVideoPipeline,
+    HunyuanVideoTransformer3DModel,
+    LTXPipeline,
+    LTXVideoTransformer3DModel,
+    Lumina2Pipeline,
+    Lumina2Transformer2DModel,
     PixArtSigmaPipeline,
     PixArtTransformer2DModel,
+    QwenImagePipeline,
+    QwenImageTransformer2DModel,
     UniPCMultistepScheduler,
     WanPipeline,
     WanTransformer3DModel,
+    ZImagePipeline,
+    ZImageTransformer2DModel,
 )
 from torch import Tensor
 
 import tiny
 from flowaccel.evaluation import Conditions
-from flowaccel.hooks import networks, session_of
+from flowaccel.hooks import FAMILIES, networks, session_of
 
 STEPS = 4
 EVALUATIONS = 10
@@ -58,6 +76,8 @@ class Case:
     networks: tuple[str, ...] = ("transformer",)
     begins_at: int = 0
     """Steps of the scheduler's grid that are left out."""
+    counted: bool = True
+    """Whether multiply-adds can be counted without data: the network looks at no values of its arguments."""
 
     def __call__(self, pipe: Any, **options: Any) -> Tensor:
         """The images or frames of one call, as one tensor with a leading batch axis."""
@@ -304,6 +324,197 @@ def cogvideox_arguments(batch: int = 1, steps: int = STEPS, seed: int = 3, guide
     return tiny.words(batch, seed) | tiny.drawing(batch, steps, seed, guidance_scale=scale, size=32, num_frames=9)
 
 
+def z_image_pipeline(seed: int = 0) -> Any:
+    torch.manual_seed(seed)
+    transformer = ZImageTransformer2DModel(
+        in_channels=4,
+        dim=32,
+        n_layers=3,
+        n_refiner_layers=1,
+        n_heads=2,
+        n_kv_heads=2,
+        cap_feat_dim=WIDTH,
+        axes_dims=[8, 4, 4],
+        axes_lens=[128, 32, 32],
+    )
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    transformer = prepared(transformer, seed)
+    return tiny.stock(ZImagePipeline, vae=tiny.autoencoder(), transformer=transformer, scheduler=scheduler)
+
+
+def z_image_arguments(batch: int = 1, steps: int = STEPS, seed: int = 3, guided: bool = True) -> dict[str, Any]:
+    embedded = {name: list(tensors) for name, tensors in tiny.words(batch, seed).items()}
+    return embedded | tiny.drawing(batch, steps, seed, guidance_scale=4.0 if guided else 0.0)
+
+
+def flux2_pipeline(seed: int = 0) -> Any:
+    torch.manual_seed(seed)
+    transformer = Flux2Transformer2DModel(
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=WIDTH,
+        axes_dims_rope=(4, 4, 4, 4),
+        guidance_embeds=False,
+    )
+    vae = AutoencoderKLFlux2(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 8),
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=2,
+    ).eval()
+    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    return tiny.stock(Flux2KleinPipeline, vae=vae, transformer=prepared(transformer, seed), scheduler=scheduler)
+
+
+def guided_arguments(batch: int = 1, steps: int = STEPS, seed: int = 3, guided: bool = True) -> dict[str, Any]:
+    return tiny.words(batch, seed) | tiny.drawing(batch, steps, seed, guidance_scale=4.0 if guided else 1.0)
+
+
+def masked_arguments(batch: int = 1, steps: int = STEPS, seed: int = 3, guided: bool = True) -> dict[str, Any]:
+    mask = torch.ones(batch, TEXT, dtype=torch.bool)
+    masks = {"prompt_attention_mask": mask, "negative_prompt_attention_mask": mask}
+    return guided_arguments(batch, steps, seed, guided) | masks
+
+
+def chroma_pipeline(seed: int = 0) -> Any:
+    torch.manual_seed(seed)
+    transformer = ChromaTransformer2DModel(
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=WIDTH,
+        axes_dims_rope=(4, 4, 8),
+        approximator_num_channels=8,
+        approximator_hidden_dim=16,
+        approximator_layers=1,
+    )
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    transformer = prepared(transformer, seed)
+    return tiny.stock(ChromaPipeline, vae=tiny.autoencoder(), transformer=transformer, scheduler=scheduler)
+
+
+def qwen_pipeline(seed: int = 0) -> Any:
+    torch.manual_seed(seed)
+    transformer = QwenImageTransformer2DModel(
+        in_channels=16,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=WIDTH,
+        axes_dims_rope=(8, 4, 4),
+    )
+    vae = AutoencoderKLQwenImage(
+        base_dim=8,
+        z_dim=4,
+        dim_mult=[1, 1, 1],
+        num_res_blocks=1,
+        temperal_downsample=[False, True],
+        latents_mean=[0.0] * 4,
+        latents_std=[1.0] * 4,
+    ).eval()
+    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    return tiny.stock(QwenImagePipeline, vae=vae, transformer=prepared(transformer, seed), scheduler=scheduler)
+
+
+def qwen_arguments(batch: int = 1, steps: int = STEPS, seed: int = 3, guided: bool = True) -> dict[str, Any]:
+    mask = torch.ones(batch, TEXT, dtype=torch.long)
+    masks = {"prompt_embeds_mask": mask, "negative_prompt_embeds_mask": mask}
+    scale = 4.0 if guided else 1.0
+    return tiny.words(batch, seed) | masks | tiny.drawing(batch, steps, seed, true_cfg_scale=scale)
+
+
+def ltx_pipeline(seed: int = 0) -> Any:
+    torch.manual_seed(seed)
+    transformer = LTXVideoTransformer3DModel(
+        in_channels=8,
+        out_channels=8,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        cross_attention_dim=16,
+        num_layers=3,
+        caption_channels=WIDTH,
+    )
+    vae = AutoencoderKLLTXVideo(
+        latent_channels=8,
+        block_out_channels=(8, 8, 8, 8),
+        decoder_block_out_channels=(8, 8, 8, 8),
+        layers_per_block=(1,) * 5,
+        decoder_layers_per_block=(1,) * 5,
+        spatio_temporal_scaling=(True, True, False, False),
+        decoder_spatio_temporal_scaling=(True, True, False, False),
+        patch_size=1,
+        encoder_causal=True,
+        decoder_causal=False,
+    ).eval()
+    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    return tiny.stock(LTXPipeline, vae=vae, transformer=prepared(transformer, seed), scheduler=scheduler)
+
+
+def ltx_arguments(**options: Any) -> dict[str, Any]:
+    return masked_arguments(**options) | {"num_frames": 5, "height": 32, "width": 32}
+
+
+def hunyuan_pipeline(seed: int = 0) -> Any:
+    torch.manual_seed(seed)
+    transformer = HunyuanVideoTransformer3DModel(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=10,
+        num_layers=1,
+        num_single_layers=2,
+        num_refiner_layers=1,
+        patch_size=1,
+        text_embed_dim=WIDTH,
+        pooled_projection_dim=tiny.POOLED,
+        rope_axes_dim=(2, 4, 4),
+    )
+    vae = AutoencoderKLHunyuanVideo(
+        latent_channels=4,
+        down_block_types=("HunyuanVideoDownBlock3D",) * 4,
+        up_block_types=("HunyuanVideoUpBlock3D",) * 4,
+        block_out_channels=(8, 8, 8, 8),
+        layers_per_block=1,
+        norm_num_groups=4,
+    ).eval()
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=7.0)
+    return tiny.stock(HunyuanVideoPipeline, vae=vae, transformer=prepared(transformer, seed), scheduler=scheduler)
+
+
+def hunyuan_arguments(batch: int = 1, steps: int = STEPS, seed: int = 3, guided: bool = True) -> dict[str, Any]:
+    pooled = {name: value for name, value in tiny.sd3_arguments(batch, seed=seed).items() if "pooled" in name}
+    ours = masked_arguments(batch, steps, seed) | pooled
+    return ours | {"num_frames": 5, "guidance_scale": 6.0, "true_cfg_scale": 3.0 if guided else 1.0}
+
+
+def lumina2_pipeline(seed: int = 0) -> Any:
+    torch.manual_seed(seed)
+    transformer = Lumina2Transformer2DModel(
+        sample_size=4,
+        in_channels=4,
+        hidden_size=24,
+        num_layers=3,
+        num_refiner_layers=1,
+        num_attention_heads=3,
+        num_kv_heads=1,
+        multiple_of=2,
+        axes_dim_rope=(4, 2, 2),
+        axes_lens=(32, 32, 32),
+        cap_feat_dim=WIDTH,
+    )
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=6.0)
+    transformer = prepared(transformer, seed)
+    return tiny.stock(Lumina2Pipeline, vae=tiny.autoencoder(), transformer=transformer, scheduler=scheduler)
+
+
 COND_UNCOND = (("cond", "uncond"),)
 UNCOND_COND = (("uncond", "cond"),)
 SPLIT = (("cond",), ("uncond",))
@@ -328,6 +539,13 @@ CASES = {
         ),
         Case("cogvideox", "cogvideox", cogvideox_pipeline, cogvideox_arguments, UNCOND_COND),
         Case("cogview4", "cogview4", cogview4_pipeline, cogview4_arguments, SPLIT),
+        Case("z_image", "z_image", z_image_pipeline, z_image_arguments, COND_UNCOND),
+        Case("flux2", "flux2", flux2_pipeline, guided_arguments, SPLIT),
+        Case("chroma", "chroma", chroma_pipeline, masked_arguments, SPLIT),
+        Case("qwen_image", "qwen_image", qwen_pipeline, qwen_arguments, SPLIT),
+        Case("ltx", "ltx", ltx_pipeline, ltx_arguments, UNCOND_COND),
+        Case("hunyuan_video", "hunyuan_video", hunyuan_pipeline, hunyuan_arguments, SPLIT),
+        Case("lumina2", "lumina2", lumina2_pipeline, masked_arguments, SPLIT, counted=False),
         Case("auraflow", "auraflow", auraflow_pipeline, auraflow_arguments, UNCOND_COND),
     )
 }
@@ -357,18 +575,21 @@ def split_guidance(pipe: Any) -> None:
         @functools.wraps(inner)
         def forward(*args: Any, inner: Any = inner, signature: Any = signature, **kwargs: Any) -> Any:
             bound = signature.bind(*args, **kwargs).arguments
-            rows = next(iter(bound.values())).shape[0]
+            rows = len(next(iter(bound.values())))
             halves = [_half(bound, rows, part) for part in (0, 1)]
-            order = (0, 1) if session_of(pipe).families[0] in ("sit", "dit") else (1, 0)
+            order = (0, 1) if FAMILIES[session_of(pipe).families[0]].guidance == "cond_uncond" else (1, 0)
             outputs = {part: inner(**halves[part]) for part in order}
             if isinstance(outputs[0], tuple):
-                return (torch.cat([outputs[0][0], outputs[1][0]]),)
+                first, second = outputs[0][0], outputs[1][0]
+                return (first + second if isinstance(first, list) else torch.cat([first, second]),)
             return type(outputs[0])(sample=torch.cat([outputs[0].sample, outputs[1].sample]))
 
         network.forward = forward
 
 
 def _half(value: Any, rows: int, part: int) -> Any:
+    if isinstance(value, list) and len(value) == rows:
+        return value[part * rows // 2 : (part + 1) * rows // 2]
     if isinstance(value, dict):
         return {key: _half(entry, rows, part) for key, entry in value.items()}
     if isinstance(value, Tensor) and value.dim() and value.shape[0] == rows:

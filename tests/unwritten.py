@@ -12,6 +12,7 @@ from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
 import tiny
+from flowaccel.hooks import family_of
 
 ROWS = 2
 
@@ -183,6 +184,26 @@ RIGHT: dict[str, tuple[dict[str, Any], Callable[[], dict[str, Any]]]] = {
             "image_rotary_emb": (torch.ones(4, 8), torch.zeros(4, 8)),
         },
     ),
+    "Lumina2Transformer2DModel": (
+        {
+            "sample_size": 4,
+            "hidden_size": 24,
+            "in_channels": 4,
+            "num_layers": 3,
+            "num_refiner_layers": 1,
+            "num_attention_heads": 3,
+            "num_kv_heads": 1,
+            "multiple_of": 2,
+            "axes_dim_rope": (4, 2, 2),
+            "axes_lens": (32, 32, 32),
+            "cap_feat_dim": 8,
+        },
+        lambda: {
+            "hidden_states": noise(4, 4, 4),
+            "encoder_hidden_states": text(5, 8),
+            "encoder_attention_mask": torch.ones(ROWS, 5, dtype=torch.bool),
+        },
+    ),
     "MochiTransformer3DModel": (
         SIZES
         | {
@@ -233,26 +254,6 @@ WRONG: dict[str, tuple[dict[str, Any], Callable[[], dict[str, Any]]]] = {
             "encoder_hidden_states_image": text(12, 16),
             "pose_hidden_states": noise(4, 2, 4, 4),
             "face_pixel_values": noise(3, 5, 16, 16),
-        },
-    ),
-    "Lumina2Transformer2DModel": (
-        {
-            "sample_size": 4,
-            "hidden_size": 24,
-            "in_channels": 4,
-            "num_layers": 3,
-            "num_refiner_layers": 1,
-            "num_attention_heads": 3,
-            "num_kv_heads": 1,
-            "multiple_of": 2,
-            "axes_dim_rope": (4, 2, 2),
-            "axes_lens": (32, 32, 32),
-            "cap_feat_dim": 8,
-        },
-        lambda: {
-            "hidden_states": noise(4, 4, 4),
-            "encoder_hidden_states": text(5, 8),
-            "encoder_attention_mask": torch.ones(ROWS, 5, dtype=torch.bool),
         },
     ),
     "HiDreamImageTransformer2DModel": (
@@ -325,6 +326,7 @@ class Loop(DiffusionPipeline):
         for timestep in self.scheduler.timesteps:
             shown = arguments["hidden_states"] if still else sample
             time = torch.full((ROWS,), float(self.scheduler.timesteps[0] if still else timestep))
+            time = family_of(self.transformer).argument_of(time, self.scheduler.config.num_train_timesteps)
             output = self.transformer(**arguments | {"hidden_states": shown, name: time}, return_dict=False)[0]
             made.append(output)
             if output.shape == sample.shape:

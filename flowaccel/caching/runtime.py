@@ -267,10 +267,11 @@ def _account(record: CallRecord, call: Call, decision: Decision, rows: tuple[boo
 
 
 def require_tensor(call: Call, what: str) -> None:
-    """Raise an UnsupportedModelError if the network takes a list of images; `what` is the accelerator to remove."""
+    """Raise an UnsupportedModelError if an image comes to the network in parts; `what` is the accelerator to remove."""
     if not isinstance(call.sample, Tensor):
         raise UnsupportedModelError(
-            f"{type(call.module).__name__} takes a list of images, and {what} needs them as one tensor; leave it off"
+            f"{type(call.module).__name__} is called with images in parts, and {what} needs a tensor for each; leave "
+            "it off"
         )
 
 

@@ -95,13 +95,13 @@ class Block:
         """Embedding (rows, D) of the timestep and the conditioning, which modulates the blocks.
 
         Raises:
-            UnsupportedModelError: the block has no argument `temb` of this shape.
+            UnsupportedModelError: the block has no such argument of this shape.
         """
-        found = self.arguments.get("temb")
+        found = self.arguments.get(self.blocks.condition)
         if not isinstance(found, Tensor) or found.dim() != 2:
             raise UnsupportedModelError(
-                f"{type(self.module).__name__} takes no embedding (rows, D) as `temb`, so what modulates it is not "
-                "known; SD3, FLUX and SiT have one"
+                f"{type(self.module).__name__} takes no embedding (rows, D) as {self.blocks.condition!r}, so what "
+                "modulates it is not known; SD3, FLUX, SiT and Z-Image have one"
             )
         return in_rows(found, len(self.hidden))
 

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from flowaccel.hooks.families import Family
 
@@ -224,9 +225,9 @@ class Call:
 
     @property
     def sample(self) -> Any:
-        """First argument of the network: the sample to denoise (rows, ...), in some families a list with an entry
-        per row."""
-        return next(iter(self.arguments.values()))
+        """First argument of the network: the sample to denoise (rows, ...); a list with a tensor for every row, as
+        Z-Image has it, in one tensor."""
+        return in_one(next(iter(self.arguments.values())))
 
     @property
     def grid(self) -> tuple[int, ...] | None:
@@ -303,6 +304,26 @@ class Call:
 def in_rows(tensor: Tensor, rows: int) -> Tensor:
     """Return `tensor` expanded to `rows` rows if it has a single row, else unchanged."""
     return tensor.expand(rows, *tensor.shape[1:]) if tensor.shape[0] == 1 else tensor
+
+
+def in_one(value: Any) -> Any:
+    """Return a list of tensors, one per row, as one tensor (rows, ...), smaller ones with zeros at their ends; anything
+    else unchanged."""
+    if not is_row_list(value):
+        return value
+    most = [max(sizes) for sizes in zip(*(row.shape for row in value), strict=True)]
+    return torch.stack([_filled(row, most) for row in value])
+
+
+def _filled(row: Tensor, shape: list[int]) -> Tensor:
+    missing = [size - own for size, own in zip(shape, row.shape, strict=True)]
+    return pad(row, [amount for size in reversed(missing) for amount in (0, size)])  # pad begins at the last axis
+
+
+def is_row_list(value: Any) -> bool:
+    """Return whether `value` is a list of tensors with the same number of axes."""
+    tensors = isinstance(value, list) and value and all(isinstance(row, Tensor) for row in value)
+    return bool(tensors) and len({row.dim() for row in value}) == 1
 
 
 def take_rows(value: Any, rows: Tensor, full: int) -> Any:

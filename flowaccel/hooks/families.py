@@ -34,6 +34,8 @@ class BlockList:
     """Names of arguments that all rows share: they have no leading rows axis."""
     joined: bool = False
     """Whether `hidden` holds the text tokens followed by the image tokens."""
+    condition: str = "temb"
+    """Name of the argument (rows, D) that modulates the blocks."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,10 +63,12 @@ class Family:
     time: Time = "timestep"
     """Unit of the `timestep` argument: the scheduler's timestep, that divided by `num_train_timesteps`, or one minus
     the latter."""
+    time_argument: str = "timestep"
+    """Name of the network's argument for the time."""
     shared: tuple[str, ...] = ()
     """Names of the network's arguments that all rows share."""
     lists: tuple[str, ...] = ()
-    """Names of arguments that are lists with one entry per row, such as the images of Z-Image."""
+    """Names of arguments that are lists with one entry per row, as Z-Image takes images."""
     extra: tuple[str, ...] = ()
     """Names of arguments that mark a call as beyond guidance when they are given, such as SD3's `skip_layers`."""
     time_embedding: TimeSignal | None = None
@@ -78,6 +82,12 @@ class Family:
     derived: bool = False
     """Whether the family was derived from the network instead of registered."""
 
+    @property
+    def velocity_sign(self) -> float:
+        """Factor between the network's velocity and diffusers', noise - data: pipelines whose time runs to data at 1
+        negate it."""
+        return -1.0 if self.time == "one_minus_sigma" else 1.0
+
     def argument_of(self, timestep: Tensor, scale: int) -> Tensor:
         """Return the network's time argument at timesteps of a scheduler with `scale` of them in training."""
         return {"timestep": timestep, "sigma": timestep / scale, "one_minus_sigma": 1 - timestep / scale}[self.time]
@@ -89,6 +99,7 @@ class Family:
 
 _JOINT = ("encoder", "hidden")
 _TEXT = "encoder_hidden_states"
+_ROTARY = ("image_rotary_emb",)
 
 FAMILIES: dict[str, Family] = {}
 """Registered families by name; `register_family` adds to it."""
@@ -136,8 +147,8 @@ for _family in (
         name="flux",
         networks=("FluxTransformer2DModel",),
         blocks=(
-            BlockList(path="transformer_blocks", returns=_JOINT, encoder=_TEXT, shared=("image_rotary_emb",)),
-            BlockList(path="single_transformer_blocks", returns=_JOINT, encoder=_TEXT, shared=("image_rotary_emb",)),
+            BlockList(path="transformer_blocks", returns=_JOINT, encoder=_TEXT, shared=_ROTARY),
+            BlockList(path="single_transformer_blocks", returns=_JOINT, encoder=_TEXT, shared=_ROTARY),
         ),
         time="sigma",
         shared=("img_ids", "txt_ids"),
@@ -157,23 +168,15 @@ for _family in (
     Family(
         name="cogvideox",
         networks=("CogVideoXTransformer3DModel",),
-        blocks=(
-            BlockList(
-                path="transformer_blocks", returns=("hidden", "encoder"), encoder=_TEXT, shared=("image_rotary_emb",)
-            ),
-        ),
-        shared=("image_rotary_emb",),
+        blocks=(BlockList(path="transformer_blocks", returns=("hidden", "encoder"), encoder=_TEXT, shared=_ROTARY),),
+        shared=_ROTARY,
         time_embedding=TimeSignal(argument="temb"),
     ),
     Family(
         name="cogview4",
         networks=("CogView4Transformer2DModel",),
-        blocks=(
-            BlockList(
-                path="transformer_blocks", returns=("hidden", "encoder"), encoder=_TEXT, shared=("image_rotary_emb",)
-            ),
-        ),
-        shared=("image_rotary_emb",),
+        blocks=(BlockList(path="transformer_blocks", returns=("hidden", "encoder"), encoder=_TEXT, shared=_ROTARY),),
+        shared=_ROTARY,
         own_timesteps=True,
     ),
     Family(
@@ -184,6 +187,62 @@ for _family in (
             BlockList(path="single_transformer_blocks", returns=("hidden",), joined=True),
         ),
         time="sigma",
+    ),
+    Family(
+        name="z_image",
+        networks=("ZImageTransformer2DModel",),
+        blocks=(BlockList(path="layers", returns=("hidden",), hidden="x", condition="adaln_input"),),
+        guidance="cond_uncond",
+        time="one_minus_sigma",
+        time_argument="t",
+        lists=("x", "cap_feats"),
+        time_embedding=TimeSignal(module="t_embedder"),
+    ),
+    Family(
+        name="flux2",
+        networks=("Flux2Transformer2DModel",),
+        blocks=(
+            BlockList(path="transformer_blocks", returns=_JOINT, encoder=_TEXT, shared=_ROTARY),
+            BlockList(path="single_transformer_blocks", returns=("hidden",), shared=_ROTARY, joined=True),
+        ),
+        time="sigma",
+    ),
+    Family(
+        name="chroma",
+        networks=("ChromaTransformer2DModel",),
+        blocks=(
+            BlockList(path="transformer_blocks", returns=_JOINT, encoder=_TEXT, shared=_ROTARY),
+            BlockList(path="single_transformer_blocks", returns=("hidden",), shared=_ROTARY, joined=True),
+        ),
+        time="sigma",
+        shared=("img_ids", "txt_ids"),
+    ),
+    Family(
+        name="qwen_image",
+        networks=("QwenImageTransformer2DModel",),
+        blocks=(BlockList(path="transformer_blocks", returns=_JOINT, encoder=_TEXT, shared=_ROTARY),),
+        time="sigma",
+        lists=("img_shapes",),
+    ),
+    Family(
+        name="ltx",
+        networks=("LTXVideoTransformer3DModel",),
+        blocks=(BlockList(path="transformer_blocks", returns=("hidden",), encoder=_TEXT),),
+        shared=("video_coords",),
+    ),
+    Family(
+        name="hunyuan_video",
+        networks=("HunyuanVideoTransformer3DModel", "HunyuanVideoFramepackTransformer3DModel"),
+        blocks=(
+            BlockList(path="transformer_blocks", returns=("hidden", "encoder"), encoder=_TEXT, shared=("freqs_cis",)),
+            BlockList(path="single_transformer_blocks", returns=("hidden", "encoder"), encoder=_TEXT, shared=_ROTARY),
+        ),
+    ),
+    Family(
+        name="lumina2",
+        networks=("Lumina2Transformer2DModel",),
+        blocks=(BlockList(path="layers", returns=("hidden",)),),
+        time="one_minus_sigma",
     ),
 ):
     register_family(_family)

@@ -396,7 +396,7 @@ class Session:
         return output
 
     def _describe(self, run: Run, network: _Network, arguments: dict[str, Any], forward: Callable[..., Any]) -> Call:
-        clock = arguments.get("timestep")
+        clock = arguments.get(network.family.time_argument)
         if run.begin is None:
             run.timesteps, run.sigmas = levels(self.pipe.scheduler)
             run.begin, run.planned = span(self.pipe, run.timesteps, clock, network.family)

@@ -983,14 +983,14 @@ def test_caches_of_the_output_work_on_a_unet(name: str) -> None:
 
 
 class Listing(nn.Module):
-    """A network that takes and returns a list with one tensor per image, as Z-Image's does."""
+    """A network that takes and returns images in parts, as Z-Image's Omni mode does."""
 
     def __init__(self) -> None:
         super().__init__()
         self.transformer_blocks = nn.ModuleList([nn.Linear(4, 4)])
 
-    def forward(self, x: list[Tensor], t: Tensor) -> tuple[list[Tensor]]:
-        return ([self.transformer_blocks[0](image) for image in x],)
+    def forward(self, x: list[list[Tensor]], t: Tensor) -> tuple[list[list[Tensor]]]:
+        return ([[self.transformer_blocks[0](part) for part in image] for image in x],)
 
 
 class ListingPipeline(DiffusionPipeline):
@@ -1001,14 +1001,14 @@ class ListingPipeline(DiffusionPipeline):
     def __call__(self) -> None:
         self.scheduler.set_timesteps(3)
         for t in self.scheduler.timesteps:
-            self.transformer([torch.zeros(2, 4)], t)
+            self.transformer([[torch.zeros(2, 4)]], t)
 
 
 @pytest.mark.parametrize("gate", ["interval", "easy"])
-def test_networks_that_take_lists_are_refused_by_name(gate: str) -> None:
+def test_networks_that_take_images_in_parts_are_refused_by_name(gate: str) -> None:
     pipe = ListingPipeline(Listing(), FlowMatchEulerDiscreteScheduler())
     accelerate(pipe, FeatureCache(gate))
-    with pytest.raises(UnsupportedModelError, match="Listing takes a list of images"):
+    with pytest.raises(UnsupportedModelError, match="Listing is called with images in parts"):
         pipe()
     restore(pipe)
     pipe()

@@ -121,7 +121,7 @@ def test_what_never_ends_changes_no_bit(case: Case) -> None:
         with accelerated(pipe, never):
             assert torch.equal(made(case, pipe, batch=2), untouched)
             assert guided(pipe) == [(True, True)] * EVALUATIONS
-            assert report(pipe).macs_saved == 0
+            assert report(pipe).macs_saved == (0 if case.counted else None)
             assert "had every call computed" in (report(pipe).unsaved or "")
     assert torch.equal(made(case, pipe, batch=2), untouched)
 

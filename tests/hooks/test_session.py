@@ -80,7 +80,8 @@ def test_the_rows_of_a_branch_hold_its_conditioning(case: Case) -> None:
     pipe = case.make()
     _, calls = watched(pipe)
     case(pipe, batch=2)
-    name = "class_labels" if "class_labels" in calls[0].arguments else "encoder_hidden_states"
+    known = ("class_labels", "cap_feats", "encoder_hidden_states")
+    name = next(name for name in known if name in calls[0].arguments)
     seen = {}
     for call in calls[: len(case.branches)]:
         for branch in call.branches:

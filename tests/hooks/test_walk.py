@@ -49,9 +49,7 @@ def test_a_derived_row_that_does_not_hold_is_refused_for_blocks_alone(name: str)
         assert torch.equal(pipe(arguments), expected)
 
 
-@pytest.mark.parametrize(
-    "name", ["ConsisIDTransformer3DModel", "WanAnimateTransformer3DModel", "Lumina2Transformer2DModel"]
-)
+@pytest.mark.parametrize("name", ["ConsisIDTransformer3DModel", "WanAnimateTransformer3DModel"])
 def test_the_row_that_is_printed_instead_is_right(name: str) -> None:
     pipe, arguments = looped(name)
     with accelerated(pipe, ALWAYS), pytest.raises(UnsupportedModelError) as failure:

@@ -17,7 +17,6 @@ from flowaccel.caching.runtime import CallNext, not_run, require_tensor
 from flowaccel.errors import UnsupportedModelError
 from flowaccel.hooks import COMPUTED, COND, EXTRA, UNCOND, Call, CallRecord, Session, packer, require_rows
 from flowaccel.methods.guidance.when import AdaptiveGuidance, When
-from flowaccel.models import convention_of
 from flowaccel.recipe.calibration import warn_once
 from flowaccel.recipe.sampler import FLOW_PREDICTION
 
@@ -277,7 +276,7 @@ def clean_sample(config: Any, call: Call, sample: Tensor, output: Tensor) -> Ten
     sample, output, sigma = sample.float(), output.float(), call.sigma
     kind = config.get("prediction_type", FLOW_PREDICTION)
     if kind == FLOW_PREDICTION or config.get("use_flow_sigmas"):
-        return sample - sigma * convention_of(call.module).velocity_sign * output
+        return sample - sigma * call.family.velocity_sign * output
     if kind == "epsilon":  # alpha = 1 / (1 + sigma^2)
         return sample - sigma / (1 + sigma**2) ** 0.5 * output
     return sample - sigma * output if kind == "v_prediction" else output

@@ -110,7 +110,9 @@ class PolicyRuntime:
             walk.latents = walk.of_images(call.sample[call.rows_of(COND)])
         if self._timed:
             call.record.times = tuple(time or None for time in times)
-            call = replace(call, arguments={**call.arguments, "timestep": _timestep(call, times, self._scale)})
+            call = replace(
+                call, arguments={**call.arguments, call.family.time_argument: _timestep(call, times, self._scale)}
+            )
         stats = call.record.stats[NAME] = PathStats(call.record)
         if SPARSE not in self._levels:
             return call_next(call)
@@ -282,7 +284,7 @@ class _HeadGate(Gate):
 
 def _timestep(call: Call, times: Sequence[float], scale: int) -> Tensor:
     """Return the network's `timestep` argument for the rows of a call, in the convention of its family."""
-    given = torch.as_tensor(call.arguments["timestep"])
+    given = torch.as_tensor(call.arguments[call.family.time_argument])
     found = torch.tensor([times[image] for image in call.row_images], dtype=torch.float32)
     found = found.to(given.dtype) if call.family.time == "sigma" else found  # pipelines divide in this dtype
     return call.family.argument_of(found, scale).to(given.device, given.dtype)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import flowaccel
 import tiny
 from flowaccel import UnsupportedModelError
-from flowaccel.hooks import session_of
+from flowaccel.hooks import session_of, tensors_of
 
 KINDS: dict[str, Any] = {
     "tensor": lambda video, audio: video,  # Kandinsky 5
@@ -25,9 +25,10 @@ KINDS: dict[str, Any] = {
     "two_as_output": lambda video, audio: AudioVisualModelOutput(sample=video, audio_sample=audio),
     "without_audio": lambda video, audio: (video, None),
     "list_of_two": lambda video, audio: [video, audio],
+    "two_lists_of_rows": lambda video, audio: (list(video), list(audio)),
 }
 LOST: dict[str, Any] = {
-    "lists": lambda video, audio: (list(video), list(audio)),  # Cosmos 3
+    "parts": lambda video, audio: ([list(video)], [list(audio)]),
     "memory": lambda video, audio: (video, {"kv": audio}),  # AnyFlowFAR
     "memory_alone": lambda video, audio: (None, {"kv": audio}),
     "other_rows": lambda video, audio: (video, audio[:1]),
@@ -68,7 +69,7 @@ class DuetPipeline(DiffusionPipeline):
                 found = self.transformer(torch.cat([x] * copies), torch.cat([y] * copies), t.expand(copies * len(x)))
                 if isinstance(found, dict):
                     found = found.to_tuple()
-                video, *rest = [found] if isinstance(found, Tensor) else found
+                video, *rest = [found] if isinstance(found, Tensor) else tensors_of(found)
                 if rest and isinstance(rest[0], Tensor):
                     y = y - 0.1 * rest[0][:2]
                 x = self.scheduler.step(video[:2], t, x, return_dict=False)[0]
@@ -100,7 +101,7 @@ def test_every_output_is_cached(kind: str, residual: bool) -> None:
     assert run is not None and [record.what for record in run.records].count("reused") == 2
     assert type(kept[1]) is type(kept[0])
     if "two" in kind:
-        computed, reused = (value.to_tuple() if isinstance(value, dict) else value for value in kept[:2])
+        computed, reused = map(tensors_of, kept[:2])
         assert torch.equal(reused[1], computed[1]) and not torch.equal(changed[1], expected[1])
     if kind == "without_audio":
         assert kept[1][1] is None

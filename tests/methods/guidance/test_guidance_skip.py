@@ -29,7 +29,6 @@ from flowaccel import (
 from flowaccel.caching.runtime import require_tensor
 from flowaccel.hooks import FAMILIES, session_of
 from flowaccel.methods.guidance.runtime import clean_sample
-from flowaccel.models.time import SIT
 from flowaccel.recipe import preset
 
 STEPS, SCALE = 8, 4.0
@@ -185,11 +184,8 @@ def test_clean_samples_of_models_of_noise(kind: str) -> None:
 def test_clean_samples_of_flows_point_from_data_to_noise_or_back() -> None:
     data, noise, sigma = torch.randn(2, 4, 3, 3), torch.randn(2, 4, 3, 3), 0.3
     sample = (1 - sigma) * data + sigma * noise
-    for convention, velocity in ((None, noise - data), (SIT, data - noise)):
-        module = nn.Identity()
-        if convention is not None:
-            module.flow_convention = convention
-        call: Any = SimpleNamespace(sigma=sigma, module=module)
+    for family, velocity in ((FAMILIES["sd3"], noise - data), (FAMILIES["sit"], data - noise)):
+        call: Any = SimpleNamespace(sigma=sigma, module=nn.Identity(), family=family)
         torch.testing.assert_close(clean_sample({}, call, sample, velocity), data)
     with pytest.raises(UnsupportedModelError, match=r"Identity makes .* use space='v'"):
         clean_sample({}, call, sample[:, :2], velocity)
@@ -277,6 +273,6 @@ def test_calls_beyond_guidance_pass() -> None:
 
 
 def test_a_network_of_lists_is_refused_by_name() -> None:
-    call: Any = SimpleNamespace(sample=[torch.zeros(1)], module=nn.Identity())
-    with pytest.raises(UnsupportedModelError, match="Identity takes a list of images, and guidance skip needs"):
+    call: Any = SimpleNamespace(sample=[[torch.zeros(1)]], module=nn.Identity())
+    with pytest.raises(UnsupportedModelError, match="Identity is called with images in parts, and guidance skip needs"):
         require_tensor(call, "guidance skip")
