@@ -515,6 +515,14 @@ def lumina2_pipeline(seed: int = 0) -> Any:
     return tiny.stock(Lumina2Pipeline, vae=tiny.autoencoder(), transformer=transformer, scheduler=scheduler)
 
 
+def sd15_arguments(batch: int = 1, steps: int = STEPS, seed: int = 3, guided: bool = True) -> dict[str, Any]:
+    return tiny.unet_arguments(batch, steps, scale=4.0 if guided else 1.0, seed=seed)
+
+
+def sdxl_arguments(batch: int = 1, steps: int = STEPS, seed: int = 3, guided: bool = True) -> dict[str, Any]:
+    return tiny.sdxl_arguments(batch, steps, scale=4.0 if guided else 1.0, seed=seed)
+
+
 COND_UNCOND = (("cond", "uncond"),)
 UNCOND_COND = (("uncond", "cond"),)
 SPLIT = (("cond",), ("uncond",))
@@ -546,6 +554,8 @@ CASES = {
         Case("ltx", "ltx", ltx_pipeline, ltx_arguments, UNCOND_COND),
         Case("hunyuan_video", "hunyuan_video", hunyuan_pipeline, hunyuan_arguments, SPLIT),
         Case("lumina2", "lumina2", lumina2_pipeline, masked_arguments, SPLIT, counted=False),
+        Case("sd15", "unet", tiny.unet_pipeline, sd15_arguments, UNCOND_COND, networks=("unet",)),
+        Case("sdxl", "unet", tiny.sdxl_pipeline, sdxl_arguments, UNCOND_COND, networks=("unet",)),
         Case("auraflow", "auraflow", auraflow_pipeline, auraflow_arguments, UNCOND_COND),
     )
 }

@@ -19,6 +19,7 @@ from diffusers import (
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
     UNet2DConditionModel,
     WanPipeline,
     WanTransformer3DModel,
@@ -141,6 +142,35 @@ def unet_pipeline(seed: int = 0, **config: Any) -> StableDiffusionPipeline:
     return stock(
         StableDiffusionPipeline, vae=autoencoder(), unet=unet, scheduler=scheduler, requires_safety_checker=False
     )
+
+
+def sdxl_pipeline(seed: int = 0, **config: Any) -> StableDiffusionXLPipeline:
+    """A stock `StableDiffusionXLPipeline` without text encoders: 16x16 images; call it with `sdxl_arguments`."""
+    torch.manual_seed(seed)
+    sizes = {
+        "sample_size": 8,
+        "block_out_channels": (8, 16, 16),
+        "layers_per_block": 1,
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        "transformer_layers_per_block": (1, 1, 2),
+        "cross_attention_dim": CONTEXT,
+        "attention_head_dim": 2,
+        "norm_num_groups": 2,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 4,
+        "projection_class_embeddings_input_dim": 6 * 4 + POOLED,
+        "use_linear_projection": True,
+    }
+    unet = UNet2DConditionModel(**{**sizes, **config}).eval()
+    random_weights(unet, seed)
+    scheduler = DDIMScheduler(steps_offset=1, clip_sample=False)
+    return stock(StableDiffusionXLPipeline, vae=autoencoder(), unet=unet, scheduler=scheduler)
+
+
+def sdxl_arguments(batch: int = 1, steps: int = 5, scale: float = 4.0, seed: int = 3) -> dict[str, Any]:
+    """Arguments of a call; image i depends on i and `seed` alone."""
+    return sd3_arguments(batch, steps, scale, seed)
 
 
 def unet_arguments(batch: int = 1, steps: int = 5, scale: float = 4.0, seed: int = 3) -> dict[str, Any]:

@@ -33,6 +33,8 @@ class CacheState:
     signals: dict[Any, Tensor] = field(default_factory=dict)
     """Last signal (units, ...) that decided, by network, if the predictor needs it."""
     histories: dict[Any, History] = field(default_factory=dict)
+    forms: dict[Any, tuple[tuple[int, ...], ...]] = field(default_factory=dict)
+    """Shapes of what a UNet's deep blocks return, by network and block."""
     warned: bool = False
 
     @property

@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -61,6 +61,8 @@ class Block:
     module: nn.Module
     bind: Callable[[], dict[str, Any]]
     """Computes `arguments`, on demand."""
+    beside: dict[str, Any] = field(default_factory=dict)
+    """What `unpack` found beside the tokens, the skip connections of a UNet's block, for `pack`."""
 
     @functools.cached_property
     def arguments(self) -> dict[str, Any]:
@@ -110,14 +112,16 @@ class Block:
         if len(self.blocks.returns) == 1:
             return output, None
         found = dict(zip(self.blocks.returns, output, strict=True))
-        hidden, encoder = found["hidden"], found["encoder"]
+        hidden, encoder = found.pop("hidden"), found.pop("encoder", None)
+        self.beside.update(found)
         return hidden, None if encoder is None else in_rows(encoder, len(hidden))
 
     def pack(self, hidden: Tensor, encoder: Tensor | None) -> Any:
         """Return the tokens in the form of the block's output; the inverse of `unpack`."""
         if len(self.blocks.returns) == 1:
             return hidden
-        return tuple(hidden if name == "hidden" else encoder for name in self.blocks.returns)
+        found = {"hidden": hidden, "encoder": encoder, **self.beside}
+        return tuple(found[name] for name in self.blocks.returns)
 
 
 class BlockHooks:
@@ -284,7 +288,7 @@ def _inner_modules(network: nn.Module, blocks: list[Block], kinds: list[str]) ->
     found = {}
     for block in blocks:
         for name, child in block.module.named_children():
-            if not name.startswith(tuple(kinds)):
+            if not name.startswith(tuple(kinds)) or isinstance(child, nn.ModuleList):
                 continue
             if entry_point(block.module) != "forward":
                 raise RecipeConflictError(
@@ -307,7 +311,8 @@ def attention_input(call_next: Callable[..., Any], block: Block) -> Tensor:
     Raises:
         UnsupportedModelError: the block has no attention module.
     """
-    attention = next((m for name, m in block.module.named_children() if name.startswith(ATTENTION)), None)
+    children = block.module.named_children()
+    attention = next((m for n, m in children if n.startswith(ATTENTION) and not isinstance(m, nn.ModuleList)), None)
     if attention is None:
         raise UnsupportedModelError(
             f"{type(block.module).__name__} has no attention module by name, so there is no modulated input to read; "
@@ -399,17 +404,20 @@ def _refuse_whole_graph(network: nn.Module) -> None:
 
 
 def _blocks_of(network: nn.Module, family: Family) -> list[Block]:
-    found = []
+    found: list[tuple[BlockList, str, nn.Module]] = []
     for blocks in family.blocks:
         modules = getattr(unwrapped(network), blocks.path, None)
-        if not isinstance(modules, nn.ModuleList):
-            raise unsupported(network, family, f"it has no list of blocks {blocks.path!r}")
-        found += [(blocks, place, module) for place, module in enumerate(modules)]
+        if not isinstance(modules, nn.Module):
+            raise unsupported(network, family, f"it has no blocks {blocks.path!r}")
+        if isinstance(modules, nn.ModuleList):
+            found += [(blocks, f"{blocks.path}.{place}", module) for place, module in enumerate(modules)]
+        else:
+            found.append((blocks, blocks.path, modules))
     if not found:
         raise unsupported(network, family, "it has no list of alike blocks that take hidden_states")
     return [
-        Block(index=index, count=len(found), path=f"{blocks.path}.{place}", blocks=blocks, module=module, bind=dict)
-        for index, (blocks, place, module) in enumerate(found)
+        Block(index=index, count=len(found), path=path, blocks=blocks, module=module, bind=dict)
+        for index, (blocks, path, module) in enumerate(found)
     ]
 
 

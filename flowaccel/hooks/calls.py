@@ -264,7 +264,9 @@ class Call:
 
         The family must state which arguments rows share, and no ControlNet may add to all rows between the blocks.
         """
-        controlled = any("control" in name and value is not None for name, value in self.arguments.items())
+        between = ("control", "additional_residual")
+        given = [name for name, value in self.arguments.items() if value is not None]
+        controlled = any(part in name for name in given for part in between)
         return not self.family.derived and not controlled
 
     @contextmanager

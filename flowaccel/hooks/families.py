@@ -19,13 +19,14 @@ Time = Literal["timestep", "sigma", "one_minus_sigma"]
 
 @dataclass(frozen=True, kw_only=True)
 class BlockList:
-    """A `ModuleList` of blocks that run one after the other, with their arguments and outputs."""
+    """A `ModuleList` of blocks that run one after the other, or a single block, with their arguments and outputs."""
 
     path: str
     """Name of the network's attribute."""
     returns: tuple[str, ...]
     """Output of a block: `("hidden",)` for a bare tensor, else the order of the returned tuple, such as
-    `("encoder", "hidden")`; empty if derived and still to be determined by the first network call."""
+    `("encoder", "hidden")`; empty if derived and still to be determined by the first network call. A block of a UNet
+    that returns its skip connections as well: `("hidden", "skips")`."""
     hidden: str = "hidden_states"
     """Name of the argument with the image tokens (rows, tokens, width)."""
     encoder: str | None = None
@@ -63,6 +64,9 @@ class Family:
     time: Time = "timestep"
     """Unit of the `timestep` argument: the scheduler's timestep, that divided by `num_train_timesteps`, or one minus
     the latter."""
+    nested: bool = False
+    """Whether the blocks are those of a UNet: down, middle and up, with skip connections from the down to the up
+    blocks. Its deep blocks are reused as DeepCache does (arXiv 2312.00858): the outer ones run, with fresh skips."""
     time_argument: str = "timestep"
     """Name of the network's argument for the time."""
     shared: tuple[str, ...] = ()
@@ -243,6 +247,17 @@ for _family in (
         networks=("Lumina2Transformer2DModel",),
         blocks=(BlockList(path="layers", returns=("hidden",)),),
         time="one_minus_sigma",
+    ),
+    Family(
+        name="unet",
+        networks=("UNet2DConditionModel",),
+        blocks=(
+            BlockList(path="down_blocks", returns=("hidden", "skips"), encoder=_TEXT),
+            BlockList(path="mid_block", returns=("hidden",), encoder=_TEXT),
+            BlockList(path="up_blocks", returns=("hidden",), encoder=_TEXT),
+        ),
+        nested=True,
+        time_embedding=TimeSignal(module="time_embedding"),
     ),
 ):
     register_family(_family)

@@ -17,7 +17,7 @@ from families import BATCHED, CASES, EVALUATIONS, Case, assert_close, made, spli
 from flowaccel import GuidanceSkip, Recipe, Sampler, VelocityRefiner, accelerate, accelerated, cache_preset, report
 from flowaccel.evaluation import count_macs
 from flowaccel.evaluation.timing.cost import CallCounter
-from flowaccel.hooks import Call, networks, session_of
+from flowaccel.hooks import Call, networks, packer, session_of, tensors_of
 from flowaccel.recipe.accelerator import Accelerator
 
 ALL = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
@@ -46,7 +46,7 @@ class ByHand:
         if "extra" in call.branches:
             return call_next()
         output = call_next()
-        tensor = (output[0] if isinstance(output, tuple) else output.sample).clone()
+        tensor = tensors_of(output)[0].clone()
         if "cond" in call.branches:
             self.cond, self.sample = tensor[call.rows_of("cond")].clone(), call.sample[call.rows_of("cond")]
         if "uncond" in call.branches:
@@ -60,7 +60,7 @@ class ByHand:
                 known = self.known.setdefault(image, {})
                 known[call.timestep] = self.cond[image] - uncond[image]
                 self.stopped[image] = call.step >= 1 and self.cosines[-1][image] >= self.threshold
-        return (tensor,) if isinstance(output, tuple) else type(output)(sample=tensor)
+        return packer(output)((tensor,))
 
     def _difference(self, image: int, now: float) -> Tensor:
         known = list(self.known.get(image, {}).items())

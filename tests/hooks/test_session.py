@@ -25,7 +25,7 @@ from torch import Tensor
 import families
 import tiny
 from families import CASES, STEPS, Case
-from flowaccel import RecipeConflictError, UnsupportedModelError
+from flowaccel import RecipeConflictError
 from flowaccel.hooks import Call, Session, close_session, open_session, session_of
 
 ALL = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
@@ -172,8 +172,7 @@ def test_a_unet_pipeline_is_placed_too() -> None:
     assert [(call.step, call.branches, call.images) for call in calls] == [(i, ("uncond", "cond"), 2) for i in range(5)]
     assert [call.timestep for call in calls] == pipe.scheduler.timesteps.tolist()  # PNDM repeats one of them
     assert session.run.ended and not session.run.failed
-    with pytest.raises(UnsupportedModelError, match="UNet2DConditionModel is not among the known families"):
-        session.on_block(lambda call_next, call, block: call_next())
+    assert session.families == ("unet",)
 
 
 def test_state_is_gone_when_the_run_is_over(sd3: Any) -> None:

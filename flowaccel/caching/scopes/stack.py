@@ -94,6 +94,7 @@ class _Pass:
 
     def __init__(self, cached: CachedCall, scope: Stack | Range) -> None:
         self.cached, self._scope = cached, scope
+        self._nested = cached.call.family.nested
         self.left: Tokens | None = None  # tokens after the reused range, if all rows were computed
         self.replays = False  # whether `left` replaces the blocks
         self._ends = (0, 0)  # first block and end of the reused range
@@ -125,10 +126,14 @@ class _Pass:
         if not len(self._rows) or self._gathered:
             not_run(call.record, block.path, call.rows - len(self._rows))
         if not len(self._rows):
+            if self._nested and block.index < end - 1:
+                return self._placeholder(block)
             if block.blocks not in self._standing:
                 self._standing[block.blocks] = self._packed(block, self._forecast())
             return self._standing[block.blocks]  # at every block: a ControlNet may have added to it in between
         output = self._compute(call_next, block)
+        if self._nested and len(self._rows) == call.rows:
+            self.cached.state.forms[call.network, block.path] = output_form(output)
         self._show_middle(block, output, self._rows if self._gathered else None)
         return self._leave(block, output) if block.index == end - 1 else output
 
@@ -146,7 +151,11 @@ class _Pass:
                 "the network has a single block, so nothing is left to reuse after those that the gate "
                 f"{self.cached.cache.gate.name!r} runs; use one that reads no block, such as 'easy'"
             )
-        return middle(self._scope, probe, block.count)
+        first, end = middle(self._scope, probe, block.count)
+        if self._nested:  # as many blocks at either end, as the skip connections join them
+            outer = min(max(first, block.count - end), block.count // 2)
+            return outer, block.count - outer
+        return first, end
 
     def _enter(self, call_next: CallNext, block: Block) -> None:
         gate, cached = self.cached.cache.gate, self.cached
@@ -166,7 +175,8 @@ class _Pass:
         self._before = self._tokens(block, block.hidden, block.encoder)
         if cached.decision is None:
             assert self._entry is not None
-            cached.decide(cached.of_units(self._before[0]) - self._entry)
+            reached = cached.of_units(self._before[0])
+            cached.decide(reached if self._nested else reached - self._entry)
         self._entry = None
         cached.require(cached.history())
         self._rows = cached.computing.to(block.hidden.device)
@@ -177,6 +187,8 @@ class _Pass:
         image, text = self._before
         added_image, added_text = self.cached.predict()
         assert added_image is not None
+        if self._nested:
+            return added_image, None
         return image + added_image, text if text is None or added_text is None else text + added_text
 
     def _leave(self, block: Block, output: Any) -> Any:
@@ -185,20 +197,30 @@ class _Pass:
         cached, rows = self.cached, self._rows
         found = self._tokens(block, *block.unpack(output))
         if len(rows) == cached.call.rows:
-            cached.store(_difference(found, self._before))
+            cached.store(self._added(found, self._before))
             self._show_feature()
             self.left = found
             return output
         if not self._gathered:
             found = _chosen(found, rows)
         forecast = self._forecast()
-        cached.store(_difference(found, _chosen(self._before, rows)), rows=cached.computing)
+        cached.store(self._added(found, _chosen(self._before, rows)), rows=cached.computing)
         self._show_feature()
         image = forecast[0].index_copy(0, rows, found[0])
         text = forecast[1]
         if text is not None and found[1] is not None:
             text = text.index_copy(0, rows, found[1])
         return self._packed(block, (image, text))
+
+    def _added(self, found: Tokens, before: Tokens) -> Tokens:
+        """Return what is cached: what the blocks added, of a UNet their output, which has another shape."""
+        return (found[0], None) if self._nested else _difference(found, before)
+
+    def _placeholder(self, block: Block) -> Any:
+        """Return zeros in the form of a deep block's output; they reach other deep blocks alone, which do not run."""
+        shapes = self.cached.state.forms[self.cached.call.network, block.path]
+        hidden, *skips = (block.hidden.new_zeros(()).expand(self.cached.call.rows, *shape) for shape in shapes)
+        return (hidden, tuple(skips)) if len(block.blocks.returns) > 1 else hidden
 
     def _show_feature(self) -> None:
         feature = self.cached.history().newest[0]
@@ -228,6 +250,12 @@ class _Pass:
         if block.blocks.joined and text is not None:
             return torch.cat([text, image], dim=1)
         return block.pack(image, text)
+
+
+def output_form(output: Any) -> tuple[tuple[int, ...], ...]:
+    """Return the shapes of a UNet block's output and of its skip connections, without the rows."""
+    hidden, skips = output if isinstance(output, tuple) else (output, ())
+    return tuple(tuple(tensor.shape[1:]) for tensor in (hidden, *skips))
 
 
 def _alike(found: Tensor, expected: Tensor) -> bool:
