@@ -1,4 +1,4 @@
-"""Tiny networks of families without a written row, what they are called with, and a pipeline that calls them."""
+"""Tiny networks of families that have no tiny pipeline, what they are called with, and a pipeline that calls them."""
 
 from __future__ import annotations
 
@@ -204,26 +204,165 @@ RIGHT: dict[str, tuple[dict[str, Any], Callable[[], dict[str, Any]]]] = {
             "encoder_attention_mask": torch.ones(ROWS, 5, dtype=torch.bool),
         },
     ),
-    "MochiTransformer3DModel": (
-        SIZES
-        | {
+    "LTX2VideoTransformer3DModel": (
+        {
+            "in_channels": 4,
+            "out_channels": 4,
+            "num_attention_heads": 2,
+            "attention_head_dim": 8,
+            "cross_attention_dim": 16,
+            "audio_in_channels": 4,
+            "audio_out_channels": 4,
+            "audio_num_attention_heads": 2,
+            "audio_attention_head_dim": 4,
+            "audio_cross_attention_dim": 8,
             "num_layers": 3,
-            "pooled_projection_dim": 16,
-            "qk_norm": "rms_norm",
-            "text_embed_dim": 16,
-            "time_embed_dim": 4,
-            "max_sequence_length": 16,
+            "caption_channels": 16,
+            "rope_double_precision": False,
+        },
+        lambda: {
+            "hidden_states": noise(8, 4),
+            "audio_hidden_states": noise(6, 4, seed=2),
+            "encoder_hidden_states": text(5, 16),
+            "audio_encoder_hidden_states": text(5, 16),
+            "num_frames": 2,
+            "height": 2,
+            "width": 2,
+            "fps": 25.0,
+            "audio_num_frames": 6,
+        },
+    ),
+    "WanVACETransformer3DModel": (
+        {
+            "num_attention_heads": 2,
+            "attention_head_dim": 12,
+            "in_channels": 4,
+            "out_channels": 4,
+            "text_dim": 16,
+            "freq_dim": 32,
+            "ffn_dim": 32,
+            "num_layers": 4,
+            "rope_max_seq_len": 32,
+            "vace_layers": [0, 2],
+            "vace_in_channels": 8,
         },
         lambda: {
             "hidden_states": noise(4, 2, 4, 4),
-            "encoder_hidden_states": text(16, 16),
-            "encoder_attention_mask": torch.ones(ROWS, 16, dtype=torch.bool),
+            "encoder_hidden_states": text(5, 16),
+            "control_hidden_states": noise(8, 2, 4, 4, seed=2),
+            "control_hidden_states_scale": torch.ones(2),
         },
     ),
-}
-"""Class names of networks whose derived rows hold: their configuration and what they are called with."""
-
-WRONG: dict[str, tuple[dict[str, Any], Callable[[], dict[str, Any]]]] = {
+    "BriaFiboTransformer2DModel": (
+        JOINT
+        | {
+            "in_channels": 4,
+            "attention_head_dim": 8,
+            "joint_attention_dim": 16,
+            "axes_dims_rope": [2, 2, 4],
+            "text_encoder_dim": 8,
+        },
+        lambda: {
+            "hidden_states": noise(6, 4),
+            "encoder_hidden_states": text(5, 16),
+            "text_encoder_layers": [noise(5, 8, seed=10 + i) for i in range(4)],
+            "img_ids": torch.arange(18.0).view(6, 3),
+            "txt_ids": torch.zeros(5, 3),
+        },
+    ),
+    "CogView3PlusTransformer2DModel": (
+        {
+            "in_channels": 4,
+            "num_layers": 3,
+            "attention_head_dim": 8,
+            "num_attention_heads": 2,
+            "out_channels": 4,
+            "text_embed_dim": 8,
+            "time_embed_dim": 8,
+            "condition_dim": 4,
+            "pos_embed_max_size": 8,
+            "sample_size": 8,
+        },
+        lambda: {
+            "hidden_states": noise(4, 8, 8),
+            "encoder_hidden_states": text(5, 8),
+            "original_size": torch.tensor([[64, 64]] * ROWS),
+            "target_size": torch.tensor([[64, 64]] * ROWS),
+            "crop_coords": torch.tensor([[0, 0]] * ROWS),
+        },
+    ),
+    "Krea2Transformer2DModel": (
+        {
+            "in_channels": 4,
+            "num_layers": 3,
+            "attention_head_dim": 8,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "intermediate_size": 16,
+            "timestep_embed_dim": 8,
+            "text_hidden_dim": 8,
+            "num_text_layers": 2,
+            "text_num_attention_heads": 2,
+            "text_num_key_value_heads": 2,
+            "text_intermediate_size": 16,
+            "num_layerwise_text_blocks": 1,
+            "num_refiner_text_blocks": 1,
+            "axes_dims_rope": (4, 2, 2),
+        },
+        lambda: {
+            "hidden_states": noise(6, 4),
+            "encoder_hidden_states": noise(5, 2, 8, seed=1),
+            "position_ids": torch.arange(33.0).view(11, 3),
+        },
+    ),
+    "HunyuanImageTransformer2DModel": (
+        JOINT
+        | {
+            "in_channels": 4,
+            "out_channels": 4,
+            "attention_head_dim": 8,
+            "num_refiner_layers": 1,
+            "text_embed_dim": 16,
+            "rope_axes_dim": (4, 4),
+        },
+        lambda: {
+            "hidden_states": noise(4, 4, 4),
+            "encoder_hidden_states": text(5, 16),
+            "encoder_attention_mask": torch.ones(ROWS, 5),
+        },
+    ),
+    "LongCatImageTransformer2DModel": (
+        JOINT
+        | {
+            "in_channels": 4,
+            "attention_head_dim": 8,
+            "joint_attention_dim": 16,
+            "pooled_projection_dim": 16,
+            "axes_dims_rope": [2, 2, 4],
+        },
+        lambda: {
+            "hidden_states": noise(6, 4),
+            "encoder_hidden_states": text(5, 16),
+            "img_ids": torch.arange(18.0).view(6, 3),
+            "txt_ids": torch.zeros(5, 3),
+        },
+    ),
+    "OvisImageTransformer2DModel": (
+        JOINT
+        | {
+            "in_channels": 4,
+            "out_channels": 4,
+            "attention_head_dim": 8,
+            "joint_attention_dim": 16,
+            "axes_dims_rope": (2, 2, 4),
+        },
+        lambda: {
+            "hidden_states": noise(6, 4),
+            "encoder_hidden_states": text(5, 16),
+            "img_ids": torch.arange(18.0).view(6, 3),
+            "txt_ids": torch.zeros(5, 3),
+        },
+    ),
     "ConsisIDTransformer3DModel": (
         COGVIDEO | FACES | {"out_channels": 4},
         lambda: {
@@ -281,6 +420,26 @@ WRONG: dict[str, tuple[dict[str, Any], Callable[[], dict[str, Any]]]] = {
             "pooled_embeds": noise(8, seed=2),
         },
     ),
+    "MochiTransformer3DModel": (
+        SIZES
+        | {
+            "num_layers": 3,
+            "pooled_projection_dim": 16,
+            "qk_norm": "rms_norm",
+            "text_embed_dim": 16,
+            "time_embed_dim": 4,
+            "max_sequence_length": 16,
+        },
+        lambda: {
+            "hidden_states": noise(4, 2, 4, 4),
+            "encoder_hidden_states": text(16, 16),
+            "encoder_attention_mask": torch.ones(ROWS, 16, dtype=torch.bool),
+        },
+    ),
+}
+"""Class names of networks whose blocks can be reused: their configuration and what they are called with."""
+
+WRONG: dict[str, tuple[dict[str, Any], Callable[[], dict[str, Any]]]] = {
     "LatteTransformer3DModel": (
         {
             "sample_size": 8,
@@ -301,7 +460,7 @@ WRONG: dict[str, tuple[dict[str, Any], Callable[[], dict[str, Any]]]] = {
         lambda: {"hidden_states": noise(4, 3, 8, 8), "encoder_hidden_states": text(5, 8)},
     ),
 }
-"""The same of networks whose derived rows do not hold."""
+"""The same of networks that have no row, and whose derived row does not hold."""
 
 
 class Loop(DiffusionPipeline):

@@ -61,6 +61,10 @@ class Block:
     module: nn.Module
     bind: Callable[[], dict[str, Any]]
     """Computes `arguments`, on demand."""
+    part: int = 0
+    """Number of lists up to its own that are `apart`."""
+    closes: bool = False
+    """Whether the next block is of another part."""
     beside: dict[str, Any] = field(default_factory=dict)
     """What `unpack` found beside the tokens, the skip connections of a UNet's block, for `pack`."""
 
@@ -255,6 +259,8 @@ class _WrappedBlock:
             blocks=known.blocks,
             module=known.module,
             bind=lambda: dict(self.signature.bind(*args, **kwargs).arguments),
+            part=known.part,
+            closes=known.closes,
         )
 
     @property
@@ -415,8 +421,22 @@ def _blocks_of(network: nn.Module, family: Family) -> list[Block]:
             found.append((blocks, blocks.path, modules))
     if not found:
         raise unsupported(network, family, "it has no list of alike blocks that take hidden_states")
+    parts: list[int] = []
+    last = found[0][0]
+    for blocks, _, _ in found:
+        parts.append((parts[-1] if parts else 0) + (blocks.apart and blocks is not last))
+        last = blocks
     return [
-        Block(index=index, count=len(found), path=path, blocks=blocks, module=module, bind=dict)
+        Block(
+            index=index,
+            count=len(found),
+            path=path,
+            blocks=blocks,
+            module=module,
+            bind=dict,
+            part=parts[index],
+            closes=parts[index : index + 2] == [parts[index], parts[index] + 1],
+        )
         for index, (blocks, path, module) in enumerate(found)
     ]
 

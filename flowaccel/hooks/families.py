@@ -35,6 +35,9 @@ class BlockList:
     """Names of arguments that all rows share: they have no leading rows axis."""
     joined: bool = False
     """Whether `hidden` holds the text tokens followed by the image tokens."""
+    apart: bool = False
+    """Whether its tokens are others than those that left the list before: what its blocks add is then cached for
+    itself, rather than as one sum with what came before."""
     condition: str = "temb"
     """Name of the argument (rows, D) that modulates the blocks."""
 
@@ -74,7 +77,8 @@ class Family:
     lists: tuple[str, ...] = ()
     """Names of arguments that are lists with one entry per row, as Z-Image takes images."""
     extra: tuple[str, ...] = ()
-    """Names of arguments that mark a call as beyond guidance when they are given, such as SD3's `skip_layers`."""
+    """Names of arguments that mark a call as beyond guidance when they are given and not False, such as SD3's
+    `skip_layers`."""
     time_embedding: TimeSignal | None = None
     """Source of the time embedding, the output of the network's first module for the time; None if not known."""
     time_projection: TimeSignal | None = None
@@ -249,6 +253,53 @@ for _family in (
         time="one_minus_sigma",
     ),
     Family(
+        name="ltx2",
+        networks=("LTX2VideoTransformer3DModel",),
+        # The second stream is the sound.
+        blocks=(BlockList(path="transformer_blocks", returns=("hidden", "encoder"), encoder="audio_hidden_states"),),
+        shared=("video_coords", "audio_coords", "spatio_temporal_guidance_blocks"),
+        extra=("spatio_temporal_guidance_blocks", "isolate_modalities"),
+    ),
+    Family(
+        name="wan_vace",
+        networks=("WanVACETransformer3DModel",),
+        blocks=(BlockList(path="blocks", returns=("hidden",), encoder=_TEXT, shared=("rotary_emb",)),),
+        shared=("control_hidden_states_scale",),
+        time_embedding=TimeSignal(module="condition_embedder.time_embedder"),
+        time_projection=TimeSignal(argument="temb"),
+    ),
+    Family(
+        name="wan_animate",
+        networks=("WanAnimateTransformer3DModel",),
+        blocks=(BlockList(path="blocks", returns=("hidden",), encoder=_TEXT, shared=("rotary_emb",)),),
+        time_projection=TimeSignal(argument="temb"),
+    ),
+    Family(
+        name="consisid",
+        networks=("ConsisIDTransformer3DModel",),
+        blocks=(BlockList(path="transformer_blocks", returns=("hidden", "encoder"), encoder=_TEXT, shared=_ROTARY),),
+        shared=_ROTARY,
+        time_embedding=TimeSignal(argument="temb"),
+    ),
+    Family(
+        name="hidream",
+        networks=("HiDreamImageTransformer2DModel",),
+        blocks=(
+            BlockList(path="double_stream_blocks", returns=("hidden", "encoder"), encoder=_TEXT),
+            BlockList(path="single_stream_blocks", returns=("hidden",), apart=True),
+        ),
+        time_argument="timesteps",
+    ),
+    Family(
+        name="bria_fibo",
+        networks=("BriaFiboTransformer2DModel",),
+        blocks=(
+            BlockList(path="transformer_blocks", returns=_JOINT, encoder=_TEXT, shared=_ROTARY),
+            BlockList(path="single_transformer_blocks", returns=("hidden",), shared=_ROTARY, apart=True),
+        ),
+        shared=("img_ids", "txt_ids"),
+    ),
+    Family(
         name="unet",
         networks=("UNet2DConditionModel",),
         blocks=(
@@ -331,7 +382,8 @@ def unsupported(network: nn.Module, family: Family, reason: str) -> UnsupportedM
     lists = family.blocks or (BlockList(path="transformer_blocks", returns=("hidden",)),)
     rows = ", ".join(
         f"BlockList(path={blocks.path!r}, returns={blocks.returns or ('encoder', 'hidden')!r}, "
-        f"hidden={blocks.hidden!r}, encoder={blocks.encoder!r}, shared={blocks.shared!r}, joined={blocks.joined!r})"
+        f"hidden={blocks.hidden!r}, encoder={blocks.encoder!r}, shared={blocks.shared!r}, joined={blocks.joined!r}, "
+        f"apart={blocks.apart!r})"
         for blocks in lists
     )
     known = ", ".join(sorted(FAMILIES))

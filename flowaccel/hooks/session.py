@@ -450,7 +450,8 @@ class Session:
             run.images = self._latent_rows or _images(arguments, network, rows)
             self._latent_rows = None
         copies, rest = divmod(rows, run.images)
-        if any(arguments.get(name) is not None for name in network.family.extra):
+        given = [arguments.get(name) for name in network.family.extra]
+        if any(value is not None and value is not False for value in given):
             return (EXTRA,), rows
         if copies > 1 and not rest and self._more_than_guidance(run, arguments[network.sample], copies):
             return (COND, *(EXTRA,) * (copies - 1)), run.images

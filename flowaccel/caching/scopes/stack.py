@@ -100,7 +100,9 @@ class _Pass:
         self._ends = (0, 0)  # first block and end of the reused range
         self._text = 0  # number of text tokens, which come first in joined blocks
         self._entry: Tensor | None = None  # image tokens before the first block
-        self._before: Tokens | None = None  # tokens at the start of the reused range
+        self._before: Tokens | None = None  # tokens at the start of the reused range, or of its present part
+        self._part: int | None = None  # number of the part that runs
+        self._key = ""  # of its history: parts after the first have their own
         self._standing: dict[BlockList, Any] = {}  # replacements of the outputs of a list's blocks
         self._rows: Tensor | None = None  # rows that are computed, on the network's device
         self._gathered = False  # whether the blocks run for these rows only
@@ -117,6 +119,9 @@ class _Pass:
         first, end = self._ends
         if block.index == first:
             self._arrive(block)
+        elif first < block.index < end and block.part != self._part:
+            self._before, self._key = self._tokens(block, block.hidden, block.encoder), f"part {block.part}"
+        self._part = block.part
         if not first <= block.index < end:
             output = call_next()
             self._show_middle(block, output, None)
@@ -135,7 +140,7 @@ class _Pass:
         if self._nested and len(self._rows) == call.rows:
             self.cached.state.forms[call.network, block.path] = output_form(output)
         self._show_middle(block, output, self._rows if self._gathered else None)
-        return self._leave(block, output) if block.index == end - 1 else output
+        return self._leave(block, output) if block.closes or block.index == end - 1 else output
 
     def _compute(self, call_next: CallNext, block: Block) -> Any:
         if not self._gathered:
@@ -185,7 +190,7 @@ class _Pass:
     def _forecast(self) -> Tokens:
         assert self._before is not None
         image, text = self._before
-        added_image, added_text = self.cached.predict()
+        added_image, added_text = self.cached.predict(self._key)
         assert added_image is not None
         if self._nested:
             return added_image, None
@@ -197,14 +202,14 @@ class _Pass:
         cached, rows = self.cached, self._rows
         found = self._tokens(block, *block.unpack(output))
         if len(rows) == cached.call.rows:
-            cached.store(self._added(found, self._before))
+            cached.store(self._added(found, self._before), self._key)
             self._show_feature()
             self.left = found
             return output
         if not self._gathered:
             found = _chosen(found, rows)
         forecast = self._forecast()
-        cached.store(self._added(found, _chosen(self._before, rows)), rows=cached.computing)
+        cached.store(self._added(found, _chosen(self._before, rows)), self._key, cached.computing)
         self._show_feature()
         image = forecast[0].index_copy(0, rows, found[0])
         text = forecast[1]
@@ -223,7 +228,7 @@ class _Pass:
         return (hidden, tuple(skips)) if len(block.blocks.returns) > 1 else hidden
 
     def _show_feature(self) -> None:
-        feature = self.cached.history().newest[0]
+        feature = self.cached.history(self._key).newest[0]
         if self.cached.cache.gate.feedback == "feature" and feature is not None:
             self.cached.give_back(feature)
 
