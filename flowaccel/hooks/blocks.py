@@ -181,6 +181,11 @@ class BlockHooks:
     def _wanted(self, network: nn.Module, family: Family) -> dict[nn.Module, Any]:
         """Return what is surrounded in a network, each with a function that wraps it."""
         _refuse_whole_graph(network)
+        if self._inner and family.nested:
+            raise UnsupportedModelError(
+                f"the blocks of a {type(unwrapped(network)).__name__} hold their attention modules in lists within "
+                "lists, which scope 'module' does not reach; use scope 'range' or 'output'"
+            )
         blocks = _blocks_of(network, family)
         inner = _inner_modules(network, blocks, [kind for _, kinds in self._inner for kind in kinds])
         if self._inner and not inner:

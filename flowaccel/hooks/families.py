@@ -386,6 +386,11 @@ def unsupported(network: nn.Module, family: Family, reason: str) -> UnsupportedM
         f"apart={blocks.apart!r})"
         for blocks in lists
     )
+    if not family.derived:
+        return UnsupportedModelError(
+            f"the row of family {family.name!r} does not fit this {type(unwrapped(network)).__name__}: {reason}; "
+            "correct it, or use scope 'output' (such as 'ab_cache'), which needs no row"
+        )
     known = ", ".join(sorted(FAMILIES))
     return UnsupportedModelError(
         f"{type(unwrapped(network)).__name__} is not among the known families ({known}) and its row could not be "

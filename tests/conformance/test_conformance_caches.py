@@ -106,7 +106,7 @@ def cache(case: Case, name: str, **options: Any) -> FeatureCache:
         own = {"threshold": THRESHOLDS[name, case.name]}
     if name == "adacache" and case.name in CODEBOOKS:
         own = {"codebook": CODEBOOKS[case.name]}
-    return cache_preset(name, **{**SAVING[name], **own, **options})
+    return cache_preset(name, **{**SAVING.get(name, {}), **own, **options})
 
 
 Decisions = list[tuple[str, tuple[str, ...], tuple[bool, ...]]]

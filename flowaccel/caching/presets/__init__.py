@@ -60,7 +60,13 @@ class CachePreset:
         return made
 
 
-CACHE_PRESETS: dict[str, CachePreset] = {
-    found.name: importlib.import_module(f"{__name__}.{found.name}").PRESET for found in pkgutil.iter_modules(__path__)
-}
+def _preset(name: str) -> CachePreset:
+    """Return the preset of a file in this folder."""
+    found = getattr(importlib.import_module(f"{__name__}.{name}"), "PRESET", None)
+    if not isinstance(found, CachePreset) or found.name != name:
+        raise TypeError(f"{__path__[0]}/{name}.py must define PRESET = CachePreset(name={name!r}, ...), got {found!r}")
+    return found
+
+
+CACHE_PRESETS: dict[str, CachePreset] = {found.name: _preset(found.name) for found in pkgutil.iter_modules(__path__)}
 """Presets by name."""
