@@ -33,7 +33,7 @@ class Candidate:
     @property
     def by_batch(self) -> bool:
         """Whether it decides for the whole batch by its content, so that images depend on their batch."""
-        return self.baseline is not None and self.baseline.by_batch
+        return False
 
     @property
     def own_process(self) -> bool:
@@ -43,7 +43,7 @@ class Candidate:
     @property
     def afresh(self) -> bool:
         """Whether it is switched on for one call at a time, because its state may outlive a call."""
-        return self.baseline is not None
+        return False
 
     @property
     def networks(self) -> Mapping[str, nn.Module]:
@@ -106,6 +106,16 @@ class BaselineCandidate(Candidate):
     """Accelerator of another library, with its defects."""
 
     baseline: Baseline
+
+    @property
+    def by_batch(self) -> bool:
+        """Whether its library decides for the whole batch."""
+        return self.baseline.by_batch
+
+    @property
+    def afresh(self) -> bool:
+        """Whether it is switched on for one call at a time, True."""
+        return True
 
     @property
     def own_process(self) -> bool:

@@ -83,14 +83,10 @@ def test_every_family_and_every_preset_is_in_the_default_tier(request: pytest.Fi
         pytest.skip("only some of the tests were collected")
     values = [value for test in request.config.stash[tiers.DEFAULT] for value in _values(test)]
     run = {value.family for value in values if isinstance(value, Case)}
-    alone = {family for family, row in FAMILIES.items() if set(row.networks) & set(values_of_text(values))}
+    names = {value for value in values if isinstance(value, str)}
+    alone = {family for family, row in FAMILIES.items() if names & set(row.networks)}  # without a pipeline
     assert set(FAMILIES) - run - alone == set()
-    assert set(PRESETS) - {value for value in values if isinstance(value, str)} == set()
-
-
-def values_of_text(values: list[Any]) -> list[str]:
-    """Names among the parameters: of networks that are run without a pipeline (tests/unwritten.py)."""
-    return [value for value in values if isinstance(value, str)]
+    assert set(PRESETS) - names == set()
 
 
 def _values(test: pytest.Item) -> list[Any]:

@@ -1,4 +1,4 @@
-"""Tiny networks of families that have no tiny pipeline, what they are called with, and a pipeline that calls them."""
+"""Tiny networks, what they are called with, and a pipeline that calls them in a loop; some have no pipeline here."""
 
 from __future__ import annotations
 

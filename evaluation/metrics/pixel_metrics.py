@@ -7,6 +7,7 @@ difference of 16 an error of 0.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -134,29 +135,10 @@ def _rel_l2(case: Case) -> Estimate:
     return mean(rel_l2(case.row.images, case.baseline.images), case)
 
 
+_error = functools.partial(Metric, needs=("baseline",), network=None, against="baseline")
+
 METRICS = {
-    "psnr": Metric(
-        title="PSNR in dB against {reference}",
-        higher_is_better=True,
-        estimate=_psnr,
-        needs=("baseline",),
-        network=None,
-        against="baseline",
-    ),
-    "ssim": Metric(
-        title="SSIM against {reference}",
-        higher_is_better=True,
-        estimate=_ssim,
-        needs=("baseline",),
-        network=None,
-        against="baseline",
-    ),
-    "rel_l2": Metric(
-        title="Relative L2 error against {reference}",
-        higher_is_better=False,
-        estimate=_rel_l2,
-        needs=("baseline",),
-        network=None,
-        against="baseline",
-    ),
+    "psnr": _error(title="PSNR in dB against {reference}", higher_is_better=True, estimate=_psnr),
+    "ssim": _error(title="SSIM against {reference}", higher_is_better=True, estimate=_ssim),
+    "rel_l2": _error(title="Relative L2 error against {reference}", higher_is_better=False, estimate=_rel_l2),
 }

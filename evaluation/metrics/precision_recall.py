@@ -73,8 +73,6 @@ def _recall(case: Case) -> Estimate:
     """Compute recall; the M reference samples are resampled, since recall is a mean over them.
 
     The generated set is held fixed. A resampled one would have fewer distinct samples and so a smaller manifold.
-
-    A resampled generated set would have fewer distinct samples and so a smaller manifold.
     """
     assert case.reference.features is not None
     return mean(recall_indicators(case.row.features, case.reference.features, _NEIGHBOURS), case)

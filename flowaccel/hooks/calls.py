@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
@@ -223,7 +224,7 @@ class Call:
         """Per row of this call, the index of its image."""
         return [place % self.images for place in self.places]
 
-    @property
+    @functools.cached_property
     def sample(self) -> Any:
         """First argument of the network: the sample to denoise (rows, ...); a list with a tensor for every row, as
         Z-Image has it, in one tensor."""

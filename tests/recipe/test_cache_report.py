@@ -8,9 +8,6 @@ from families import CASES, Case
 from flowaccel import accelerate, report, restore
 from flowaccel.evaluation import count_macs
 
-ALL = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-
-
 MODULES = "taylorseer:parity,warmup=1,interval=2"
 
 

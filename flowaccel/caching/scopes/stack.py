@@ -138,7 +138,7 @@ class _Pass:
             return self._standing[block.blocks]  # at every block: a ControlNet may have added to it in between
         output = self._compute(call_next, block)
         if self._nested and len(self._rows) == call.rows:
-            self.cached.state.forms[call.network, block.path] = output_form(output)
+            self.cached.state.forms[call.network, block.path] = _output_form(output)
         self._show_middle(block, output, self._rows if self._gathered else None)
         return self._leave(block, output) if block.closes or block.index == end - 1 else output
 
@@ -257,7 +257,7 @@ class _Pass:
         return block.pack(image, text)
 
 
-def output_form(output: Any) -> tuple[tuple[int, ...], ...]:
+def _output_form(output: Any) -> tuple[tuple[int, ...], ...]:
     """Return the shapes of a UNet block's output and of its skip connections, without the rows."""
     hidden, skips = output if isinstance(output, tuple) else (output, ())
     return tuple(tuple(tensor.shape[1:]) for tensor in (hidden, *skips))
